@@ -1,0 +1,286 @@
+"""The records a store is described by; `Record` is the base of every configuration and manifest."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+FORMAT_VERSION = 1
+MAX_STREAMS = 4096
+MAX_VOCABULARY = 2**31
+MAX_SAMPLE_ID_BYTES = 512
+
+
+class Record(BaseModel):
+    """A small frozen value that writes itself to JSON and back; unknown keys are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def require(valid: bool, name: str, value: object, limit: str, advice: str) -> None:
+    """Refuse a value, naming it, its limit and what to do; raises ValueError."""
+    if not valid:
+        raise ValueError(f"{name} is {value!r} but must be {limit}: {advice}")
+
+
+class Stream(Record):
+    """One categorical output of the teacher per timestep."""
+
+    name: str
+    """Name of the stream, unique in a manifest, e.g. `backbone.3`."""
+    group: str
+    """Streams of one group share a head and are weighted together, e.g. `backbone`."""
+    vocabulary: int
+    """V: number of ids, special ids included."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        require(bool(self.name), "stream name", self.name, "a non-empty string", "name the stream")
+        require(
+            2 <= self.vocabulary <= MAX_VOCABULARY,
+            f"vocabulary of stream {self.name!r}",
+            self.vocabulary,
+            f"2 to {MAX_VOCABULARY}",
+            "give the number of ids of the head",
+        )
+        return self
+
+
+class TopK(Record):
+    """The k most probable ids per (timestep, stream) and the log mass of all the others."""
+
+    kind: Literal["top_k"] = "top_k"
+    k: int
+    """K: kept ids per row; the drawn code and the end id are always among them."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """Distillation temperatures at which the tail log-mass is stored, rising."""
+    moments: bool = False
+    """Also store mean and standard deviation of the guided logits (needed by NRMSE)."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type of the stored logits, relative to the row maximum."""
+
+    @field_validator("k")
+    @classmethod
+    def _check_k(cls, k: int) -> int:
+        require(k >= 1, "k", k, ">= 1", "keep at least one id, or use the target `full`")
+        return k
+
+    @field_validator("temperatures")
+    @classmethod
+    def _check_temperatures(cls, temperatures: tuple[float, ...]) -> tuple[float, ...]:
+        rising = all(a < b for a, b in pairwise(temperatures))
+        require(
+            bool(temperatures) and rising and temperatures[0] > 0,
+            "temperatures",
+            temperatures,
+            "rising numbers > 0",
+            "list every temperature that training will use, each once",
+        )
+        return temperatures
+
+
+class Full(Record):
+    """All V logits per (timestep, stream); for small vocabularies and for reference."""
+
+    kind: Literal["full"] = "full"
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type of the stored logits, relative to the row maximum."""
+
+
+Target = Annotated[TopK | Full, Field(discriminator="kind")]
+
+
+class Guidance(Record):
+    """Classifier-free guidance `(1 − scale)·uncond + scale·cond` that made the targets."""
+
+    scale: float = 1.0
+    """1.0 is no guidance; above it the condition is amplified."""
+
+    @field_validator("scale")
+    @classmethod
+    def _check_scale(cls, scale: float) -> float:
+        require(scale >= 0, "cfg scale", scale, ">= 0", "use 1.0 for no guidance")
+        return scale
+
+
+class Sampler(Record):
+    """How codes were drawn and rollouts ended; it never shapes the stored targets."""
+
+    temperature: float = 1.0
+    """Divides the guided logits before drawing."""
+    top_k: int | None = None
+    """Draw only among this many ids; null for all."""
+    top_p: float | None = None
+    """Draw only among the ids that hold this probability mass; null for all."""
+    min_timesteps: int = 1
+    """The end id cannot be drawn before this many timesteps."""
+    max_timesteps: int = 2048
+    """A rollout that has not ended by then is truncated."""
+    end_on: Literal["any", "first", "majority"] = "any"
+    """Which streams must draw the end id for a rollout to end."""
+    reference_multiple: float | None = None
+    """Truncate a rollout at this multiple of the reference length; null never does."""
+    truncated_weight: float = 0.1
+    """Weight of a truncated rollout in training."""
+    too_short_multiple: float | None = None
+    """Reject a rollout shorter than this multiple of the reference length; null never does."""
+    too_long_multiple: float | None = None
+    """Reject a rollout longer than this multiple of the reference length; null never does."""
+    rejected_weight: float = 0.0
+    """Weight of a rejected rollout in training."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _check_temperature(cls, temperature: float) -> float:
+        advice = "for greedy drawing set top_k: 1"
+        require(temperature > 0, "temperature", temperature, "> 0", advice)
+        return temperature
+
+    @field_validator("top_k")
+    @classmethod
+    def _check_top_k(cls, top_k: int | None) -> int | None:
+        advice = "use null to draw among all ids"
+        require(top_k is None or top_k >= 1, "top_k", top_k, ">= 1", advice)
+        return top_k
+
+    @field_validator("top_p")
+    @classmethod
+    def _check_top_p(cls, top_p: float | None) -> float | None:
+        valid = top_p is None or 0 < top_p <= 1
+        require(valid, "top_p", top_p, "in (0, 1]", "use null to draw among all ids")
+        return top_p
+
+    @field_validator("reference_multiple", "too_short_multiple", "too_long_multiple")
+    @classmethod
+    def _check_multiple(cls, multiple: float | None) -> float | None:
+        valid = multiple is None or multiple > 0
+        require(valid, "multiple of the reference length", multiple, "> 0", "use null for none")
+        return multiple
+
+    @field_validator("truncated_weight", "rejected_weight")
+    @classmethod
+    def _check_weight(cls, weight: float) -> float:
+        require(0 <= weight <= 1, "weight", weight, "in [0, 1]", "use 0 to leave such rollouts out")
+        return weight
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        low, high = self.min_timesteps, self.max_timesteps
+        require(high >= 1, "max_timesteps", high, ">= 1", "allow at least one timestep")
+        limit = f"in [0, max_timesteps = {high}]"
+        require(0 <= low <= high, "min_timesteps", low, limit, "lower it or raise max_timesteps")
+        short, long = self.too_short_multiple or 0.0, self.too_long_multiple or math.inf
+        limit = f"< too_long_multiple = {self.too_long_multiple}"
+        require(short < long, "too_short_multiple", short, limit, "every rollout would be rejected")
+        return self
+
+
+class Fingerprints(Record):
+    """What the predictions depend on, by hash; an empty string where a family has no such part."""
+
+    teacher: str
+    tokenizer: str
+    audio_codec: str
+    dataset: str
+
+
+class FileSum(Record):
+    """Size and hash of a file that lies beside the manifest."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(Record):
+    """The immutable, self-describing header of a store; holds no time and no host name."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of the bytes on disk (docs/format.md)."""
+    family: str
+    """Name of the model family that knows teacher and student."""
+    streams: tuple[Stream, ...]
+    """C streams per timestep, in the order of the axis C."""
+    forbidden: tuple[int, ...] = ()
+    """Ids masked on the teacher's and the student's side, in every stream, rising."""
+    end_id: int | None = None
+    """Id that ends a rollout; null where the length is given."""
+    target: Target
+    """What is stored per (timestep, stream)."""
+    guidance: Guidance
+    """Guidance of the stored targets."""
+    sampler: Sampler
+    """How the codes were drawn."""
+    source: Literal["teacher", "dataset", "student"]
+    """Where the codes come from."""
+    seed: int
+    """Seed of the run; each rollout's own seed derives from it, its sample and its variation."""
+    split: str
+    """Split of the dataset that the samples come from."""
+    timestep_s: float
+    """Seconds of audio per timestep."""
+    conditions: tuple[str, ...]
+    """Columns of samples.parquet that the family needs."""
+    fingerprints: Fingerprints
+    """Hashes of what the predictions depend on."""
+    conditioning: dict[str, JsonValue] = Field(default_factory=dict)
+    """Facts of the dataset needed to build a student: alphabet, speakers and the like."""
+    files: dict[str, FileSum] = Field(default_factory=dict)
+    """plan.parquet and samples.parquet; filled in when the store is created."""
+
+    @property
+    def vocabulary(self) -> int:
+        """V: the largest vocabulary of the streams."""
+        return max(stream.vocabulary for stream in self.streams)
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> Self:
+        count = len(self.streams)
+        limit = f"1 to {MAX_STREAMS}"
+        advice = "give one stream per codebook of a timestep"
+        require(1 <= count <= MAX_STREAMS, "number of streams", count, limit, advice)
+        names = Counter(stream.name for stream in self.streams)
+        twice = [name for name, times in names.items() if times > 1]
+        require(not twice, "stream names given twice", twice, "unique", "rename the streams")
+        return self
+
+    @model_validator(mode="after")
+    def _check_ids(self) -> Self:
+        ids, size = self.forbidden, self.vocabulary
+        valid = all(a < b for a, b in pairwise(ids))
+        valid = valid and all(0 <= i < size for i in ids)
+        limit = f"rising ids in [0, {size})"
+        require(valid, "forbidden", ids, limit, "list each id once, below the vocabulary")
+        end = self.end_id
+        valid = end is None or (0 <= end < size and end not in ids)
+        require(valid, "end_id", end, f"an id in [0, {size}) that is not forbidden", "correct it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if isinstance(self.target, TopK):
+            for stream in self.streams:
+                allowed = stream.vocabulary - sum(i < stream.vocabulary for i in self.forbidden)
+                limit = f"<= {allowed}, the allowed ids of stream {stream.name!r}"
+                advice = "lower k, or use the target `full`"
+                require(self.target.k <= allowed, "k", self.target.k, limit, advice)
+        return self
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> Self:
+        advice = "give a non-negative 63-bit integer"
+        require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)", advice)
+        advice = "give the seconds of audio per decoding step"
+        require(self.timestep_s > 0, "timestep_s", self.timestep_s, "> 0", advice)
+        return self
+
+
+def changed_fields(ours: Record, theirs: Record) -> dict[str, tuple[Any, Any]]:
+    """Top-level fields in which two records of one class differ, with both JSON values."""
+    mine, other = ours.model_dump(mode="json"), theirs.model_dump(mode="json")
+    return {name: (mine[name], other[name]) for name in mine if mine[name] != other[name]}
