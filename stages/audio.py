@@ -1,0 +1,84 @@
+"""Reading, resampling, trimming and writing of single-channel audio."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+from torchaudio.functional import resample as sinc_resample
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+"""File endings that are looked for, in this order."""
+
+ENVELOPE_HZ = 100
+"""Resolution of the level envelope that silence is measured on."""
+
+
+class AudioError(Exception):
+    """Audio that cannot be read or used; the message is the reason, without the file's name."""
+
+
+def read_audio(source: Path | bytes) -> tuple[Tensor, int]:
+    """Read a file, or the bytes of one, as one channel.
+
+    Returns the waveform [samples] float32 in -1..1 (channels averaged) and its rate in Hz.
+    Raises AudioError when the audio is unreadable, empty or not finite.
+    """
+    try:
+        with soundfile.SoundFile(
+            io.BytesIO(source) if isinstance(source, bytes) else source
+        ) as file:
+            samples, rate_hz = file.read(dtype="float32", always_2d=True), file.samplerate
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise AudioError(f"unreadable audio: {getattr(error, 'error_string', error)}") from error
+    if not len(samples):
+        raise AudioError("empty audio: 0 samples")
+    if not np.isfinite(samples).all():
+        raise AudioError("audio holds NaN or infinity")
+    return torch.from_numpy(samples.mean(axis=1)), rate_hz
+
+
+def resample(waveform: Tensor, rate_hz: int, target_hz: int) -> Tensor:
+    """Change the rate of a waveform [..., samples] by windowed-sinc interpolation."""
+    if rate_hz == target_hz:
+        return waveform
+    return sinc_resample(waveform, rate_hz, target_hz, lowpass_filter_width=32, rolloff=0.95)
+
+
+def trim_silence(waveform: Tensor, rate_hz: int, below_peak_db: float, keep_s: float) -> Tensor:
+    """Cut what lies before and after the speech of a waveform [samples].
+
+    Speech begins and ends where the level of 10 ms comes within `below_peak_db` of the loudest
+    10 ms; `keep_s` seconds around it stay. A silent waveform is returned as it is.
+    """
+    window = max(1, rate_hz // ENVELOPE_HZ)
+    count = -(-len(waveform) // window)
+    padded = torch.nn.functional.pad(waveform, (0, count * window - len(waveform)))
+    power = padded.view(count, window).square().mean(dim=1)
+    loud = torch.nonzero(power > power.max() * 10 ** (-below_peak_db / 10)).flatten()
+    if not len(loud):
+        return waveform
+    keep = round(keep_s * rate_hz)
+    start = max(0, int(loud[0]) * window - keep)
+    return waveform[start : (int(loud[-1]) + 1) * window + keep]
+
+
+def level_dbfs(waveform: Tensor) -> float:
+    """Root-mean-square level of a waveform [samples] in dB of full scale; -inf for silence."""
+    return float(10 * torch.log10(waveform.double().square().mean()))
+
+
+def set_level(waveform: Tensor, target_dbfs: float) -> Tensor:
+    """Scale a waveform [samples] to an RMS level, lower where its peak would exceed 0.99."""
+    gain = 10 ** ((target_dbfs - level_dbfs(waveform)) / 20)
+    return waveform * min(gain, 0.99 / float(waveform.abs().max()))
+
+
+def write_wav(path: Path, waveform: Tensor | np.ndarray, rate_hz: int) -> None:
+    """Write a waveform [samples] in -1..1 as 16-bit WAV; samples beyond full scale are clipped."""
+    samples = np.asarray(waveform, dtype=np.float32).clip(-1.0, 1.0)
+    soundfile.write(path, samples, rate_hz, subtype="PCM_16", format="WAV")
