@@ -1,0 +1,381 @@
+"""Settings of the stages: frozen records whose field docstrings are the help text.
+
+Nothing here imports torch, so that reading a configuration stays fast.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from store.schema import Guidance, Record, Sampler, Target, TopK
+
+FamilyName = Literal["codec_lm"]
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class DatasetFacts(Record):
+    """What a model must know of a dataset before it can be built."""
+
+    alphabet: str
+    """Characters that a text may hold, in id order."""
+    speakers: tuple[str, ...]
+    """Names of the speakers, in id order."""
+    codebooks: Positive
+    """Codebooks of the audio codec."""
+    codes_per_codebook: Positive
+    """Entries of each codebook."""
+    frame_rate_hz: float
+    """Codec frames per second of audio."""
+    audio_codec: str
+    """Fingerprint of the audio codec, hexadecimal."""
+    context_frames: int = 0
+    """Codec frames of the context clip of a sample; 0 when samples have none."""
+
+
+class VoiceConfig(Record):
+    """One speaker of the demo corpus."""
+
+    speaker: str = Field(pattern=r"^[a-z0-9_]+$")
+    """Name in the speaker column: small letters, digits and underscores."""
+    engine: Literal["hibari", "flite"] = "hibari"
+    """Package that speaks: `hibari` comes with pip, `flite` with apt."""
+    voice: str = "heart"
+    """The engine's voice, such as hibari's `heart` or flite's `rms`."""
+    pitch: float = Field(1.0, ge=0.5, le=2.0)
+    """Factor on pitch and formants together; 0.8 makes another, larger person of the voice."""
+
+
+class VoicesConfig(Record):
+    """The demo corpus: sentences of a closed grammar, each spoken by every voice."""
+
+    voices: Annotated[tuple[VoiceConfig, ...], Field(min_length=1)] = (
+        VoiceConfig(speaker="heart"),
+        VoiceConfig(speaker="deep", pitch=0.8),
+    )
+    """Who speaks."""
+    sentences: Positive = 1300
+    """Different sentences, over all splits."""
+    seed: int = 0
+    """Chooses the sentences and the voices' noise."""
+    processes: Positive = 2
+    """Processes that speak; they change nothing but the time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        speakers = [voice.speaker for voice in self.voices]
+        if len(set(speakers)) < len(speakers):
+            raise ValueError(f"voices={speakers} names a speaker twice; give each its own name")
+        return self
+
+
+class FitAudioCodecConfig(Record):
+    """A residual vector quantiser over log-mel spectra, fitted on the train split."""
+
+    kind: Literal["fit"] = "fit"
+    sample_rate_hz: Positive = 22050
+    """Rate of the audio that is encoded and decoded."""
+    hop: Positive = 256
+    """Audio samples between two mel spectra."""
+    mels: Positive = 80
+    """Mel bands from 0 to 8 kHz, or to half the sample rate where that is less."""
+    mels_per_frame: Positive = 2
+    """Consecutive mel spectra that one codec frame holds."""
+    floor: float = Field(1e-5, gt=0)
+    """Least mel magnitude that is told from silence."""
+    codebooks: Positive = 8
+    """Codebooks, each on what the earlier ones left over."""
+    codes_per_codebook: Annotated[int, Field(ge=2, le=65534)] = 256
+    """Entries of each codebook."""
+    iterations: Positive = 12
+    """Rounds of k-means per codebook."""
+    minutes: float = Field(60.0, gt=0)
+    """Audio that is learned from, in minutes; a fixed choice of clips is taken from more."""
+    seed: int = 0
+    """Chooses the clips and the first centroids."""
+
+
+class LoadAudioCodecConfig(Record):
+    """An audio codec that was fitted before."""
+
+    kind: Literal["load"]
+    path: Path
+    """Its folder, such as another dataset's `audio_codec`."""
+
+
+AudioCodecConfig = Annotated[FitAudioCodecConfig | LoadAudioCodecConfig, Field(discriminator="kind")]
+
+
+class TrimConfig(Record):
+    """Which silence is cut from both ends of a clip."""
+
+    below_peak_db: float = Field(40.0, gt=0)
+    """Speech is what comes this close to the loudest 10 ms of the clip, in dB."""
+    keep_s: float = Field(0.05, ge=0)
+    """Seconds kept before and after the speech."""
+
+
+class PrepareConfig(Record):
+    """From a recorded folder, or the demo corpus, to a dataset of codes."""
+
+    source: Path | None = None
+    """Folder with metadata.csv or metadata.parquet, or a .parquet file; null takes `voices`."""
+    voices: VoicesConfig | None = None
+    """The demo corpus to speak where there is no `source`."""
+    single_speaker: str | None = None
+    """Speaker of every clip; null reads the speaker column of the source."""
+    audio_codec: AudioCodecConfig = FitAudioCodecConfig()
+    """The audio codec: fitted here, or loaded."""
+    alphabet: str | None = None
+    """Characters that a normalised text may hold; null takes those of the train texts."""
+    min_duration_s: float = Field(0.3, gt=0)
+    """Shortest clip that is accepted, in seconds after trimming."""
+    max_duration_s: float = Field(20.0, gt=0)
+    """Longest clip that is accepted, in seconds after trimming."""
+    silence_dbfs: float = -60.0
+    """Clips whose level lies below are rejected as silent, in dB of full scale."""
+    trim: TrimConfig | None = TrimConfig()
+    """Silence cut from both ends; null keeps it."""
+    level_dbfs: float | None = Field(-23.0, lt=0)
+    """RMS level that clips are brought to, in dB of full scale; null keeps their own."""
+    dev_texts: int = Field(40, ge=0)
+    """Different texts whose clips form the dev split."""
+    test_texts: int = Field(60, ge=0)
+    """Different texts whose clips form the test split."""
+    context_s: float = Field(0.0, ge=0)
+    """Seconds of another train clip of the speaker that go with each sample; 0 for none."""
+    seed: int = 0
+    """Chooses the splits and the context clips."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.source is None) == (self.voices is None):
+            raise ValueError("give exactly one of source (a recorded folder) and voices (the demo)")
+        if self.max_duration_s <= self.min_duration_s:
+            raise ValueError(
+                f"max_duration_s={self.max_duration_s} must be above "
+                f"min_duration_s={self.min_duration_s}"
+            )
+        return self
+
+
+class LocalTransformerConfig(Record):
+    """The autoregressive transformer over the codebooks of one timestep."""
+
+    d_model: Positive = 256
+    """Width, in features."""
+    layers: Positive = 1
+    """Layers."""
+    heads: Positive = 4
+    """Attention heads."""
+
+
+class ExpertsConfig(Record):
+    """Mixture-of-experts feed-forward of the decoder."""
+
+    experts: Annotated[int, Field(ge=2)] = 8
+    """Experts per layer."""
+    active: Positive = 2
+    """Experts that each position visits."""
+    routing: Literal["top_k", "sinkhorn"] = "top_k"
+    """How training assigns positions to experts; inference always takes the top ones."""
+    balance_weight: float = Field(0.01, ge=0.0)
+    """Weight of the load-balancing loss (0 with sinkhorn)."""
+    z_weight: float = Field(0.001, ge=0.0)
+    """Weight of the router z loss."""
+
+
+class CodecLMConfig(Record):
+    """Architecture of the family `codec_lm`."""
+
+    family: Literal["codec_lm"] = "codec_lm"
+    d_model: Positive = 768
+    """Width of encoder and decoder, in features."""
+    heads: Positive = 12
+    """Attention heads; must divide `d_model`."""
+    text_layers: Positive = 6
+    """Layers of the text encoder."""
+    decoder_layers: Positive = 12
+    """Layers of the causal decoder."""
+    context_layers: Positive = 1
+    """Layers of the context encoder; used when samples carry context codes."""
+    feed_forward: Positive = 3072
+    """Width of the feed-forward (of one expert when there are experts), in features."""
+    dropout: Share = 0.1
+    """Dropout share in training."""
+    code_noise: Share = 0.0
+    """Share of input codes replaced at random while a teacher is fitted."""
+    frames_per_step: Literal[1, 2, 4] = 1
+    """Codec frames that one decoding step predicts (frame stacking)."""
+    max_timesteps: Positive = 2048
+    """Longest sequence, in decoding steps."""
+    max_characters: Positive = 1024
+    """Longest text, in characters."""
+    local_transformer: LocalTransformerConfig | None = None
+    """Autoregression over codebooks within a timestep; none when null."""
+    experts: ExpertsConfig | None = None
+    """Mixture of experts in place of the dense feed-forward; none when null."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.d_model % self.heads:
+            raise ValueError(
+                f"heads={self.heads} does not divide d_model={self.d_model}; choose a divisor"
+            )
+        return self
+
+
+ModelConfig = CodecLMConfig
+
+
+class OptimizerConfig(Record):
+    """The training loop that `fit` and `train` share."""
+
+    steps: Positive
+    """Optimizer steps."""
+    batch_size: Positive = 16
+    """Sequences per optimizer step, over all processes and accumulation steps."""
+    micro_batch_size: Positive | None = None
+    """Sequences per forward pass and process; null takes the whole share of a process at once."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    final_learning_rate_share: Share = 0.05
+    """Share of the peak that the cosine ends at."""
+    warmup_steps: int = Field(100, ge=0)
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Moment decay of AdamW."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay per step of an exponential moving average of the weights; the average is saved."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; weights and losses stay fp32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    checkpoint_every: Positive = 500
+    """Optimizer steps between checkpoints."""
+    log_every: Positive = 20
+    """Optimizer steps between lines of the log."""
+    processes: Positive = 1
+    """Processes that `run` starts on this machine (data parallel)."""
+    device: str = "auto"
+    """Torch device; `auto` takes CUDA where it is present."""
+
+
+class FitConfig(Record):
+    """Training of a teacher by cross entropy on the dataset's own codes."""
+
+    optimizer: OptimizerConfig
+    condition_dropout: Share = 0.1
+    """Share of samples trained without their conditions; guidance needs more than 0."""
+    alignment_weight: float = Field(0.0, ge=0)
+    """Weight of the diagonal attention loss that speeds up the alignment of text and codes."""
+    alignment_steps: Positive | None = None
+    """Optimizer steps after which the alignment loss is gone; null keeps it to the end."""
+    dev_batches: Positive = 4
+    """Batches of the dev split whose loss is reported at every checkpoint."""
+
+
+class RolloutConfig(Record):
+    """Stage one: what the teacher predicts, and how it is stored."""
+
+    source: Literal["teacher", "dataset", "student"] = "teacher"
+    """Whose codes are scored: drawn under guidance, the recording's own, or a student's."""
+    student: str | None = None
+    """Name of the student that draws the codes when `source` is `student`."""
+    split: str = "train"
+    """Split of the dataset that is rolled out."""
+    samples: Positive | None = None
+    """Samples taken from the split, from its start; null takes all."""
+    variations: Positive = 1
+    """Rollouts per sample."""
+    first_variation: int = Field(0, ge=0)
+    """Index of the first variation; a later on-policy round starts after the earlier ones."""
+    guidance: Guidance = Guidance(scale=2.5)
+    """Guidance of the targets, and of drawing when the source is the teacher."""
+    sampler: Sampler
+    """How codes are drawn; it never changes the stored targets."""
+    target: Target = TopK(kind="top_k", k=64)
+    """What is stored per timestep and stream."""
+    rollouts_per_shard: Positive = 256
+    """Rollouts per shard, the unit of commit and of resumption."""
+    batch_size: Positive = 32
+    """Rollouts generated together; part of the plan of a reproducible store."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Weights and arithmetic of the teacher."""
+    processes: Positive = 1
+    """Processes that `run` starts on this machine."""
+    device: str = "auto"
+    """Torch device; `auto` takes CUDA where it is present."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.source == "student") != (self.student is not None):
+            raise ValueError(
+                f"source={self.source!r} with student={self.student!r}: name the student exactly "
+                "when source is 'student'"
+            )
+        return self
+
+
+class LossConfig(Record):
+    """Terms of the distillation loss; a weight of 0 leaves a term out."""
+
+    kl: float = Field(1.0, ge=0)
+    """Weight of the forward KL with tail."""
+    ce: float = Field(0.0, ge=0)
+    """Weight of the cross entropy on the drawn codes."""
+    nrmse: float = Field(0.0, ge=0)
+    """Weight of the normalised error of the logits; a `top_k` store needs `moments`."""
+    temperature: float = Field(1.0, gt=0)
+    """Distillation temperature; the store's manifest must list it."""
+    local: float = Field(1.0, ge=0)
+    """Weight of the streams of the local transformer, relative to the decoder's own."""
+    local_start_step: int = Field(0, ge=0)
+    """Optimizer step at which the local transformer's loss begins."""
+    local_ramp_steps: int = Field(0, ge=0)
+    """Optimizer steps over which that loss grows to its weight."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kl == self.ce == self.nrmse == 0:
+            raise ValueError("kl, ce and nrmse are all 0, so nothing would be learned; set one")
+        return self
+
+
+class InitConfig(Record):
+    """Where the weights of a student come from."""
+
+    kind: Literal["fresh", "checkpoint", "teacher"] = "fresh"
+    """`fresh` draws them, `checkpoint` loads `path`, `teacher` copies from the teacher's file."""
+    path: Path | None = None
+    """Checkpoint folder, for `checkpoint`."""
+    layers: tuple[int, ...] | None = None
+    """Decoder layers of the teacher to keep, in order, for `teacher`; null spreads them evenly."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.kind == "checkpoint") != (self.path is not None):
+            raise ValueError(
+                f"kind={self.kind!r} with path={self.path}: give a path exactly for 'checkpoint'"
+            )
+        return self
+
+
+class TrainConfig(Record):
+    """Stage two: one student and how it learns from the store."""
+
+    model: ModelConfig
+    """Architecture of the student; codebooks and frame stacking must be the teacher's."""
+    init: InitConfig = InitConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig
+    buffer_shards: Positive = 4
+    """Shards that are shuffled together."""

@@ -1,0 +1,90 @@
+"""This process's place among the data-parallel processes of a stage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stages.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank of this process and how many there are, from the variables that torchrun sets."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def totals(self, *values: float) -> list[float]:
+        """Sum each number over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """Return `module` with gradients averaged over all processes."""
+        if self.world_size == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(module)
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def place(device: str) -> Iterator[Place]:
+    """Join the process group that the environment describes, for the length of the block.
+
+    One CPU thread per process unless OMP_NUM_THREADS says otherwise: two processes of one thread
+    do about twice the work of one process with two, and results do not depend on core counts.
+    """
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    target = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if world_size == 1:
+        yield Place(0, 1, target)
+        return
+    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+    try:
+        yield Place(rank, world_size, target)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the torch device for a setting; `auto` is this rank's CUDA device, or the CPU."""
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is not a torch device: use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA device "
+            "here: set device: auto or cpu, or install a CUDA build and driver"
+        )
+    return device
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """Most bytes this process held on the device; 0 on the CPU, where resident memory counts."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+

@@ -1,0 +1,146 @@
+"""What a model family must be able to do, and the one place that finds a family by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from stages.config import FamilyName
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from stages.sampling import RolloutPolicy
+    from store.schema import Stream
+
+Sample = Mapping[str, Any]
+"""One row of samples.parquet: `sample_id` and the conditioning columns that a family reads."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a teacher predicted at one timestep for the rollouts that are still running."""
+
+    rows: Tensor
+    """[b] int64: which samples of the batch these are."""
+    timestep: int
+    """Decoding step, counted from 0."""
+    codes: Tensor
+    """[b, C] int64: the codes drawn."""
+    logits: Tensor
+    """[b, C, V] float32: guided, before forbidden ids are masked and before any filter."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Teacher-forced predictions of a batch."""
+
+    logits: Tensor
+    """[B, T, C, V]: `logits[:, t]` predicts `codes[:, t]`."""
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    """Auxiliary losses of the model itself, already weighted (mixture-of-experts balance, ...)."""
+
+
+class Family(Protocol):
+    """A model together with everything that only it knows: conditions, layout, decoding.
+
+    Teacher and student are the same class; `load` and `build` decide dtype and device once.
+    """
+
+    module: nn.Module
+    """The bare model, whose parameters are saved."""
+    network: nn.Module
+    """What `score` calls, once per pass: the module, or its compiled or data-parallel form."""
+    streams: tuple[Stream, ...]
+    forbidden: tuple[int, ...]
+    end_id: int | None
+    timestep_s: float
+    conditions: tuple[str, ...]
+    condition_dropout: float
+    """Share of training samples whose conditions were dropped; guidance needs more than 0."""
+
+    @classmethod
+    def build(cls, config: Any, facts: Mapping[str, Any], *, seed: int) -> Self:
+        """Build a model with fresh weights for a dataset's facts (alphabet, speakers, codes)."""
+        ...
+
+    @classmethod
+    def load(cls, path: Path, *, device: str, dtype: torch.dtype) -> Self:
+        """Load what `save` wrote."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write weights (safetensors) and configuration (JSON) into the folder `path`."""
+        ...
+
+    def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
+        """Copy weights from a checkpoint file without building its model."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Sha256 over configuration and weights, hexadecimal."""
+        ...
+
+    def tokenizer_fingerprint(self) -> str:
+        """Sha256 over whatever turns conditions into ids, hexadecimal."""
+        ...
+
+    def timesteps(self, sample: Sample) -> int:
+        """Timesteps that the sample's own recording has, end block included."""
+        ...
+
+    def reference_codes(self, sample: Sample) -> Tensor:
+        """[T, C] int64: the recording's own codes with the end block, in this family's layout."""
+        ...
+
+    def frames(self, codes: Tensor) -> Tensor:
+        """[F, codebooks] int64: the audio codec's frames of `codes` [T, C], without the end."""
+        ...
+
+    def rollout(
+        self, samples: Sequence[Sample], policy: RolloutPolicy, cfg_scale: float
+    ) -> Iterator[Step]:
+        """Generate under guidance, one `Step` per timestep; finished rows leave the batch."""
+        ...
+
+    def score(
+        self,
+        samples: Sequence[Sample],
+        codes: Tensor,
+        lengths: Tensor,
+        *,
+        cfg_scale: float = 1.0,
+        unconditional: Tensor | None = None,
+        alignment: bool = False,
+    ) -> Scores:
+        """Predict every timestep of given codes in one parallel pass.
+
+        `codes` [B, T, C] int64, `lengths` [B] int64; what lies beyond a length is never read.
+        With `cfg_scale` other than 1 both branches are computed and mixed (no gradients wanted);
+        `unconditional` [B] bool drops the conditions of the marked samples (condition dropout);
+        `alignment` asks for the loss "alignment", where the family has one.
+        """
+        ...
+
+
+def load_family(name: FamilyName) -> type[Family]:
+    """Import the family `name`; raises `UserError` with the pip command if a package is missing."""
+    module_name, class_name, extra = {
+        "codec_lm": ("stages.families.codec_lm", "CodecLM", None),
+    }[name]
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise
+        raise UserError(
+            f"family {name!r} needs the package {error.name!r}, which is not installed: "
+            f"pip install 'foretell[{extra}]'"
+        ) from error
+    family: type[Family] = getattr(module, class_name)
+    return family

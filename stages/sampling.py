@@ -1,0 +1,171 @@
+"""How codes are drawn during a rollout, and when a rollout ends."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from store.schema import Sampler
+
+RUNNING, END, TRUNCATED, LIMIT = range(4)
+STOP_REASONS = {END: "end", TRUNCATED: "truncated", LIMIT: "max_timesteps"}
+"""`end`: the end id; `truncated`: a multiple of the reference; `max_timesteps`: the limit."""
+
+
+def keyed_generator(*key: object) -> np.random.Generator:
+    """Return the counter-based generator that belongs to a key, and to nothing else.
+
+    The key is any tuple of strings and integers, such as (seed, sample_id, variation). It is
+    hashed with sha256 into the key of a Philox generator, so that draws depend neither on the
+    rank, nor on the batch, nor on the time. Source: Salmon et al., Parallel Random Numbers (2011).
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def keyed_seed(*key: object) -> int:
+    """Return a 63-bit seed for torch that belongs to a key."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def mask_forbidden(logits: Tensor, forbidden: Sequence[int]) -> Tensor:
+    """Return `logits` [..., V] with -inf at the forbidden ids, which both models mask alike."""
+    if not forbidden:
+        return logits
+    index = torch.as_tensor(forbidden, device=logits.device)
+    return logits.index_fill(-1, index, float("-inf"))
+
+
+def filtered(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None):
+    """Return the candidates that the filters leave, most likely first.
+
+    `logits` is [..., V]. Returns probabilities [..., k] float32, falling and summing to 1, and
+    their ids [..., k]. Top-k acts before temperature, top-p after it (Holtzman et al.,
+    1904.09751): the first candidate is always kept.
+    """
+    k = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
+    values, ids = logits.float().topk(k, dim=-1)
+    probabilities = (values / temperature).softmax(-1)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities, ids
+
+
+def draw(probabilities: Tensor, ids: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one id per row by inverting the cumulative distribution.
+
+    `probabilities` and `ids` are [..., k] as `filtered` returns them, `uniforms` is [...] in
+    [0, 1). Returns [...] int64; a candidate of probability 0 is never drawn.
+    """
+    cumulative = probabilities.cumsum(-1)
+    threshold = (uniforms * cumulative[..., -1]).unsqueeze(-1)
+    rank = (cumulative <= threshold).sum(-1, keepdim=True)
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    return ids.gather(-1, torch.minimum(rank, last)).squeeze(-1)
+
+
+class RolloutPolicy:
+    """Draws the codes of one batch of rollouts and decides when each of them ends.
+
+    A family calls `draw` once per timestep, or once per group of streams, and then `end`. Every
+    rollout has its own table of uniform numbers, so what it draws does not depend on its
+    neighbours in the batch.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        keys: Sequence[tuple[str, int]],
+        *,
+        seed: int,
+        streams: int,
+        forbidden: Sequence[int],
+        end_id: int | None,
+        reference_timesteps: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.sampler = sampler
+        self.forbidden = tuple(forbidden)
+        self.end_id = end_id
+        shape = (sampler.max_timesteps, streams)
+        tables = [
+            keyed_generator(seed, *key).random(shape, dtype=np.float32) for key in keys
+        ]
+        self._uniforms = torch.from_numpy(np.stack(tables)).to(device)
+        self._last_timestep = torch.tensor(
+            [self._truncation(reference) for reference in reference_timesteps], device=device
+        )
+        self.stop = torch.full((len(keys),), RUNNING, dtype=torch.int8, device=device)
+        """[B] why each rollout ended; 0 while it runs."""
+
+    def _truncation(self, reference: int) -> int:
+        multiple = self.sampler.reference_multiple
+        if multiple is None:
+            return self.sampler.max_timesteps
+        return max(round(multiple * reference), self.sampler.min_timesteps)
+
+    def _allowed(self, timestep: int) -> tuple[int, ...]:
+        if self.end_id is not None and timestep < self.sampler.min_timesteps:
+            return (*self.forbidden, self.end_id)
+        return self.forbidden
+
+    def draw(
+        self, rows: Tensor, timestep: int, logits: Tensor, streams: slice = slice(None)
+    ) -> Tensor:
+        """Draw codes [b, c] int64 from guided logits [b, c, V] of the streams given."""
+        masked = mask_forbidden(logits, self._allowed(timestep))
+        candidates = filtered(
+            masked, self.sampler.temperature, self.sampler.top_k, self.sampler.top_p
+        )
+        return draw(*candidates, self._uniforms[rows, timestep, streams])
+
+    def end(self, rows: Tensor, timestep: int, codes: Tensor, logits: Tensor) -> Tensor:
+        """Return which of `rows` end with this timestep, as [b] bool, and note why.
+
+        `codes` [b, C] are the drawn ones and `logits` [b, C, V] what they were drawn from. The
+        end id counts where it was drawn and where it is the most likely one, as NeMo's MagpieTTS
+        does (`argmax_or_multinomial_any`); `end_on` says in how many streams it must stand.
+        """
+        reason = torch.full_like(self.stop[rows], RUNNING)
+        reason[self._last_timestep[rows] <= timestep + 1] = TRUNCATED
+        if timestep + 1 >= self.sampler.max_timesteps:
+            reason[:] = LIMIT
+        if self.end_id is not None and timestep >= self.sampler.min_timesteps:
+            reason[self._ended(codes, logits)] = END
+        self.stop[rows] = reason
+        return reason != RUNNING
+
+    def _ended(self, codes: Tensor, logits: Tensor) -> Tensor:
+        likeliest = mask_forbidden(logits, self.forbidden).argmax(-1)
+        votes = (codes == self.end_id) | (likeliest == self.end_id)
+        match self.sampler.end_on:
+            case "any":
+                return votes.any(-1)
+            case "first":
+                return votes[:, 0]
+            case "majority":
+                return votes.sum(-1) * 2 > votes.shape[-1]
+
+    def stop_reason(self, row: int) -> str:
+        """Why rollout `row` ended: `end`, `truncated` or `max_timesteps`."""
+        return STOP_REASONS[int(self.stop[row])]
+
+    def weight(self, row: int, timesteps: int, reference_timesteps: int) -> float:
+        """Weight of a rollout in training, from why it ended and how long it became.
+
+        A rollout cut short teaches little about how speech ends; one far shorter or longer than
+        its reference is probably wrong (NeMo's MagpieTTS truncation and rejection weights).
+        """
+        sampler = self.sampler
+        too_short, too_long = sampler.too_short_multiple, sampler.too_long_multiple
+        if too_short is not None and timesteps < too_short * reference_timesteps:
+            return sampler.rejected_weight
+        if too_long is not None and timesteps > too_long * reference_timesteps:
+            return sampler.rejected_weight
+        return 1.0 if int(self.stop[row]) == END else sampler.truncated_weight

@@ -1,0 +1,134 @@
+"""Stage two: a student learns from a store; no teacher is ever loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from stages.config import TrainConfig
+from stages.data import StoreBatches, TargetBatch
+from stages.distributed import Place
+from stages.errors import UserError
+from stages.family import Family
+from stages.interruption import StopRequest
+from stages.losses import distillation_terms
+from stages.optimization import Objective, attach, optimize
+from store import PredictionStore
+from store.schema import Manifest
+
+
+def train(
+    family: Family,
+    store: PredictionStore,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    seed: int,
+    identity: str,
+    place: Place,
+    stop: StopRequest,
+) -> bool:
+    """Train a student on every rollout of a store and save it into `folder`.
+
+    Vocabulary, forbidden ids, guidance and temperatures come from the store's manifest; a student
+    that does not match it is refused with `UserError`. Resumes from the newest checkpoint.
+    Returns False when `stop` was requested first.
+    """
+    require_match(family, store.manifest)
+    require_complete(store)
+    learner = TargetLearner(family, store, config, seed, place)
+    network = attach(family, config.optimizer, place)
+    finished = optimize(
+        family.module,
+        network,
+        learner,
+        config.optimizer,
+        folder,
+        seed=seed,
+        identity=identity,
+        place=place,
+        stop=stop,
+    )
+    if finished and place.leads:
+        family.save(folder)
+    return finished
+
+
+def require_match(family: Family, manifest: Manifest) -> None:
+    """Refuse a student that the store's predictions cannot teach."""
+    differences = {
+        "streams": (_streams(family.streams), _streams(manifest.streams)),
+        "forbidden ids": (family.forbidden, manifest.forbidden),
+        "end id": (family.end_id, manifest.end_id),
+        "tokenizer": (family.tokenizer_fingerprint(), manifest.fingerprints.tokenizer),
+    }
+    for what, (student, stored) in differences.items():
+        if student != stored:
+            raise UserError(
+                f"the student's {what} ({student}) differ from the store's ({stored}, in "
+                "manifest.json): give the student the teacher's codebooks, frame stacking, local "
+                "transformer and alphabet, or roll out with a teacher that has the student's"
+            )
+
+
+def _streams(streams: Sequence) -> str:  # type: ignore[type-arg]
+    return ", ".join(f"{s.name}:{s.vocabulary}" for s in streams)
+
+
+def require_complete(store: PredictionStore) -> None:
+    """Refuse a store whose plan is not fully committed."""
+    missing = store.missing()
+    if missing:
+        raise UserError(
+            f"{store.path} lacks {len(missing)} of {store.planned_shards} shards (first: "
+            f"{missing[0]:05d}), so stage one is not finished: run `foretell rollout` with the "
+            "same configuration, then train again"
+        )
+
+
+class TargetLearner:
+    """The distillation loss over stored targets."""
+
+    def __init__(
+        self, family: Family, store: PredictionStore, config: TrainConfig, seed: int, place: Place
+    ) -> None:
+        self._family, self._config = family, config
+        self._forbidden = store.manifest.forbidden
+        self._local = torch.tensor(
+            [stream.group == "local" for stream in family.streams], device=place.device
+        )
+        self._batches = StoreBatches(store, config, seed, place)
+
+    def batches(self, position: int) -> Sequence[TargetBatch]:
+        """Return this process's micro-batches of the global batch that starts at `position`."""
+        return self._batches.batches(position)
+
+    def objective(self, step: int, batch: TargetBatch) -> Objective:
+        """Return the weighted loss terms of a micro-batch and the model's own losses."""
+        scores = self._family.score(batch.samples, batch.codes, batch.lengths)
+        weights = batch.element_weights * self._stream_weights(step)
+        loss = self._config.loss
+        terms = distillation_terms(
+            scores.logits, batch.target, batch.codes, weights, self._forbidden, loss
+        )
+        scale = {"kl": loss.kl, "ce": loss.ce, "nrmse": loss.nrmse}
+        total = torch.stack([scale[name] * term for name, term in terms.items()]).sum()
+        for name, auxiliary in scores.losses.items():
+            terms[name] = auxiliary * batch.weight
+            total = total + terms[name]
+        return Objective(total, terms)
+
+    def _stream_weights(self, step: int) -> torch.Tensor:
+        """[C]: 1 for the decoder's streams; the local transformer's start late and ramp up."""
+        loss = self._config.loss
+        ramp = (step - loss.local_start_step) / max(loss.local_ramp_steps, 1)
+        local = loss.local * min(max(ramp, float(loss.local_ramp_steps == 0)), 1.0)
+        if step < loss.local_start_step:
+            local = 0.0
+        return torch.where(self._local, local, 1.0)
+
+    def validate(self) -> Mapping[str, float]:
+        """Report nothing: what a student is worth is measured by `evaluate`, on held-out data."""
+        return {}
