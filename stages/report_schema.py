@@ -1,0 +1,253 @@
+"""The records of report.json: what an evaluation found, and nothing that only a page needs."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from stages.publish import replace_file
+from stages.training_log import read_log
+from store.schema import Record
+
+SYSTEMS = ("codec_copy", "teacher_guided", "teacher_unguided", "student")
+"""Systems with a fixed name, in the order in which they are shown."""
+
+NOT_LOSSES = ("step", "learning_rate", "gradient_norm", "steps_per_s", "data_wait_share")
+"""Fields of a training log that are no loss terms."""
+
+
+class Metric(Record):
+    """A measured number with its 95 % interval, or an exact one without."""
+
+    value: float
+    """The number itself, over all samples."""
+    low: float | None = None
+    """Lower end of the interval; null where none makes sense."""
+    high: float | None = None
+    """Upper end of the interval; null where none makes sense."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"low={self.low} with high={self.high}: give both ends or neither")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low={self.low} lies above high={self.high}; swap them")
+        return self
+
+
+class System(Record):
+    """What was measured of one system; null where a metric does not apply or had no judge."""
+
+    wer: Metric | None = None
+    """Word error rate by the first recogniser: edits / reference words, over the corpus."""
+    cer: Metric | None = None
+    """Character error rate by the first recogniser."""
+    wer_second: Metric | None = None
+    """Word error rate by the second recogniser, of another family."""
+    cer_second: Metric | None = None
+    """Character error rate by the second recogniser."""
+    mos: Metric | None = None
+    """Predicted mean opinion score, 1 to 5."""
+    speaker_similarity: Metric | None = None
+    """Mean cosine between the speaker embeddings of the clip and of its recording."""
+    speaker_contrast: Metric | None = None
+    """Mean cosine between the embedding of the clip and recordings of the other speakers."""
+    duration_ratio: Metric | None = None
+    """Seconds generated per second of the recordings."""
+    repetition: Metric | None = None
+    """Words heard again directly after themselves, beyond the text's own, per reference word."""
+    ended: Metric | None = None
+    """Share of rollouts that ended by themselves."""
+    paired_kl: Metric | None = None
+    """Mean KL(guided teacher ‖ system) per timestep and stream on the same codes, in nats."""
+    paired_mse: Metric | None = None
+    """Mean squared error to the guided teacher's prediction on the same inputs."""
+    agreement: Metric | None = None
+    """Share of predictions whose most probable id is that of the guided teacher."""
+    rtf: Metric | None = None
+    """Real-time factor: seconds of decoding per second of audio."""
+    parameters: Metric | None = None
+    """Parameters of the model."""
+    passes: Metric | None = None
+    """Forward passes per timestep."""
+
+
+class StageCost(Record):
+    """What a stage took; every stage is a process of its own."""
+
+    wall_s: float = Field(ge=0)
+    """Seconds from start to end, over all attempts."""
+    peak_rss_bytes: int = Field(ge=0)
+    """Most resident memory, in bytes, summed over processes that ran together."""
+    peak_device_bytes: int = Field(0, ge=0)
+    """Most accelerator memory, in bytes, summed likewise; 0 without an accelerator."""
+
+
+class Comparison(Record):
+    """A paired difference `system - against` of one metric, on the same samples."""
+
+    metric: str
+    """Name of the metric, a field of `System`."""
+    system: str
+    """Name of the system."""
+    against: str
+    """Name of the system that it is compared with."""
+    difference: Metric
+    """Difference with its paired interval; one that holds 0 shows no difference."""
+
+
+class JudgeUse(Record):
+    """One judge that the configuration names."""
+
+    name: str
+    """Name of the judge."""
+    measures: tuple[str, ...]
+    """Metrics that it gives, fields of `System`."""
+    reason: str | None = None
+    """Why it gave none, such as a package that is not installed; null when it ran."""
+
+
+class AudioClip(Record):
+    """One utterance of one system."""
+
+    file: str
+    """Path of the wav file below the folder of report.json."""
+    heard: str | None = None
+    """What the first recogniser heard; null when none ran."""
+    edits: int | None = Field(None, ge=0)
+    """Word edits between the text and what was heard."""
+
+    @field_validator("file")
+    @classmethod
+    def _check_file(cls, file: str) -> str:
+        path = PurePosixPath(file)
+        if path.is_absolute() or ".." in path.parts or "\\" in file or not path.name:
+            raise ValueError(f"file={file!r} must be a relative path below the report's folder")
+        return file
+
+
+class AudioSample(Record):
+    """One held-out sentence as several systems speak it."""
+
+    sample_id: str
+    """Name of the sample."""
+    text: str
+    """Its text."""
+    speaker: str | None = None
+    """Its speaker."""
+    clips: dict[str, AudioClip]
+    """System name → what it said."""
+
+
+class Points(Record):
+    """A curve."""
+
+    steps: tuple[int, ...]
+    """Optimizer steps, rising."""
+    values: tuple[float, ...]
+    """One value per step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.steps) != len(self.values):
+            raise ValueError(f"{len(self.steps)} steps with {len(self.values)} values")
+        return self
+
+
+class Report(Record):
+    """report.json: one key per system (further students as `student_<name>`) and the rest."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, System]
+
+    format_version: Literal[1] = 1
+    """Version of this layout."""
+    run: str
+    """Name of the run."""
+    samples: int = Field(ge=0)
+    """Held-out samples that every system spoke."""
+    sentences: int = Field(ge=0)
+    """Different texts among them: the units that the bootstrap draws."""
+    codec_copy: System | None = None
+    """The recordings through the audio codec: the ceiling of everything else."""
+    teacher_guided: System | None = None
+    """The teacher as it was distilled."""
+    teacher_unguided: System | None = None
+    """The same teacher without guidance."""
+    student: System | None = None
+    """The first student."""
+    stages: dict[str, StageCost] = Field(default_factory=dict)
+    """Stage name → cost, in the order in which they ran."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Paired differences."""
+    judges: tuple[JudgeUse, ...] = ()
+    """Judges that were asked for, first recogniser first."""
+    audio: tuple[AudioSample, ...] = ()
+    """A few samples to listen to."""
+    losses: dict[str, dict[str, Points]] = Field(default_factory=dict)
+    """Training run (`teacher`, `student`, ...) → loss term → curve."""
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
+    """The configuration of the run."""
+    fingerprints: dict[str, str] = Field(default_factory=dict)
+    """Hashes of teacher, tokenizer, audio codec, dataset, students."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Machine and versions on which times were taken."""
+    warnings: tuple[str, ...] = ()
+    """What a reader must know before believing the numbers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.__pydantic_extra__:
+            if not name.startswith("student_"):
+                raise ValueError(
+                    f"unknown key {name!r}: a system is one of {', '.join(SYSTEMS)} or "
+                    "student_<name>"
+                )
+        return self
+
+    @property
+    def systems(self) -> dict[str, System]:
+        """Systems that were evaluated, in the order in which they are shown."""
+        named = {name: getattr(self, name) for name in SYSTEMS}
+        return {name: system for name, system in named.items() if system} | self.__pydantic_extra__
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read report.json; raises pydantic's ValidationError where it has another shape."""
+        return cls.model_validate_json(path.read_bytes())
+
+    def write(self, path: Path) -> None:
+        """Write report.json at once or not at all; systems that do not exist are left out."""
+        absent = {name for name in SYSTEMS if getattr(self, name) is None}
+        replace_file(path, f"{self.model_dump_json(indent=1, exclude=absent)}\n".encode())
+
+
+def read_losses(path: Path, points: int = 300) -> dict[str, Points]:
+    """Read the loss terms of a training log, each thinned to at most `points` mean values.
+
+    `path` is a file of JSON lines with `step` and numbers; a missing file gives no curves.
+    """
+    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for line in read_log(path):
+        for name, value in line.items():
+            if name not in NOT_LOSSES and _is_finite(value):
+                curves[name].append((int(line["step"]), float(value)))
+    return {name: _thin(curve, points) for name, curve in curves.items()}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _thin(curve: list[tuple[int, float]], points: int) -> Points:
+    """Average runs of neighbours so that a long log stays small in a page."""
+    width = -(-len(curve) // points)
+    runs = [curve[start : start + width] for start in range(0, len(curve), width)]
+    return Points(
+        steps=tuple(run[-1][0] for run in runs),
+        values=tuple(math.fsum(value for _, value in run) / len(run) for run in runs),
+    )
