@@ -8,11 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from store.schema import Guidance, Record, Sampler, Target, TopK
+from store.schema import Full, Guidance, Record, Sampler, Target, TopK
 
 FamilyName = Literal["codec_lm"]
+
+JudgeName = Literal["whisper", "pocketsphinx", "distillmos", "resemblyzer"]
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -107,7 +109,9 @@ class LoadAudioCodecConfig(Record):
     """Its folder, such as another dataset's `audio_codec`."""
 
 
-AudioCodecConfig = Annotated[FitAudioCodecConfig | LoadAudioCodecConfig, Field(discriminator="kind")]
+AudioCodecConfig = Annotated[
+    FitAudioCodecConfig | LoadAudioCodecConfig, Field(discriminator="kind")
+]
 
 
 class TrimConfig(Record):
@@ -188,6 +192,17 @@ class ExpertsConfig(Record):
     z_weight: float = Field(0.001, ge=0.0)
     """Weight of the router z loss."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.active > self.experts:
+            raise ValueError(f"active={self.active} exceeds experts={self.experts}; lower it")
+        if self.routing == "sinkhorn" and self.balance_weight > 0:
+            raise ValueError(
+                f"routing='sinkhorn' balances by itself, so balance_weight={self.balance_weight} "
+                "must be 0; set it"
+            )
+        return self
+
 
 class CodecLMConfig(Record):
     """Architecture of the family `codec_lm`."""
@@ -225,6 +240,11 @@ class CodecLMConfig(Record):
         if self.d_model % self.heads:
             raise ValueError(
                 f"heads={self.heads} does not divide d_model={self.d_model}; choose a divisor"
+            )
+        if self.experts is not None and (self.d_model % 8 or self.feed_forward % 8):
+            raise ValueError(
+                f"with experts, d_model={self.d_model} and feed_forward={self.feed_forward} must "
+                "be multiples of 8, because the grouped product reads blocks of 16 bytes"
             )
         return self
 
@@ -379,3 +399,35 @@ class TrainConfig(Record):
     optimizer: OptimizerConfig
     buffer_shards: Positive = 4
     """Shards that are shuffled together."""
+
+
+class EvaluateConfig(Record):
+    """Comparison of codec copy, guided and unguided teacher and students on held-out samples."""
+
+    split: Literal["dev", "test"] = "test"
+    """Split of the dataset that is spoken and judged."""
+    samples: Positive | None = 120
+    """Samples taken from the split, from its start; null takes all."""
+    target: Target = Full(dtype="float32")
+    """What the reference store keeps of the guided teacher; `full` makes the divergence exact."""
+    judges: tuple[JudgeName, ...] = ("whisper", "pocketsphinx", "distillmos", "resemblyzer")
+    """Judges of the audio; the first recogniser gives `wer` and `cer`, the second `wer_second`."""
+    audio_samples: int = Field(10, ge=0)
+    """Samples to listen to in the report."""
+    bootstrap_draws: Annotated[int, Field(ge=100)] = 2000
+    """Draws of the 95 % intervals, over sentences."""
+    seed: int = Field(0, ge=0)
+    """Seed of the rollouts and of the bootstrap."""
+    batch_size: Positive = 32
+    """Rollouts decoded together; real-time factors are taken at this size."""
+    processes: Positive = 2
+    """Processes of one thread each that judge; they change nothing but the time."""
+    device: str = "auto"
+    """Torch device; `auto` takes CUDA where it is present."""
+
+    @field_validator("judges")
+    @classmethod
+    def _check_judges(cls, judges: tuple[JudgeName, ...]) -> tuple[JudgeName, ...]:
+        if len(set(judges)) < len(judges):
+            raise ValueError(f"judges={list(judges)} names a judge twice; name each once")
+        return judges
