@@ -1,0 +1,1 @@
+"""Model families; only `load_family` imports them."""

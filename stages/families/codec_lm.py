@@ -1,0 +1,335 @@
+"""The family `codec_lm`: a language model over the codes of a neural or classical audio codec.
+
+Of the shape of NVIDIA's MagpieTTS (text encoder, causal decoder with cross-attention, parallel
+codebook heads, optional local transformer and experts), written in plain torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from stages.config import CodecLMConfig, DatasetFacts
+from stages.errors import UserError
+from stages.families.codec_lm_checkpoint import (
+    inherited_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
+from stages.families.codec_lm_network import CodecLMNetwork, Conditions, DecoderState
+from stages.family import Sample, Scores, Step
+from stages.guidance import guide
+from stages.layout import FrameStacking
+from stages.sampling import RolloutPolicy
+from store.schema import Stream
+
+
+class CodecLM:
+    """A text-to-speech model that predicts all codebooks of a timestep in parallel.
+
+    `module` is the bare model; `network` is what `score` calls, and training may replace it by a
+    compiled or data-parallel form of `module`.
+    """
+
+    def __init__(
+        self,
+        network: CodecLMNetwork,
+        config: CodecLMConfig,
+        facts: DatasetFacts,
+        condition_dropout: float = 0.0,
+    ) -> None:
+        self.module = network
+        self.network: nn.Module = network
+        self.config = config
+        self.facts = facts
+        self.condition_dropout = condition_dropout
+        self.layout = FrameStacking(
+            codebooks=facts.codebooks,
+            frames_per_step=config.frames_per_step,
+            end_id=facts.codes_per_codebook + 1,
+        )
+        self.forbidden = (facts.codes_per_codebook,)
+        self.end_id: int | None = facts.codes_per_codebook + 1
+        self.timestep_s = config.frames_per_step / facts.frame_rate_hz
+        context = ("context_codes",) if facts.context_frames > 0 else ()
+        self.conditions = ("text", "speaker", *context)
+        groups = ("backbone", "local") if config.local_transformer else ("backbone",)
+        self.streams = tuple(
+            Stream(name=f"{group}.{i}", group=group, vocabulary=network.vocabulary)
+            for group in groups
+            for i in range(self.layout.streams)
+        )
+        self._characters = {character: i for i, character in enumerate(facts.alphabet)}
+        self._speakers = {name: i for i, name in enumerate(facts.speakers)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.module.null_text.device
+
+    @classmethod
+    def build(cls, config: CodecLMConfig, facts: Mapping[str, Any], *, seed: int) -> Self:
+        """Build a model on the CPU with fresh fp32 weights that belong to `seed`."""
+        known = DatasetFacts.model_validate(facts)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = CodecLMNetwork(config, known)
+            network.initialize()
+        return cls(network, config, known)
+
+    @classmethod
+    def load(cls, path: Path, *, device: str, dtype: torch.dtype) -> Self:
+        """Load what `save` wrote, in evaluation mode; raises UserError naming file and tensor."""
+        checkpoint = read_checkpoint(path)
+        with torch.device("meta"):
+            network = CodecLMNetwork(checkpoint.config, checkpoint.facts)
+        tensors = checkpoint.tensors(network, device=device, dtype=dtype)
+        network.load_state_dict(tensors, strict=True, assign=True)
+        family = cls(network, checkpoint.config, checkpoint.facts, checkpoint.condition_dropout)
+        family.module.eval()
+        return family
+
+    def save(self, path: Path) -> None:
+        """Write config.json and model.safetensors into the folder `path`."""
+        write_checkpoint(path, self._description(), self.module.state_dict())
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "facts": self.facts.model_dump(mode="json"),
+            "condition_dropout": self.condition_dropout,
+        }
+
+    def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
+        """Copy the weights of the checkpoint folder `path`, whose decoder may be deeper.
+
+        `layers` names the decoder layers to keep, in order; None spreads them evenly, the first and
+        the last among them. Raises UserError if any tensor or fact does not fit.
+        """
+        tensors = inherited_tensors(path, layers, self.module, self.facts)
+        self.module.load_state_dict(tensors, strict=True)
+
+    def fingerprint(self) -> str:
+        """Sha256 over configuration, facts and weights (in the order of their names)."""
+        digest = hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode())
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def tokenizer_fingerprint(self) -> str:
+        """Sha256 over alphabet and speakers, which turn text and speaker into ids."""
+        facts = [self.facts.alphabet, list(self.facts.speakers)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def timesteps(self, sample: Sample) -> int:
+        """Timesteps of the sample's own recording, end block included."""
+        return self.layout.timesteps(len(sample["codes"]) // self.facts.codebooks)
+
+    def reference_codes(self, sample: Sample) -> Tensor:
+        """The recording's own codes [T, C] int64; both groups of streams hold the same."""
+        codes = self._stack(sample["codes"])
+        return codes.repeat(1, len(self.streams) // self.layout.streams)
+
+    def frames(self, codes: Tensor) -> Tensor:
+        """The audio codec's frames [F, codebooks] int64 of `codes` [T, C]."""
+        return self.layout.decode(codes[:, : self.layout.streams])
+
+    def _stack(self, codes: Any) -> Tensor:
+        flat = torch.as_tensor(codes, dtype=torch.int64)
+        return self.layout.encode(flat.reshape(-1, self.facts.codebooks))
+
+    def _text_ids(self, sample: Sample) -> Tensor:
+        text = sample["text"]
+        unknown = sorted(set(text) - self._characters.keys())
+        if unknown:
+            raise UserError(
+                f"sample {sample['sample_id']!r}: text has characters outside the model's alphabet "
+                f"{self.facts.alphabet!r}: {''.join(unknown)!r}; remove them from the text, or "
+                "prepare a dataset with them and fit a teacher on it"
+            )
+        limit = self.config.max_characters
+        if not 1 <= len(text) <= limit:
+            raise UserError(
+                f"sample {sample['sample_id']!r}: text has {len(text)} characters, but the model "
+                f"takes 1 to {limit} (max_characters); split the text or raise the limit"
+            )
+        return torch.tensor([self._characters[character] for character in text])
+
+    def _speaker_id(self, sample: Sample) -> int:
+        try:
+            return self._speakers[sample["speaker"]]
+        except KeyError:
+            raise UserError(
+                f"sample {sample['sample_id']!r}: speaker {sample['speaker']!r} is not one of the "
+                f"model's speakers {list(self._speakers)}; use one of them"
+            ) from None
+
+    def _conditions(
+        self, samples: Sequence[Sample], unconditional: Tensor | None = None
+    ) -> Conditions:
+        """Turn the conditions of samples into padded tensors on the model's device."""
+        texts = [self._text_ids(sample) for sample in samples]
+        speakers = [self._speaker_id(sample) for sample in samples]
+        if unconditional is None:
+            unconditional = torch.zeros(len(samples), dtype=torch.bool)
+        contexts, lengths = self._contexts(samples)
+        return Conditions(
+            text=nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.device),
+            text_lengths=torch.tensor([len(text) for text in texts]).to(self.device),
+            speaker=torch.tensor(speakers).to(self.device),
+            unconditional=unconditional.to(self.device),
+            context=contexts,
+            context_lengths=lengths,
+        )
+
+    def _contexts(self, samples: Sequence[Sample]) -> tuple[Tensor | None, Tensor | None]:
+        if not self.module.has_context:
+            return None, None
+        contexts = [self._stack(sample["context_codes"]) for sample in samples]
+        self._check_timesteps(max(len(context) for context in contexts), "the longest context")
+        padded = nn.utils.rnn.pad_sequence(contexts, batch_first=True, padding_side="left")
+        lengths = torch.tensor([len(context) for context in contexts])
+        return padded.to(self.device), lengths.to(self.device)
+
+    def _check_timesteps(self, timesteps: int, what: str) -> None:
+        limit = self.config.max_timesteps
+        if timesteps > limit:
+            raise UserError(
+                f"{what} has {timesteps} timesteps, but the model takes {limit} at most "
+                "(max_timesteps of the model); shorten it or raise the limit"
+            )
+
+    @torch.no_grad()
+    def rollout(
+        self, samples: Sequence[Sample], policy: RolloutPolicy, cfg_scale: float
+    ) -> Iterator[Step]:
+        """Generate under guidance; sets the network to evaluation mode.
+
+        Each timestep computes only its own position; conditional and unconditional branch are one
+        batch (at scale 1 the conditional one alone), and rows that end leave it. The order of
+        `Step.rows` changes as rows end.
+        """
+        self._check_timesteps(policy.sampler.max_timesteps, "sampler.max_timesteps: a rollout")
+        self.module.eval()
+        branches = 1 if cfg_scale == 1.0 else 2
+        state = self.module.start(self._conditions(samples).branches(branches))
+        rows = torch.arange(len(samples), device=self.device)
+        shape = (len(samples), self.layout.streams)
+        previous = torch.full(shape, self.module.begin_id, device=self.device)
+        for timestep in range(policy.sampler.max_timesteps):
+            hidden = self.module.step(previous.repeat_interleave(branches, 0), timestep, state)
+            draw = _Draw(policy, rows, timestep, cfg_scale, branches)
+            codes, logits = self._draw_codes(hidden, draw)
+            running = ~policy.end(rows, timestep, codes, logits)
+            yield Step(rows, timestep, codes, logits)
+            previous = codes[:, : self.layout.streams]
+            if not running.all():
+                rows, previous = _drop(running, state, branches, rows, previous)
+            if len(rows) == 0:
+                return
+
+    def _draw_codes(self, hidden: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
+        """Draw the codes [b, C] of one timestep and return their guided logits [b, C, V]."""
+        network, local = self.module, self.module.local
+        logits = draw.guided(network.predict_parallel(hidden))
+        streams = self.layout.streams
+        if local is None:
+            return draw.codes(logits, slice(0, streams)), logits
+        predicted, states = local.start(hidden)
+        codes: list[Tensor] = []
+        guided = [logits]
+        for stream in range(streams):
+            if stream > 0:
+                embedded = network.embed_stream(codes[-1][:, 0], stream - 1)
+                embedded = embedded.repeat_interleave(draw.branches, 0)
+                predicted = local.step(embedded, stream, states)
+            guided.append(draw.guided(predicted.unsqueeze(1)))
+            place = slice(streams + stream, streams + stream + 1)
+            codes.append(draw.codes(guided[-1], place))
+        return torch.cat(codes, 1).repeat(1, 2), torch.cat(guided, 1)
+
+    def score(
+        self,
+        samples: Sequence[Sample],
+        codes: Tensor,
+        lengths: Tensor,
+        *,
+        cfg_scale: float = 1.0,
+        unconditional: Tensor | None = None,
+        alignment: bool = False,
+    ) -> Scores:
+        """Predict every timestep of `codes` [B, T, C] in one parallel pass.
+
+        `lengths` [B]; what lies beyond is never read. With `cfg_scale` other than 1 both branches
+        are one doubled batch. `losses` holds `experts`, already weighted, where the model has
+        them, and with `alignment` the raw diagonal attention loss under that name.
+        """
+        self._check_timesteps(codes.shape[1], "the longest sequence of the batch")
+        conditions = self._conditions(samples, unconditional)
+        codes = codes[..., : self.layout.streams].to(self.device, torch.int64)
+        lengths = lengths.to(self.device)
+        if cfg_scale != 1.0:
+            both = self.network(
+                codes.repeat_interleave(2, 0),
+                lengths.repeat_interleave(2, 0),
+                conditions.branches(2),
+            )
+            return Scores(guide(both.logits[0::2], both.logits[1::2], cfg_scale))
+        prediction = self.network(codes, lengths, conditions, alignment)
+        losses = {}
+        if self.config.experts is not None:
+            losses["experts"] = prediction.auxiliary
+        if prediction.alignment is not None:
+            losses["alignment"] = prediction.alignment
+        return Scores(prediction.logits, losses)
+
+
+class _Draw:
+    """Everything that drawing the codes of one timestep needs besides the predictions."""
+
+    def __init__(
+        self, policy: RolloutPolicy, rows: Tensor, timestep: int, cfg_scale: float, branches: int
+    ) -> None:
+        self.policy, self.rows, self.timestep = policy, rows, timestep
+        self.cfg_scale, self.branches = cfg_scale, branches
+
+    def guided(self, logits: Tensor) -> Tensor:
+        """Mix the branches of `logits` [b × branches, c, V] to [b, c, V] float32."""
+        if self.branches == 1:
+            return logits.float()
+        cond, uncond = logits[0::2], logits[1::2]
+        return guide(cond, uncond, self.cfg_scale)
+
+    def codes(self, logits: Tensor, streams: slice) -> Tensor:
+        """Draw codes [b, c] from guided logits [b, c, V] of the streams given."""
+        return self.policy.draw(self.rows, self.timestep, logits, streams)
+
+
+def _drop(
+    running: Tensor, state: DecoderState, branches: int, rows: Tensor, previous: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Let rows that ended leave the batch: the last running rows take their places.
+
+    `running` [b] bool. Moving only as many rows as have ended is cheaper than copying all caches.
+    """
+    count = int(running.sum())
+    places = torch.arange(len(running), device=running.device)
+    holes = places[:count][~running[:count]]
+    movers = places[count:][running[count:]]
+    branch = torch.arange(branches, device=running.device)
+    state.drop(
+        (holes[:, None] * branches + branch).flatten(),
+        (movers[:, None] * branches + branch).flatten(),
+        count * branches,
+    )
+    rows, previous = rows.clone(), previous.clone()
+    rows[holes], previous[holes] = rows[movers], previous[movers]
+    return rows[:count], previous[:count]

@@ -1,0 +1,367 @@
+"""The network of `codec_lm`: text encoder, causal decoder with cross-attention, parallel heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.config import CodecLMConfig, DatasetFacts
+from stages.modules.attention import additive
+from stages.modules.feed_forward import Experts, FeedForward
+from stages.modules.local_transformer import LocalTransformer
+from stages.modules.transformer import (
+    DecoderLayer,
+    LayerState,
+    Memory,
+    TransformerLayer,
+    stack,
+)
+
+ALIGNMENT_WIDTH = 0.2
+"""Width g of the diagonal in `diagonal_loss`, as a share of the sequences (1710.08969)."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions of a batch as tensors."""
+
+    text: Tensor
+    """[B, L] int64 character ids, 0 beyond the end."""
+    text_lengths: Tensor
+    """[B] int64."""
+    speaker: Tensor
+    """[B] int64."""
+    unconditional: Tensor
+    """[B] bool: rows whose conditions are dropped."""
+    context: Tensor | None = None
+    """[B, P, S] int64 context codes, padded on the left."""
+    context_lengths: Tensor | None = None
+    """[B] int64."""
+
+    def branches(self, count: int) -> Conditions:
+        """Repeat each row: with 2 branches rows 2i are conditional and 2i + 1 unconditional."""
+        if count == 1:
+            return self
+
+        def twice(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.repeat_interleave(2, 0)
+
+        unconditional = torch.stack(
+            [self.unconditional, torch.ones_like(self.unconditional)], 1
+        ).flatten()
+        return Conditions(
+            text=self.text.repeat_interleave(2, 0),
+            text_lengths=self.text_lengths.repeat_interleave(2, 0),
+            speaker=self.speaker.repeat_interleave(2, 0),
+            unconditional=unconditional,
+            context=twice(self.context),
+            context_lengths=twice(self.context_lengths),
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one parallel pass computes."""
+
+    logits: Tensor
+    """[B, T, C, V]."""
+    auxiliary: Tensor
+    """Weighted losses of the experts, float32 scalar; 0 without experts."""
+    alignment: Tensor | None
+    """Diagonal attention loss, float32 scalar, where it was asked for."""
+
+
+class DecoderState:
+    """What decoding remembers: one state per layer, and the masks of text and prefix."""
+
+    def __init__(
+        self, layers: list[LayerState], memory_mask: Tensor, prefix_mask: Tensor | None
+    ) -> None:
+        self.layers = layers
+        self.memory_mask = memory_mask
+        """[n, 1, 1, L] additive."""
+        self.prefix_mask = prefix_mask
+        """[n, 1, 1, P] additive, None where no prefix is padded."""
+
+    def self_mask(self) -> Tensor | None:
+        """Additive mask [n, 1, 1, length + 1] of the next position."""
+        if self.prefix_mask is None:
+            return None
+        length = self.layers[0].cache.length + 1
+        return F.pad(self.prefix_mask, (0, length - self.prefix_mask.shape[-1]))
+
+    def drop(self, holes: Tensor, movers: Tensor, rows: int) -> None:
+        """Keep the first `rows` rows after moving `movers` into `holes`."""
+        for layer in self.layers:
+            layer.drop(holes, movers, rows)
+        self.memory_mask[holes] = self.memory_mask[movers]
+        self.memory_mask = self.memory_mask[:rows]
+        if self.prefix_mask is not None:
+            self.prefix_mask[holes] = self.prefix_mask[movers]
+            self.prefix_mask = self.prefix_mask[:rows]
+
+
+class CodecLMNetwork(nn.Module):
+    """Predicts the codes of the next timestep from text, speaker, context and earlier codes.
+
+    S streams per timestep (`frames_per_step` × codebooks), V ids each: the codec's codes, then the
+    begin id, then the end id. With a local transformer C = 2 S streams are predicted: S by the
+    decoder's parallel heads and S by the local transformer.
+    """
+
+    def __init__(self, config: CodecLMConfig, facts: DatasetFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.streams = config.frames_per_step * facts.codebooks
+        self.codes = facts.codes_per_codebook
+        self.vocabulary = facts.codes_per_codebook + 2
+        self.begin_id = facts.codes_per_codebook
+        width = config.d_model
+        self.code_embedding = nn.Embedding(self.streams * self.vocabulary, width)
+        self.timestep_position = nn.Parameter(torch.empty(config.max_timesteps, width))
+        self.text_embedding = nn.Embedding(len(facts.alphabet), width)
+        self.text_position = nn.Parameter(torch.empty(config.max_characters, width))
+        self.null_text = nn.Parameter(torch.empty(width))
+        self.speaker_embedding = nn.Embedding(len(facts.speakers) + 1, width)
+        self.text_encoder = self._encoder(config.text_layers)
+        self.text_norm = nn.LayerNorm(width, bias=False)
+        self.has_context = facts.context_frames > 0
+        if self.has_context:
+            self.null_context = nn.Parameter(torch.empty(width))
+            self.context_encoder = self._encoder(config.context_layers)
+            self.context_norm = nn.LayerNorm(width, bias=False)
+        self.decoder = stack(self._decoder_layer() for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.head = nn.Linear(width, self.streams * self.vocabulary, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.local = (
+            LocalTransformer(
+                width,
+                config.local_transformer,
+                streams=self.streams,
+                vocabulary=self.vocabulary,
+                dropout=config.dropout,
+            )
+            if config.local_transformer is not None
+            else None
+        )
+
+    def _encoder(self, layers: int) -> Sequence[TransformerLayer]:
+        config = self.config
+        return stack(
+            TransformerLayer(config.d_model, config.heads, config.feed_forward, config.dropout)
+            for _ in range(layers)
+        )
+
+    def _decoder_layer(self) -> DecoderLayer:
+        config = self.config
+        feed_forward = (
+            FeedForward(config.d_model, config.feed_forward)
+            if config.experts is None
+            else Experts(config.d_model, config.feed_forward, config.experts)
+        )
+        return DecoderLayer(config.d_model, config.heads, feed_forward, config.dropout)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw fresh weights from the global generator.
+
+        Normal with a standard deviation of 0.02 for maps (1/sqrt(2 layers) of it where they write
+        to the residual, as in GPT-2) and sinusoids for positions, so that distance means something
+        from the first step (1706.03762).
+        """
+        depth = 2 * max(1, self.config.decoder_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name in ("timestep_position", "text_position"):
+                parameter.copy_(sinusoids(*parameter.shape))
+            else:
+                residual = name.endswith(("out.weight", "down.weight", "feed_forward.down"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(depth) if residual else 0.02)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Sum the embeddings of codes [..., S] to [..., E]."""
+        rows = (codes + self._offsets(codes)).reshape(-1, self.streams)
+        summed: Tensor = F.embedding_bag(rows, self.code_embedding.weight, mode="sum")
+        return summed.view(*codes.shape[:-1], -1)
+
+    def _offsets(self, codes: Tensor) -> Tensor:
+        return torch.arange(self.streams, device=codes.device) * self.vocabulary
+
+    def _encode_text(self, conditions: Conditions) -> Memory:
+        """Encode the text.
+
+        An unconditional row has one position, the learned null: nothing tells it the length.
+        """
+        length = conditions.text.shape[1]
+        index = torch.arange(length, device=conditions.text.device)
+        valid = index < conditions.text_lengths[:, None]
+        x = self.dropout(self.text_embedding(conditions.text) + self.text_position[:length])
+        for layer in self.text_encoder:
+            x = layer(x, valid[:, None, None, :])
+        dropped = conditions.unconditional[:, None]
+        states = torch.where(dropped[..., None], self.null_text.to(x.dtype), self.text_norm(x))
+        return Memory(states, torch.where(dropped, index == 0, valid)[:, None, None, :])
+
+    def _prefix(self, conditions: Conditions) -> tuple[Tensor, Tensor | None]:
+        """Positions before the first code: context, then speaker, padded on the left.
+
+        Returns [B, P, E] and which positions are valid, [B, P] bool, or None if all are.
+        """
+        null_speaker = self.speaker_embedding.num_embeddings - 1
+        ids = torch.where(conditions.unconditional, null_speaker, conditions.speaker)
+        speaker = self.speaker_embedding(ids).unsqueeze(1)
+        if conditions.context is None or conditions.context_lengths is None:
+            return speaker, None
+        context, valid = self._encode_context(conditions.context, conditions.context_lengths)
+        dropped = conditions.unconditional[:, None]
+        context = torch.where(dropped[..., None], self.null_context.to(context.dtype), context)
+        # The null is one position, so that it does not tell the context's length.
+        last = torch.arange(valid.shape[1], device=valid.device) == valid.shape[1] - 1
+        valid = torch.where(dropped, last, valid)
+        always = torch.ones_like(valid[:, :1])
+        return torch.cat([context, speaker], 1), torch.cat([valid, always], 1)
+
+    def _encode_context(self, codes: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode context codes [B, P, S], padded on the left, to [B, P, E] and valid [B, P]."""
+        width = codes.shape[1]
+        place = torch.arange(width, device=codes.device) - (width - lengths[:, None])
+        valid = place >= 0
+        x = self.embed(codes) + self.timestep_position[place.clamp(min=0)]
+        for layer in self.context_encoder:
+            x = layer(x, valid[:, None, None, :])
+        return self.context_norm(x), valid
+
+    def _inputs(self, codes: Tensor, valid: Tensor) -> Tensor:
+        """Embed what precedes each timestep of `codes` [B, T, S]: [B, T, E]."""
+        clean = torch.where(valid.unsqueeze(-1), codes, self.begin_id)
+        begin = torch.full_like(clean[:, :1], self.begin_id)
+        previous = torch.cat([begin, clean[:, :-1]], 1)
+        if self.training and self.config.code_noise > 0:
+            noise = torch.randint_like(previous, self.codes)
+            drawn = torch.rand(previous.shape, device=codes.device) < self.config.code_noise
+            previous = torch.where(drawn & (previous != self.begin_id), noise, previous)
+        return self.embed(previous) + self.timestep_position[: codes.shape[1]]
+
+    def forward(
+        self, codes: Tensor, lengths: Tensor, conditions: Conditions, alignment: bool = False
+    ) -> Prediction:
+        """Predict every timestep of `codes` [B, T, S] from those before it.
+
+        `lengths` [B] int64; codes beyond them are never read, and logits beyond them mean nothing.
+        """
+        timesteps = codes.shape[1]
+        valid = torch.arange(timesteps, device=codes.device) < lengths[:, None]
+        memory = self._encode_text(conditions)
+        prefix, prefix_valid = self._prefix(conditions)
+        start = prefix.shape[1]
+        x = torch.cat([prefix, self._inputs(codes, valid)], 1)
+        x = self.dropout(x)
+        keys = F.pad(valid, (start, 0), value=True)
+        mask = None
+        if prefix_valid is not None:
+            keys = torch.cat([prefix_valid, valid], 1)
+            mask = causal_mask(keys)
+        auxiliary = x.new_zeros((), dtype=torch.float32)
+        maps = []
+        for layer in self.decoder:
+            x, loss, weights = layer(x, mask, keys, memory, aligned=alignment)
+            auxiliary = auxiliary + loss
+            if weights is not None:
+                maps.append(weights[:, :, start:])
+        hidden = self.norm(x[:, start:])
+        aligned = self._alignment(maps, conditions, lengths) if alignment else None
+        return Prediction(self._predict(hidden, codes, valid), auxiliary, aligned)
+
+    def _predict(self, hidden: Tensor, codes: Tensor, valid: Tensor) -> Tensor:
+        """Logits [B, T, C, V] of decoder outputs [B, T, E]; codes [B, T, S] feed the local part."""
+        logits = self.predict_parallel(hidden)
+        if self.local is None:
+            return logits
+        clean = torch.where(valid.unsqueeze(-1), codes, self.begin_id).flatten(0, 1)
+        embedded = self.code_embedding(clean + self._offsets(codes))
+        local = self.local(hidden.flatten(0, 1), embedded)
+        return torch.cat([logits, local.unflatten(0, codes.shape[:2])], 2)
+
+    def _alignment(self, maps: list[Tensor], conditions: Conditions, lengths: Tensor) -> Tensor:
+        losses = [
+            diagonal_loss(map_, conditions.text_lengths, lengths, ~conditions.unconditional)
+            for map_ in maps
+        ]
+        return torch.stack(losses).mean()
+
+    def start(self, conditions: Conditions) -> DecoderState:
+        """Encode conditions and prefix once, for `step`."""
+        memory = self._encode_text(conditions)
+        x, valid = self._prefix(conditions)
+        mask = None if valid is None else causal_mask(valid)
+        states = []
+        for layer in self.decoder:
+            x, state = layer.prefill(x, mask, memory)
+            states.append(state)
+        prefix_mask = None if valid is None else additive(valid[:, None, None, :], x.dtype)
+        return DecoderState(states, additive(memory.mask, x.dtype), prefix_mask)
+
+    def step(self, previous: Tensor, timestep: int, state: DecoderState) -> Tensor:
+        """Decode one timestep after codes `previous` [n, S]: the decoder's output [n, E]."""
+        x = (self.embed(previous) + self.timestep_position[timestep]).unsqueeze(1)
+        mask = state.self_mask()
+        for layer, layer_state in zip(self.decoder, state.layers, strict=True):
+            x = layer.step(x, layer_state, mask, state.memory_mask)
+        hidden: Tensor = self.norm(x[:, 0])
+        return hidden
+
+    def predict_parallel(self, hidden: Tensor) -> Tensor:
+        """Logits [..., S, V] of all streams at once from decoder outputs [..., E]."""
+        logits: Tensor = self.head(hidden)
+        return logits.view(*hidden.shape[:-1], self.streams, self.vocabulary)
+
+    def embed_stream(self, codes: Tensor, stream: int) -> Tensor:
+        """Embeddings [n, E] of the codes [n] of one stream."""
+        embedded: Tensor = self.code_embedding(codes + stream * self.vocabulary)
+        return embedded
+
+
+def causal_mask(valid: Tensor) -> Tensor:
+    """Causal attention to valid positions [B, T] only: [B, 1, T, T] bool.
+
+    Every position may attend to itself, so that padded rows stay finite; nobody reads them.
+    """
+    size = valid.shape[1]
+    everywhere = torch.ones(size, size, dtype=torch.bool, device=valid.device)
+    allowed = everywhere.tril() & valid[:, None, :]
+    return (allowed | torch.eye(size, dtype=torch.bool, device=valid.device)).unsqueeze(1)
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Sinusoidal positions [length, width], scaled like the embeddings they are added to."""
+    rates = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
+    angles = torch.arange(length).unsqueeze(-1) * rates
+    table = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
+    return 0.02 * math.sqrt(2.0) * table
+
+
+def diagonal_loss(
+    weights: Tensor, text_lengths: Tensor, lengths: Tensor, counted: Tensor
+) -> Tensor:
+    """How far attention [B, H, T, L] lies from the diagonal of its (timestep, character) plane.
+
+    The mean over valid timesteps of sum_n A[t, n] (1 − exp(−(n/N − t/T)² / 2g²)): 0 on the
+    diagonal, below 1 anywhere. Rows with `counted` [B] False weigh nothing. Source: guided
+    attention, Tachibana et al. (1710.08969), section 4, summed instead of averaged over the text
+    so that its size does not depend on the length of the text.
+    """
+    timestep = torch.arange(weights.shape[2], device=weights.device)
+    character = torch.arange(weights.shape[3], device=weights.device)
+    along_speech = timestep[:, None] / lengths[:, None, None]
+    along_text = character / text_lengths[:, None, None]
+    penalty = 1.0 - torch.exp(-((along_text - along_speech) ** 2) / (2 * ALIGNMENT_WIDTH**2))
+    distance = (weights.mean(1) * penalty).sum(-1)
+    valid = ((timestep < lengths[:, None]) & counted[:, None]).float()
+    return (distance * valid).sum() / valid.sum().clamp(min=1.0)

@@ -1,0 +1,70 @@
+"""Autoregression over the codebooks of one timestep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stages.config import LocalTransformerConfig
+from stages.modules.attention import KVCache
+from stages.modules.transformer import TransformerLayer, stack
+
+FEED_FORWARD_MULTIPLE = 4
+"""Width of the feed-forward over the width of the local transformer."""
+
+
+class LocalTransformer(nn.Module):
+    """A small causal transformer: the decoder's output, then one code after the other.
+
+    Position 0 reads the decoder's hidden state, position s the code of stream s − 1; position s
+    predicts stream s, with a head of its own.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        config: LocalTransformerConfig,
+        *,
+        streams: int,
+        vocabulary: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        width = config.d_model
+        self.read_hidden = nn.Linear(d_model, width, bias=False)
+        self.read_code = nn.Linear(d_model, width, bias=False)
+        self.position = nn.Parameter(torch.empty(streams, width))
+        self.layers = stack(
+            TransformerLayer(width, config.heads, FEED_FORWARD_MULTIPLE * width, dropout)
+            for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.heads = nn.Parameter(torch.empty(streams, width, vocabulary))
+
+    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """Predict all streams at once: `hidden` [N, E], `embedded` codes [N, S, E] -> [N, S, V]."""
+        first = self.read_hidden(hidden).unsqueeze(1)
+        x = torch.cat([first, self.read_code(embedded[:, :-1])], 1) + self.position
+        for layer in self.layers:
+            x = layer(x, causal=True)
+        return torch.bmm(self.norm(x).transpose(0, 1), self.heads).transpose(0, 1)
+
+    def start(self, hidden: Tensor) -> tuple[Tensor, list[KVCache]]:
+        """Predict stream 0 from `hidden` [n, E]: logits [n, V], and the caches for `step`."""
+        x = self.read_hidden(hidden).unsqueeze(1) + self.position[:1]
+        caches = []
+        for layer in self.layers:
+            x, cache = layer.prefill(x)
+            caches.append(cache)
+        return self._predict(x, 0), caches
+
+    def step(self, embedded: Tensor, stream: int, caches: list[KVCache]) -> Tensor:
+        """Predict `stream` ≥ 1 from the embedded code [n, E] of the stream before: [n, V]."""
+        x = self.read_code(embedded).unsqueeze(1) + self.position[stream : stream + 1]
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer.step(x, cache)
+        return self._predict(x, stream)
+
+    def _predict(self, x: Tensor, stream: int) -> Tensor:
+        logits: Tensor = self.norm(x[:, 0]) @ self.heads[stream]
+        return logits

@@ -1,0 +1,386 @@
+"""The family codec_lm: decoding equals scoring, conditions are honest, checkpoints are strict."""
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.config import CodecLMConfig, ExpertsConfig, LocalTransformerConfig
+from stages.errors import UserError
+from stages.families.codec_lm import CodecLM
+from stages.family import load_family
+from stages.sampling import RolloutPolicy
+from store.schema import Sampler
+
+ALPHABET = " abcdefg"
+LIMIT = 14
+
+VARIANTS = {
+    "plain": {},
+    "stacked": {"frames_per_step": 2},
+    "experts": {"experts": ExpertsConfig(experts=4, active=2)},
+    "local": {"local_transformer": LocalTransformerConfig(d_model=16, heads=2)},
+    "all": {
+        "frames_per_step": 2,
+        "experts": ExpertsConfig(experts=3, active=1),
+        "local_transformer": LocalTransformerConfig(d_model=16, heads=2, layers=2),
+    },
+}
+
+
+def config_of(**changes) -> CodecLMConfig:
+    tiny = {
+        "d_model": 32,
+        "heads": 4,
+        "text_layers": 1,
+        "decoder_layers": 2,
+        "feed_forward": 48,
+        "dropout": 0.1,
+        "max_timesteps": 40,
+        "max_characters": 20,
+    }
+    return CodecLMConfig.model_validate(tiny | changes)
+
+
+def facts_of(context_frames: int = 0) -> dict:
+    return {
+        "alphabet": ALPHABET,
+        "speakers": ["low", "high"],
+        "codebooks": 3,
+        "codes_per_codebook": 10,
+        "frame_rate_hz": 43.0,
+        "audio_codec": "ab",
+        "context_frames": context_frames,
+    }
+
+
+def samples_of(count: int, context: bool = False) -> list[dict]:
+    """Samples whose texts, recordings and contexts all differ in length."""
+    random = np.random.default_rng(0)
+    samples = []
+    for i in range(count):
+        sample = {
+            "sample_id": f"s{i}",
+            "text": "".join(random.choice(list(ALPHABET), size=3 + 2 * i)),
+            "speaker": ["low", "high"][i % 2],
+            "codes": random.integers(0, 10, size=3 * (4 + i)).astype(np.uint16),
+        }
+        if context:
+            sample["context_codes"] = random.integers(0, 10, size=3 * (2 + i)).astype(np.uint16)
+        samples.append(sample)
+    return samples
+
+
+def family_of(seed: int = 0, context_frames: int = 0, **changes) -> CodecLM:
+    """A model with weights large enough for its predictions to differ from uniform."""
+    family = CodecLM.build(config_of(**changes), facts_of(context_frames), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in family.module.named_parameters():
+            if "norm" not in name and "position" not in name:
+                parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+    family.module.eval()
+    return family
+
+
+def policy_of(family: CodecLM, samples: list[dict], **changes) -> RolloutPolicy:
+    return RolloutPolicy(
+        Sampler.model_validate({"max_timesteps": LIMIT, "min_timesteps": 2} | changes),
+        [(sample["sample_id"], 0) for sample in samples],
+        seed=3,
+        streams=len(family.streams),
+        forbidden=family.forbidden,
+        end_id=family.end_id,
+        reference_timesteps=[family.timesteps(sample) for sample in samples],
+    )
+
+
+@dataclass
+class Rolled:
+    """The steps of a rollout, put together per row."""
+
+    codes: torch.Tensor
+    logits: torch.Tensor
+    lengths: torch.Tensor
+    batch_sizes: list[int] = field(default_factory=list)
+
+
+def roll(family: CodecLM, samples: list[dict], scale: float, **changes) -> Rolled:
+    rows, streams, size = len(samples), len(family.streams), family.module.vocabulary
+    rolled = Rolled(
+        torch.zeros(rows, LIMIT, streams, dtype=torch.int64),
+        torch.full((rows, LIMIT, streams, size), float("nan")),
+        torch.zeros(rows, dtype=torch.int64),
+    )
+    for step in family.rollout(samples, policy_of(family, samples, **changes), scale):
+        assert step.logits.dtype == torch.float32
+        rolled.codes[step.rows, step.timestep] = step.codes
+        rolled.logits[step.rows, step.timestep] = step.logits
+        rolled.lengths[step.rows] = step.timestep + 1
+        rolled.batch_sizes.append(len(step.rows))
+    return rolled
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize("context", [False, True], ids=["no context", "ragged context"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rollout_logits_equal_teacher_forced_ones(variant, context, scale):
+    family = family_of(context_frames=9 * context, **VARIANTS[variant])
+    samples = samples_of(6, context)
+    rolled = roll(family, samples, scale)
+    assert len(set(rolled.lengths.tolist())) > 1, "rows must end at different times"
+    assert rolled.batch_sizes == sorted(rolled.batch_sizes, reverse=True)
+    assert rolled.batch_sizes[-1] < len(samples), "finished rows must leave the batch"
+    codes = rolled.codes.clone()
+    for row, length in enumerate(rolled.lengths):
+        codes[row, length:] = 10**6  # poison: beyond the end nothing may be read
+    with torch.no_grad():
+        scores = family.score(samples, codes, rolled.lengths, cfg_scale=scale)
+    for row, length in enumerate(rolled.lengths):
+        expected = scores.logits[row, :length]
+        torch.testing.assert_close(rolled.logits[row, :length], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    family = family_of(context_frames=9)
+    samples = samples_of(5, context=True)
+    together = roll(family, samples, 2.0)
+    for row in (0, 3):
+        alone = roll(family, samples[row : row + 1], 2.0)
+        length = int(alone.lengths[0])
+        assert length == together.lengths[row]
+        assert torch.equal(alone.codes[0, :length], together.codes[row, :length])
+
+
+def test_guidance_changes_what_is_predicted_and_scale_one_is_the_condition_alone():
+    family, samples = family_of(), samples_of(3)
+    codes = torch.stack([family.reference_codes(samples[0])] * 3)
+    lengths = torch.tensor([5, 5, 5])
+    with torch.no_grad():
+        cond = family.score(samples, codes, lengths).logits
+        everything = torch.ones(3, dtype=torch.bool)
+        uncond = family.score(samples, codes, lengths, unconditional=everything).logits
+        mixed = family.score(samples, codes, lengths, cfg_scale=3.0).logits
+    assert not torch.allclose(cond, uncond)
+    torch.testing.assert_close(mixed, 3.0 * cond - 2.0 * uncond, atol=1e-4, rtol=1e-4)
+
+
+def test_the_unconditional_branch_sees_nothing_of_the_conditions():
+    family = family_of(context_frames=9)
+    samples = samples_of(6, context=True)
+    codes = torch.stack([family.reference_codes(samples[0])] * 6)
+    everything = torch.ones(6, dtype=torch.bool)
+    with torch.no_grad():
+        lengths = torch.full((6,), codes.shape[1])
+        logits = family.score(samples, codes, lengths, unconditional=everything).logits
+    torch.testing.assert_close(logits, logits[:1].expand_as(logits), atol=1e-5, rtol=1e-5)
+
+
+def test_local_streams_carry_the_codes_of_the_backbone_streams():
+    family = family_of(**VARIANTS["local"])
+    rolled = roll(family, samples_of(3), 1.5)
+    assert [stream.group for stream in family.streams] == ["backbone"] * 3 + ["local"] * 3
+    assert torch.equal(rolled.codes[..., :3], rolled.codes[..., 3:])
+    reference = family.reference_codes(samples_of(1)[0])
+    assert torch.equal(reference[:, :3], reference[:, 3:])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_gets_a_gradient_in_every_step(variant):
+    family = family_of(context_frames=9, **VARIANTS[variant])
+    samples = samples_of(2, context=True)
+    family.module.train()
+    codes = torch.stack([family.reference_codes(samples[0])] * 2)
+    scores = family.score(samples, codes, torch.tensor([3, 4]), alignment=True)
+    (scores.logits.sum() + sum(scores.losses.values())).backward()
+    missing = [name for name, p in family.module.named_parameters() if p.grad is None]
+    assert missing == []
+
+
+def test_alignment_loss_falls_when_attention_follows_the_diagonal_and_skips_dropped_rows():
+    from stages.families.codec_lm_network import diagonal_loss
+
+    lengths = torch.tensor([8, 8])
+    diagonal = torch.eye(8).expand(2, 1, 8, 8)
+    counted = torch.tensor([True, False])
+    assert diagonal_loss(diagonal, lengths, lengths, counted) == 0
+    swapped = diagonal.clone()
+    swapped[1] = diagonal[1].flip(-1)
+    assert diagonal_loss(swapped, lengths, lengths, counted) == 0
+    assert diagonal_loss(swapped, lengths, lengths, ~counted) > 0.3
+
+
+def test_alignment_changes_no_logit():
+    family, samples = family_of(), samples_of(3)
+    codes = torch.stack([family.reference_codes(samples[0])] * 3)
+    lengths = torch.tensor([5, 4, 3])
+    with torch.no_grad():
+        plain = family.score(samples, codes, lengths)
+        aligned = family.score(samples, codes, lengths, alignment=True)
+    assert set(plain.losses) == set()
+    assert set(aligned.losses) == {"alignment"}
+    valid = torch.arange(5) < lengths[:, None]
+    torch.testing.assert_close(aligned.logits[valid], plain.logits[valid], atol=1e-5, rtol=1e-5)
+
+
+def test_code_noise_acts_in_training_only():
+    family = family_of(code_noise=0.5, dropout=0.0)
+    samples = samples_of(2)
+    codes = torch.stack([family.reference_codes(samples[0])] * 2)
+    lengths = torch.tensor([5, 5])
+
+    def logits():
+        with torch.no_grad():
+            return family.score(samples, codes, lengths).logits
+
+    assert torch.equal(logits(), logits())
+    family.module.train()
+    assert not torch.equal(logits(), logits())
+
+
+def test_saved_models_load_with_equal_predictions_and_fingerprint(tmp_path):
+    family = family_of(context_frames=9, **VARIANTS["all"])
+    family.condition_dropout = 0.15
+    family.save(tmp_path / "model")
+    loaded = load_family("codec_lm").load(tmp_path / "model", device="cpu", dtype=torch.float32)
+    samples = samples_of(2, context=True)
+    assert loaded.fingerprint() == family.fingerprint()
+    assert loaded.tokenizer_fingerprint() == family.tokenizer_fingerprint()
+    assert loaded.condition_dropout == 0.15
+    first, second = roll(family, samples, 2.0), roll(loaded, samples, 2.0)
+    assert torch.equal(first.codes, second.codes)
+
+
+def test_fingerprints_tell_models_apart():
+    assert family_of(0).fingerprint() == family_of(0).fingerprint()
+    assert family_of(0).fingerprint() != family_of(1).fingerprint()
+    assert family_of(0).fingerprint() != family_of(0, dropout=0.2).fingerprint()
+
+
+def test_build_depends_on_its_seed_alone():
+    torch.manual_seed(5)
+    first = CodecLM.build(config_of(), facts_of(), seed=1)
+    second = CodecLM.build(config_of(), facts_of(), seed=1)
+    other = CodecLM.build(config_of(), facts_of(), seed=2)
+    assert first.fingerprint() == second.fingerprint() != other.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("missing", "norm.weight is missing"),
+        ("foreign", "intruder is unknown"),
+        ("shape", "norm.weight has shape (3,), not (32,)"),
+    ],
+)
+def test_load_refuses_weights_that_do_not_fit(tmp_path, damage, words):
+    family_of().save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if damage == "missing":
+        del tensors["norm.weight"]
+    elif damage == "foreign":
+        tensors["intruder"] = torch.zeros(1)
+    else:
+        tensors["norm.weight"] = torch.zeros(3)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        CodecLM.load(tmp_path, device="cpu", dtype=torch.float32)
+    assert words in str(caught.value)
+    assert "model.safetensors" in str(caught.value)
+
+
+def test_load_refuses_files_it_cannot_read(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        CodecLM.load(tmp_path, device="cpu", dtype=torch.float32)
+    family_of().save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        CodecLM.load(tmp_path, device="cpu", dtype=torch.float32)
+    description = json.loads((tmp_path / "config.json").read_text())
+    description["config"]["wings"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="wings"):
+        CodecLM.load(tmp_path, device="cpu", dtype=torch.float32)
+
+
+def test_a_student_inherits_every_layer_or_some(tmp_path):
+    teacher = family_of(seed=1, decoder_layers=4)
+    teacher.save(tmp_path)
+    student = family_of(seed=2, decoder_layers=4)
+    student.inherit(tmp_path, None)
+    assert student.fingerprint() == teacher.fingerprint()
+    theirs = teacher.module.state_dict()
+    for layers, sources in ((None, [0, 3]), ([2, 1], [2, 1])):
+        shallow = family_of(seed=2, decoder_layers=2)
+        shallow.inherit(tmp_path, layers)
+        ours = shallow.module.state_dict()
+        assert torch.equal(ours["head.weight"], theirs["head.weight"])
+        for layer, source in enumerate(sources):
+            name = "attention.qkv.weight"
+            assert torch.equal(ours[f"decoder.{layer}.{name}"], theirs[f"decoder.{source}.{name}"])
+
+
+def test_inheriting_refuses_other_widths_layers_and_datasets(tmp_path):
+    family_of(decoder_layers=2).save(tmp_path)
+    with pytest.raises(UserError, match=r"head\.weight has shape \(36, 32\), not \(36, 64\)"):
+        family_of(d_model=64).inherit(tmp_path, None)
+    with pytest.raises(UserError, match=r"layers 0 to 1 .* 4 layers"):
+        family_of(decoder_layers=4).inherit(tmp_path, None)
+    with pytest.raises(UserError, match=r"keep are \[7\]"):
+        family_of(decoder_layers=1).inherit(tmp_path, [7])
+    other = CodecLM.build(config_of(), facts_of() | {"alphabet": "gfedcba "}, seed=0)
+    with pytest.raises(UserError, match=r"another dataset \(alphabet"):
+        other.inherit(tmp_path, None)
+
+
+def test_conditions_outside_the_model_are_refused_by_name():
+    family, (sample,) = family_of(), samples_of(1)
+    codes, lengths = family.reference_codes(sample)[None], torch.tensor([5])
+    for change, words in (
+        ({"text": "Zebra!"}, "alphabet ' abcdefg': '!Zr'"),
+        ({"text": ""}, "0 characters"),
+        ({"text": "a" * 21}, "21 characters"),
+        ({"speaker": "nobody"}, "'nobody' is not one of the model's speakers"),
+    ):
+        with pytest.raises(UserError) as caught:
+            family.score([sample | change], codes, lengths)
+        assert words in str(caught.value)
+        assert "'s0'" in str(caught.value)
+
+
+def test_sequences_longer_than_the_model_are_refused():
+    family, samples = family_of(max_timesteps=8), samples_of(1)
+    with pytest.raises(UserError, match="9 timesteps, but the model takes 8"):
+        family.score(samples, torch.zeros(1, 9, 3, dtype=torch.int64), torch.tensor([9]))
+    with pytest.raises(UserError, match=r"sampler\.max_timesteps"):
+        next(family.rollout(samples, policy_of(family, samples), 1.0))
+
+
+def test_bfloat16_models_stay_close_to_float32(tmp_path):
+    family_of().save(tmp_path)
+    samples = samples_of(4)
+    exact = CodecLM.load(tmp_path, device="cpu", dtype=torch.float32)
+    rounded = CodecLM.load(tmp_path, device="cpu", dtype=torch.bfloat16)
+    rolled = roll(rounded, samples, 1.0)
+    with torch.no_grad():
+        scores = exact.score(samples, rolled.codes, rolled.lengths)
+    for row, length in enumerate(rolled.lengths):
+        difference = (scores.logits[row, :length] - rolled.logits[row, :length]).abs().max()
+        assert difference < 0.3
+
+
+@pytest.mark.parametrize("variant", ["plain", "all"])
+def test_the_training_pass_is_one_graph_without_breaks(variant):
+    family = family_of(context_frames=9, dropout=0.0, **VARIANTS[variant])
+    samples = samples_of(3, context=True)
+    codes = torch.stack([family.reference_codes(samples[0])] * 3)
+    lengths = torch.tensor([5, 4, 3])
+    family.module.train()
+    plain = family.score(samples, codes, lengths, alignment=True)
+    family.network = torch.compile(family.module, backend="eager", fullgraph=True)
+    compiled = family.score(samples, codes, lengths, alignment=True)
+    torch.testing.assert_close(compiled.logits, plain.logits)
+    torch.testing.assert_close(compiled.losses["alignment"], plain.losses["alignment"])
