@@ -1,0 +1,214 @@
+"""Writing one shard: buffer in memory, write to tmp/, sync, rename once."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from store import zarr_files
+from store.durable import sync_folder, sync_subfolders, write_file
+from store.encoding import Array, array_specs, find_fault
+from store.errors import StoreError, explain_os_errors
+from store.layout import Layout, shard_name
+from store.plan import Key
+from store.schema import Manifest
+from store.sealed import seal
+from store.shard import RECORD_FILE, ROLLOUTS_FILE, RolloutTable, ShardRecord, check_of
+from store.tables import table_bytes
+
+MAX_STOP_REASON_LETTERS = 64
+
+
+class _Draft(NamedTuple):
+    arrays: dict[str, Array]
+    stop_reason: str
+    weight: float
+    seed: int
+
+
+class ShardWriter:
+    """Collects the rollouts of one shard and publishes them in one act.
+
+    Rollouts may come in any order; they are laid out in the order of the plan, so that the bytes
+    do not depend on who wrote them. A writer left without `commit` leaves nothing behind.
+    """
+
+    def __init__(
+        self, layout: Layout, shard: int, keys: tuple[Key, ...], manifest: Manifest, seal: str
+    ) -> None:
+        self._layout = layout
+        self._shard = shard
+        self._keys = dict.fromkeys(keys)
+        self._manifest = manifest
+        self._manifest_seal = seal
+        self._specs = array_specs(manifest)
+        self._drafts: dict[Key, _Draft] = {}
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def append(
+        self,
+        sample_id: str,
+        variation: int,
+        arrays: Mapping[str, Array],
+        *,
+        stop_reason: str,
+        weight: float,
+        seed: int,
+    ) -> None:
+        """Add one rollout; each array is [T, …] as `array_specs` declares it, and is copied.
+
+        Raises StoreError for a key that this shard does not plan or already holds, and for
+        arrays that the manifest does not allow (naming timestep and stream).
+        """
+        self._check_open()
+        where = f"sample {sample_id!r}, variation {variation}"
+        key = (sample_id, variation)
+        if key not in self._keys:
+            raise StoreError(
+                f"{where} is not planned in shard {shard_name(self._shard)}: "
+                "append the keys that the plan lists for it"
+            )
+        if key in self._drafts:
+            raise StoreError(f"{where} was appended twice: append each key of the plan once")
+        self._check_arrays(arrays, where)
+        _check_facts(where, stop_reason, weight, seed)
+        copies = {name: np.array(arrays[name], order="C") for name in self._specs}
+        self._drafts[key] = _Draft(copies, stop_reason, float(weight), int(seed))
+
+    def commit(self) -> bool:
+        """Publish the shard durably; False when another writer had already published it.
+
+        Raises StoreError when planned rollouts are missing or the disk fails; then nothing is
+        published and nothing is left in tmp/.
+        """
+        self._check_open()
+        missing = [key for key in self._keys if key not in self._drafts]
+        if missing:
+            raise StoreError(
+                f"shard {shard_name(self._shard)} lacks {len(missing)} of {len(self._keys)} "
+                f"planned rollouts, first sample {missing[0][0]!r}, variation {missing[0][1]}: "
+                "append them before committing"
+            )
+        target = self._layout.shard(self._shard)
+        staged = self._layout.tmp / f"{target.name}-{uuid.uuid4().hex}"
+        try:
+            with explain_os_errors(f"commit shard {target.name} in {self._layout.root}"):
+                if target.exists():
+                    return False
+                self._stage(staged)
+                return publish(staged, target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+            self._close()
+
+    def _stage(self, staged: Path) -> None:
+        """Write and sync everything below `staged`, the record last."""
+        self._layout.tmp.mkdir(exist_ok=True)
+        staged.mkdir()
+        rollouts, checks = self._rollouts(), {}
+        for file, content in self._contents(rollouts):
+            path = staged / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, content)
+            checks[file] = check_of(content)
+        sync_subfolders(staged)
+        record = ShardRecord(
+            shard=self._shard,
+            manifest=self._manifest_seal,
+            rows=int(rollouts.offsets[-1]),
+            rollouts=len(self._keys),
+            files=checks,
+        )
+        write_file(staged / RECORD_FILE, seal(record))
+        sync_folder(staged)
+
+    def _contents(self, rollouts: RolloutTable) -> Iterator[tuple[str, bytes]]:
+        """Every file except the record; one array at a time is held in its encoded form."""
+        yield from zarr_files.encode_group().items()
+        yield ROLLOUTS_FILE, table_bytes(rollouts.to_table())
+        for name, spec in self._specs.items():
+            parts = [self._drafts[key].arrays.pop(name) for key in self._keys]
+            yield from zarr_files.encode_array(spec, np.concatenate(parts)).items()
+
+    def _rollouts(self) -> RolloutTable:
+        drafts = [self._drafts[key] for key in self._keys]
+        lengths = [len(draft.arrays["codes"]) for draft in drafts]
+        return RolloutTable(
+            keys=tuple(self._keys),
+            offsets=np.cumsum([0, *lengths], dtype=np.int64),
+            stop_reasons=tuple(draft.stop_reason for draft in drafts),
+            weights=np.array([draft.weight for draft in drafts]),
+            seeds=np.array([draft.seed for draft in drafts], np.uint64),
+        )
+
+    def _check_arrays(self, arrays: Mapping[str, Array], where: str) -> None:
+        fault = find_fault(self._manifest, arrays)
+        if fault is None:
+            return
+        place = ""
+        if fault.timestep is not None and fault.stream is not None:
+            stream = self._manifest.streams[fault.stream].name
+            place = f", timestep {fault.timestep}, stream {stream!r}"
+        raise StoreError(
+            f"{where}{place}: array {fault.array!r} is refused because {fault.reason}; "
+            "the manifest sets what is allowed, correct what the family or the target computes"
+        )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            name = shard_name(self._shard)
+            raise StoreError(f"the writer of shard {name} is closed: open another with writer()")
+
+    def _close(self) -> None:
+        self._drafts.clear()
+        self._closed = True
+
+
+def publish(staged: Path, target: Path) -> bool:
+    """Rename a synced folder to its final name and make that durable; False if the name is taken.
+
+    Raises OSError.
+    """
+    try:
+        os.rename(staged, target)
+    except OSError as error:
+        # NFS may repeat a rename that already succeeded: then the staged folder is gone.
+        won = not staged.exists() and target.exists()
+        if not won and error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not won:
+            return False
+    sync_folder(target.parent)
+    return True
+
+
+def _check_facts(where: str, stop_reason: str, weight: float, seed: int) -> None:
+    if not 0 < len(stop_reason) <= MAX_STOP_REASON_LETTERS or not stop_reason.isprintable():
+        raise StoreError(
+            f"{where}: stop reason {stop_reason[:80]!r} must be 1 to {MAX_STOP_REASON_LETTERS} "
+            "printable letters: name the cause in a word"
+        )
+    if not (math.isfinite(weight) and weight >= 0):
+        raise StoreError(f"{where}: weight is {weight} but must be finite and >= 0: correct it")
+    if not 0 <= seed < 2**64:
+        raise StoreError(f"{where}: seed is {seed} but must be in [0, 2**64): correct it")

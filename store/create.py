@@ -1,0 +1,139 @@
+"""Making a store: idempotent, and safe when many workers start at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from store.durable import sync_folder, write_file
+from store.errors import StoreError, explain_os_errors
+from store.layout import Layout, refuse_nesting, refuse_strangers
+from store.plan import Plan, check_sample_id
+from store.schema import Manifest
+from store.sealed import seal, unseal
+from store.tables import file_sum, parse_table, read_summed, table_bytes
+
+MAX_SHOWN_LETTERS = 200
+
+
+def create_store(layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Table) -> None:
+    """Make the store unless an equal one exists.
+
+    The plan and the samples are linked into place first, the manifest last; links never replace
+    a file, so of two creators one wins and the other compares. Raises StoreError when a different
+    store exists (naming the fields), the path is unsuitable, or the disk fails.
+    """
+    check_samples(samples, manifest, plan)
+    refuse_nesting(layout.root)
+    if not layout.manifest.exists():
+        refuse_strangers(layout.root)
+        contents = {
+            "plan.parquet": table_bytes(plan.to_table()),
+            "samples.parquet": table_bytes(samples),
+        }
+        sums = {name: file_sum(content) for name, content in contents.items()}
+        contents["manifest.json"] = seal(manifest.model_copy(update={"files": sums}))
+        with explain_os_errors(f"create the store {layout.root}"):
+            _place(layout, contents)
+    _compare(layout, manifest, plan, samples)
+
+
+def check_samples(samples: pa.Table, manifest: Manifest, plan: Plan) -> None:
+    """Refuse samples that lack a condition or a planned sample, or name one twice (StoreError)."""
+    needed = ("sample_id", *manifest.conditions)
+    lacking = [name for name in needed if name not in samples.column_names]
+    if lacking:
+        raise StoreError(
+            f"samples lack the columns {lacking} (they have {samples.column_names}): "
+            "add what the manifest lists as conditions"
+        )
+    known: set[str] = set()
+    for sample_id in samples["sample_id"].to_pylist():
+        check_sample_id(sample_id)
+        if sample_id in known:
+            raise StoreError(f"samples name {sample_id!r} twice: make sample ids unique")
+        known.add(sample_id)
+    unknown = next((key[0] for key in plan.keys if key[0] not in known), None)
+    if unknown is not None:
+        raise StoreError(f"planned sample {unknown!r} is not among the samples: plan from them")
+
+
+def _place(layout: Layout, contents: dict[str, bytes]) -> None:
+    for folder in (layout.root, layout.shards, layout.tmp):
+        folder.mkdir(parents=True, exist_ok=True)
+    staged = layout.tmp / f"create-{uuid.uuid4().hex}"
+    staged.mkdir()
+    try:
+        for name, content in contents.items():
+            write_file(staged / name, content)
+        for name, content in contents.items():
+            if not _link(staged / name, layout.root / name, content, layout):
+                return
+        sync_folder(layout.root)
+        sync_folder(layout.root.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _link(source: Path, target: Path, content: bytes, layout: Layout) -> bool:
+    """Link a file to a free name; False when a whole store is there already."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        if layout.manifest.exists():
+            return False
+        if target.read_bytes() != content:
+            raise StoreError(
+                f"{target} differs from the one to be written and no manifest.json is beside it: "
+                f"a store was begun here with another plan; remove {layout.root} or choose another "
+                "folder"
+            ) from None
+    return True
+
+
+def _compare(layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Table) -> None:
+    stored, _ = unseal(layout.manifest, Manifest)
+    changes = list(_differences(stored.model_dump(mode="json"), manifest.model_dump(mode="json")))
+    for path, ours in ((layout.plan, plan.to_table()), (layout.samples, samples)):
+        content = read_summed(path, stored.files.get(path.name))
+        theirs = parse_table(content, str(path))
+        # Another version of the Parquet library may spell the same table in other bytes.
+        if content != table_bytes(ours) and not theirs.equals(ours):
+            changes.append(f"{path.name}: {_table_difference(theirs, ours)}")
+    if changes:
+        raise StoreError(
+            f"the store {layout.root} exists and differs in {'; '.join(changes)}. "
+            "Choose another folder, or give the configuration that made it"
+        )
+
+
+def _differences(stored: dict[str, Any], given: dict[str, Any], path: str = "") -> Iterator[str]:
+    for name in sorted(stored.keys() | given.keys()):
+        here = f"{path}{name}"
+        one, two = stored.get(name), given.get(name)
+        if here == "files" or one == two:
+            continue
+        if isinstance(one, dict) and isinstance(two, dict):
+            yield from _differences(one, two, f"{here}.")
+        else:
+            yield f"{here}: {_shown(one)} in the store, {_shown(two)} given"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_LETTERS else f"{text[:MAX_SHOWN_LETTERS]}…"
+
+
+def _table_difference(stored: pa.Table, given: pa.Table) -> str:
+    if stored.schema.names != given.schema.names:
+        return f"columns {stored.schema.names} in the store, {given.schema.names} given"
+    if stored.num_rows != given.num_rows:
+        return f"{stored.num_rows} rows in the store, {given.num_rows} given"
+    columns = [name for name in stored.schema.names if stored[name] != given[name]]
+    return f"other values in the columns {columns}"

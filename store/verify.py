@@ -1,0 +1,134 @@
+"""Integrity of every file, array and key of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from store.encoding import find_fault
+from store.errors import DamagedShard, StoreError
+from store.layout import Layout, parse_shard
+from store.reader import PredictionStore
+from store.schema import Record
+from store.shard import ShardFolder
+
+
+class Damage(Record):
+    """One thing wrong in a store."""
+
+    shard: int | None
+    """Number of the shard; null for files beside the shards."""
+    file: str
+    """Path below the shard, or below the store."""
+    array: str | None
+    """Array that the file belongs to; null for the others."""
+    reason: str
+    """What is wrong and what to do."""
+
+
+class Verification(Record):
+    """What `verify` found; counts cover the committed shards that are sound."""
+
+    ok: bool
+    """Whether nothing is bad; a store that lacks shards can be sound."""
+    shards: int
+    """Committed shards that are sound."""
+    rollouts: int
+    """Rollouts in them."""
+    timesteps: int
+    """Timesteps in them."""
+    not_committed: tuple[int, ...]
+    """Planned shards that are not there yet; not bad."""
+    bad: tuple[Damage, ...]
+    """Everything wrong."""
+
+
+def verify(
+    path: str | Path, progress: Callable[[Sequence[int]], Iterable[int]] = iter
+) -> Verification:
+    """Read every byte of a store and check it against manifest, plan and records.
+
+    `progress` may wrap the list of shards (tqdm). Never raises for damage: it is in the result.
+    """
+    try:
+        store = PredictionStore.open(path, cached_shards=1)
+    except StoreError as error:
+        return _report(0, 0, 0, (), [_damage_of_store(Layout.at(path), error)])
+    bad = list(_strangers(Layout.at(path)))
+    shards = rollouts = timesteps = 0
+    for shard in progress(store.committed):
+        damages = list(_shard_damages(store, store.folder(shard)))
+        bad.extend(damages)
+        if not damages:
+            shards += 1
+            rollouts += len(store.plan[shard])
+            timesteps += store.folder(shard).record().rows
+    return _report(shards, rollouts, timesteps, tuple(store.missing()), bad)
+
+
+def _report(
+    shards: int, rollouts: int, timesteps: int, missing: tuple[int, ...], bad: list[Damage]
+) -> Verification:
+    return Verification(
+        ok=not bad,
+        shards=shards,
+        rollouts=rollouts,
+        timesteps=timesteps,
+        not_committed=missing,
+        bad=tuple(bad),
+    )
+
+
+def _damage_of_store(layout: Layout, error: StoreError) -> Damage:
+    """A fault of the store itself, ascribed to the file that its message names."""
+    names = (layout.plan, layout.samples, layout.shards, layout.manifest)
+    file = next((path.name for path in names if str(path) in str(error)), layout.manifest.name)
+    return Damage(shard=None, file=file, array=None, reason=str(error))
+
+
+def _strangers(layout: Layout) -> Iterator[Damage]:
+    for name in layout.shard_entries():
+        if parse_shard(name) is None:
+            reason = "it is no shard: move it out of the store"
+            file = f"shards/{name}".encode(errors="backslashreplace").decode()
+            yield Damage(shard=None, file=file, array=None, reason=reason)
+
+
+def _shard_damages(store: PredictionStore, folder: ShardFolder) -> Iterator[Damage]:
+    """Everything wrong with one shard: files first, and what they mean if they are sound."""
+    damages = list(_file_damages(folder))
+    if not damages:
+        damages = list(_content_damages(store, folder))
+    for error in damages:
+        yield Damage(shard=error.shard, file=error.file, array=error.array, reason=error.reason)
+
+
+def _file_damages(folder: ShardFolder) -> Iterator[DamagedShard]:
+    try:
+        record = folder.record()
+    except DamagedShard as error:
+        yield error
+        return
+    yield from folder.strangers(record)
+    for file, expected in record.files.items():
+        try:
+            folder.read(file, expected)
+        except DamagedShard as error:
+            yield error
+
+
+def _content_damages(store: PredictionStore, folder: ShardFolder) -> Iterator[DamagedShard]:
+    try:
+        shard = folder.load()
+    except DamagedShard as error:
+        yield error
+        return
+    fault = find_fault(store.manifest, shard.arrays)
+    if fault is not None:
+        row = int(np.searchsorted(shard.offsets, fault.timestep or 0, side="right")) - 1
+        sample_id, variation = shard.rollouts.keys[row]
+        at = (fault.timestep or 0) - int(shard.offsets[row])
+        place = f"sample {sample_id!r}, variation {variation}, timestep {at}"
+        yield folder.damaged(f"{fault.array}/zarr.json", f"{place}: {fault.reason}")
