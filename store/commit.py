@@ -22,7 +22,8 @@ from store.layout import Layout, shard_name
 from store.plan import Key
 from store.schema import Manifest
 from store.sealed import seal
-from store.shard import RECORD_FILE, ROLLOUTS_FILE, RolloutTable, ShardRecord, check_of
+from store.shard import RECORD_FILE, ROLLOUTS_FILE, RolloutTable, ShardRecord
+from store.sums import file_sum
 from store.tables import table_bytes
 
 MAX_STOP_REASON_LETTERS = 64
@@ -125,19 +126,19 @@ class ShardWriter:
         """Write and sync everything below `staged`, the record last."""
         self._layout.tmp.mkdir(exist_ok=True)
         staged.mkdir()
-        rollouts, checks = self._rollouts(), {}
+        rollouts, sums = self._rollouts(), {}
         for file, content in self._contents(rollouts):
             path = staged / file
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, content)
-            checks[file] = check_of(content)
+            sums[file] = file_sum(content)
         sync_subfolders(staged)
         record = ShardRecord(
             shard=self._shard,
             manifest=self._manifest_seal,
             rows=int(rollouts.offsets[-1]),
             rollouts=len(self._keys),
-            files=checks,
+            files=sums,
         )
         write_file(staged / RECORD_FILE, seal(record))
         sync_folder(staged)

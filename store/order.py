@@ -2,8 +2,8 @@
 
 The order of an epoch depends on the lengths of the rollouts, the seed and the epoch, on nothing
 else: any batch size, world size or number of workers walks the same sequence, and a run resumes
-from the seed and the number of rollouts taken. Random keys are raw Philox output, which numpy promises never to
-change (its shuffles it may).
+from the seed and the number of rollouts taken. Random keys are raw Philox output, which numpy
+promises never to change (its shuffles it may).
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from store.layout import Layout, shard_name
 from store.plan import Key, Plan
 from store.schema import Manifest
 from store.sealed import unseal
-from store.shard import Rollout, Shard, ShardFolder, Timestep
-from store.tables import parse_table, read_summed
+from store.shard import Rollout, RolloutTable, Shard, ShardFolder, Timestep
+from store.tables import read_table
 
 CACHED_SHARDS = 4
 
@@ -43,8 +43,8 @@ class PredictionStore:
     def __init__(self, layout: Layout, cached_shards: int) -> None:
         self._layout = layout
         self.manifest, self.fingerprint = unseal(layout.manifest, Manifest)
-        self.plan = Plan.from_table(self._table(layout.plan), str(layout.plan))
-        self.samples = self._table(layout.samples)
+        self.plan = Plan.from_table(read_table(layout.plan, self.manifest), str(layout.plan))
+        self.samples = read_table(layout.samples, self.manifest)
         check_samples(self.samples, self.manifest, self.plan)
         self.committed = layout.committed()
         unplanned = [shard for shard in self.committed if shard >= len(self.plan)]
@@ -126,8 +126,12 @@ class PredictionStore:
 
         Reads only each shard's record and table; raises DamagedShard.
         """
-        folders = (self.folder(shard) for shard in self.committed)
-        return [folder.read_rollouts(folder.record()).lengths for folder in folders]
+        return [self.rollout_table(shard).lengths for shard in self.committed]
+
+    def rollout_table(self, shard: int) -> RolloutTable:
+        """Keys, offsets, stop reasons and weights of a committed shard; raises DamagedShard."""
+        folder = self.folder(shard)
+        return folder.read_rollouts(folder.record())
 
     def folder(self, shard: int) -> ShardFolder:
         """A shard as it lies on disk; raises StoreError when it is not planned."""
@@ -205,6 +209,3 @@ class PredictionStore:
 
     def _how_to_commit(self) -> str:
         return f"run the rollout of {self.path}, or open the store again if that has happened"
-
-    def _table(self, path: Path) -> pa.Table:
-        return parse_table(read_summed(path, self.manifest.files.get(path.name)), str(path))

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 
@@ -15,8 +14,9 @@ from store import zarr_files
 from store.encoding import Array, ArraySpec
 from store.errors import DamagedShard, StoreError, array_of, explain_os_errors
 from store.plan import Key
-from store.schema import FORMAT_VERSION, Record
+from store.schema import FORMAT_VERSION, FileSum, Record
 from store.sealed import unseal
+from store.sums import read_summed
 from store.tables import parse_table
 
 RECORD_FILE = "shard.json"
@@ -34,14 +34,6 @@ ROLLOUTS_SCHEMA = pa.schema(
 )
 
 
-class FileCheck(Record):
-    """Size and checksum of one file of a shard."""
-
-    bytes: int
-    crc32c: str
-    """CRC-32C (Castagnoli), eight hex digits."""
-
-
 class ShardRecord(Record):
     """The content of shard.json: what the shard holds, file by file."""
 
@@ -54,7 +46,7 @@ class ShardRecord(Record):
     """N: timesteps of all rollouts."""
     rollouts: int
     """R: rollouts."""
-    files: dict[str, FileCheck]
+    files: dict[str, FileSum]
     """Every file of the shard except shard.json, by its path below the shard."""
 
 
@@ -172,11 +164,6 @@ class Shard:
         return (self[row] for row in range(len(self)))
 
 
-def check_of(content: bytes) -> FileCheck:
-    """Size and CRC-32C of a file's content."""
-    return FileCheck(bytes=len(content), crc32c=f"{google_crc32c.value(content):08x}")
-
-
 @dataclass(frozen=True)
 class ShardFolder:
     """A committed shard on disk, as the store that holds it expects it to be."""
@@ -217,19 +204,12 @@ class ShardFolder:
             if file not in record.files and file != RECORD_FILE:
                 yield self.damaged(file, "it is not a file of this shard")
 
-    def read(self, file: str, expected: FileCheck) -> bytes:
+    def read(self, file: str, expected: FileSum) -> bytes:
         """Content of one file; raises DamagedShard when it is missing, short, long or altered."""
-        path = self.path / file
-        if not path.is_file() or path.is_symlink():
-            raise self.damaged(file, "it is missing")
-        with explain_os_errors(f"read {path}"):
-            size = path.stat().st_size
-            if size != expected.bytes:
-                raise self.damaged(file, f"it has {size} bytes but must have {expected.bytes}")
-            content = path.read_bytes()
-        if check_of(content) != expected:
-            raise self.damaged(file, "its content was altered (CRC-32C differs)")
-        return content
+        try:
+            return read_summed(self.path / file, expected, "it")
+        except StoreError as error:
+            raise self.damaged(file, str(error)) from error
 
     def read_rollouts(self, record: ShardRecord) -> RolloutTable:
         """The rollouts of the shard, checked against record and plan; raises DamagedShard."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from store.errors import StoreError, explain_os_errors
-from store.schema import FileSum
+from store.errors import StoreError
+from store.schema import Manifest
+from store.sums import read_summed
 
 ROW_GROUP_ROWS = 65536
 
@@ -41,26 +41,12 @@ def parse_table(content: bytes, source: str) -> pa.Table:
         ) from error
 
 
-def file_sum(content: bytes) -> FileSum:
-    """Size and hash of a file's content."""
-    return FileSum(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def read_summed(path: Path, expected: FileSum | None) -> bytes:
-    """Content of a file whose size and hash the manifest gives; raises StoreError.
-
-    The size is compared before anything is read, so a wrong manifest costs no memory.
-    """
-    if expected is None:
+def read_table(path: Path, manifest: Manifest) -> pa.Table:
+    """Table of a Parquet file beside the manifest, which gives its sum; raises StoreError."""
+    if path.name not in manifest.files:
         raise StoreError(f"the manifest beside {path} does not list it: restore the manifest")
-    with explain_os_errors(f"read {path}"):
-        size = path.stat().st_size
-        if size != expected.bytes:
-            raise StoreError(
-                f"{path} has {size} bytes, the manifest says {expected.bytes}: "
-                "restore it from a copy"
-            )
-        content = path.read_bytes()
-    if file_sum(content) != expected:
-        raise StoreError(f"{path} was altered (SHA-256 differs): restore it from a copy")
-    return content
+    try:
+        content = read_summed(path, manifest.files[path.name], str(path))
+    except StoreError as error:
+        raise StoreError(f"{error}: restore it from a copy") from error
+    return parse_table(content, str(path))
