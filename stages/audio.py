@@ -46,7 +46,10 @@ def resample(waveform: Tensor, rate_hz: int, target_hz: int) -> Tensor:
     """Change the rate of a waveform [..., samples] by windowed-sinc interpolation."""
     if rate_hz == target_hz:
         return waveform
-    return sinc_resample(waveform, rate_hz, target_hz, lowpass_filter_width=32, rolloff=0.95)
+    changed: Tensor = sinc_resample(
+        waveform, rate_hz, target_hz, lowpass_filter_width=32, rolloff=0.95
+    )
+    return changed
 
 
 def trim_silence(waveform: Tensor, rate_hz: int, below_peak_db: float, keep_s: float) -> Tensor:

@@ -24,7 +24,7 @@ from stages.config import VoiceConfig, VoicesConfig
 from stages.errors import UserError
 
 SLOTS: dict[str, tuple[str, ...]] = {
-    "name": ("anna", "oliver", "maria", "peter", "my brother", "the teacher"),
+    "name": ("anna", "oliver", "susan", "peter", "my brother", "the teacher"),
     "verb": ("open", "close", "find", "bring", "carry", "paint", "hide", "watch"),
     "colour": ("red", "blue", "green", "yellow", "purple", "silver", "white", "black"),
     "object": (

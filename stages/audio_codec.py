@@ -1,0 +1,201 @@
+"""Audio as codes and back: the interface of audio codecs, and the project's own quantiser."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchaudio.functional import griffinlim
+from torchaudio.transforms import MelSpectrogram
+
+from stages.config import FitAudioCodecConfig
+from stages.errors import UserError
+from stages.residual_kmeans import fit_codebooks, quantise
+
+BATCH_CLIPS = 32
+"""Clips that are transformed together; it bounds memory."""
+
+GRIFFIN_LIM_ROUNDS = 48
+"""Rounds of phase retrieval; more are not heard."""
+
+
+class AudioCodec(Protocol):
+    """What the stages ask of an audio codec: C codes of V entries per frame, at a fixed rate."""
+
+    sample_rate_hz: int
+    frame_rate_hz: float
+    codebooks: int
+    codes_per_codebook: int
+
+    def encode(self, waveforms: Sequence[Tensor]) -> list[np.ndarray]:
+        """Waveforms [samples] float32 at `sample_rate_hz` → codes [F, C] uint16, in order."""
+
+    def decode(self, codes: np.ndarray) -> Tensor:
+        """Codes [F, C] → waveform [samples] float32 at `sample_rate_hz`."""
+
+    def fingerprint(self) -> str:
+        """Hexadecimal sha256 of all that encoding and decoding depend on."""
+
+    def save(self, path: Path) -> None:
+        """Write the audio codec into a folder."""
+
+
+class ResidualMel:
+    """Residual vector quantiser over log-mel spectra; Griffin–Lim makes them audible.
+
+    A codec frame is `mels_per_frame` consecutive log-mel spectra laid end to end (D features).
+    Codebook i holds the k-means centroids of what codebooks 0 … i-1 left over.
+    Centred: frame f spans samples f·hop·mels_per_frame onward; the end is padded with silence.
+    """
+
+    def __init__(self, config: FitAudioCodecConfig, mean: Tensor, codebooks: Tensor):
+        """Take the mean [D] of the features and the codebooks [C, V, D], float32."""
+        self.config, self.mean, self.centroids = config, mean, codebooks
+        self.sample_rate_hz = config.sample_rate_hz
+        self.frame_samples = config.hop * config.mels_per_frame
+        self.frame_rate_hz = config.sample_rate_hz / self.frame_samples
+        self.codebooks, self.codes_per_codebook = config.codebooks, config.codes_per_codebook
+        self.mel = _mel_spectrogram(config)
+
+    @classmethod
+    def fit(cls, config: FitAudioCodecConfig, waveforms: Sequence[Tensor]) -> ResidualMel:
+        """Learn the codebooks from waveforms [samples] at the codec's sample rate.
+
+        Raises UserError when there are fewer frames than entries of a codebook.
+        """
+        features = torch.cat(_features(config, _mel_spectrogram(config), waveforms))
+        if len(features) < config.codes_per_codebook:
+            raise UserError(
+                f"the train split gives {len(features)} codec frames, fewer than "
+                f"audio_codec.codes_per_codebook={config.codes_per_codebook}; add recordings or "
+                "ask for fewer codes"
+            )
+        mean = features.mean(dim=0)
+        return cls(config, mean, fit_codebooks(features - mean, config))
+
+    @torch.inference_mode()
+    def encode(self, waveforms: Sequence[Tensor]) -> list[np.ndarray]:
+        """Waveforms [samples] float32 → codes [F, C] uint16, F = samples / frame, rounded up."""
+        codes = []
+        for start in range(0, len(waveforms), BATCH_CLIPS):
+            for features in _features(
+                self.config, self.mel, waveforms[start : start + BATCH_CLIPS]
+            ):
+                codes.append(quantise(features - self.mean, self.centroids).numpy())
+        return [each.astype(np.uint16) for each in codes]
+
+    @torch.inference_mode()
+    def decode(self, codes: np.ndarray) -> Tensor:
+        """Codes [F, C] → waveform [F · frame] float32.
+
+        Raises ValueError when a code is no entry of a codebook.
+        """
+        mel = self.log_mel(codes).exp().T
+        magnitude = (torch.linalg.pinv(self.mel.mel_scale.fb.T) @ mel).clamp(min=1e-6)
+        return self._invert(magnitude, len(codes) * self.frame_samples)
+
+    def log_mel(self, codes: np.ndarray) -> Tensor:
+        """Codes [F, C] → log-mel spectra [F · mels_per_frame, mels] float32."""
+        if codes.ndim != 2 or codes.shape[1] != self.codebooks:
+            raise ValueError(f"codes have shape {codes.shape}, not [frames, {self.codebooks}]")
+        if codes.size and codes.max() >= self.codes_per_codebook:
+            raise ValueError(
+                f"code {codes.max()} is no entry of a codebook of {self.codes_per_codebook}; "
+                "strip start and end codes before decoding"
+            )
+        index = torch.from_numpy(codes.astype(np.int64))
+        parts = [book[index[:, c]] for c, book in enumerate(self.centroids)]
+        return (self.mean + sum(parts)).reshape(-1, self.config.mels)
+
+    def _invert(self, magnitude: Tensor, samples: int) -> Tensor:
+        spectrogram = self.mel.spectrogram
+        padded = torch.nn.functional.pad(magnitude, (0, 1), value=1e-6)
+        return griffinlim(
+            padded,
+            spectrogram.window,
+            spectrogram.n_fft,
+            self.config.hop,
+            spectrogram.n_fft,
+            power=1.0,
+            n_iter=GRIFFIN_LIM_ROUNDS,
+            momentum=0.99,
+            length=samples,
+            rand_init=False,
+        )
+
+    def fingerprint(self) -> str:
+        """Hexadecimal sha256 of the settings and of every learned number."""
+        digest = hashlib.sha256(self.config.model_dump_json().encode())
+        for tensor in (self.mean, self.centroids):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write `audio_codec.json` and `audio_codec.safetensors` into a folder."""
+        path.mkdir(parents=True, exist_ok=True)
+        header = {
+            "kind": "residual_mel",
+            "fingerprint": self.fingerprint(),
+            "config": self.config.model_dump(),
+        }
+        save_file({"mean": self.mean, "codebooks": self.centroids}, path / WEIGHTS)
+        (path / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+
+
+HEADER, WEIGHTS = "audio_codec.json", "audio_codec.safetensors"
+
+
+def load_audio_codec(path: Path) -> AudioCodec:
+    """Load the audio codec of a folder.
+
+    Raises UserError when a file is missing, damaged or not what the fingerprint says.
+    """
+    try:
+        header = json.loads((path / HEADER).read_text(encoding="utf-8"))
+        tensors = load_file(path / WEIGHTS)
+        config = FitAudioCodecConfig.model_validate(header["config"])
+        audio_codec = ResidualMel(config, tensors["mean"], tensors["codebooks"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"no audio codec can be read from {path}: {error}; fit it again") from error
+    if audio_codec.fingerprint() != header["fingerprint"]:
+        raise UserError(
+            f"the audio codec in {path} has fingerprint {audio_codec.fingerprint()}, but its "
+            f"header says {header['fingerprint']}: a file was altered; fit it again"
+        )
+    return audio_codec
+
+
+def _mel_spectrogram(config: FitAudioCodecConfig) -> MelSpectrogram:
+    return MelSpectrogram(
+        sample_rate=config.sample_rate_hz,
+        n_fft=4 * config.hop,
+        hop_length=config.hop,
+        f_max=min(8000.0, config.sample_rate_hz / 2),
+        n_mels=config.mels,
+        power=1.0,
+        norm="slaney",
+        mel_scale="slaney",
+        pad_mode="constant",
+    )
+
+
+def _features(
+    config: FitAudioCodecConfig, mel: MelSpectrogram, waveforms: Sequence[Tensor]
+) -> list[Tensor]:
+    """Waveforms [samples] → features [F, mels_per_frame · mels], each apart from its batch."""
+    frame_samples = config.hop * config.mels_per_frame
+    frames = [-(-len(waveform) // frame_samples) for waveform in waveforms]
+    batch = torch.zeros(len(waveforms), max(frames) * frame_samples)
+    for row, waveform in zip(batch, waveforms, strict=True):
+        row[: len(waveform)] = waveform
+    spectra = mel(batch).clamp(min=config.floor).log()[..., :-1].transpose(1, 2)
+    stacked = spectra.reshape(len(batch), max(frames), -1)
+    return [each[:count] for each, count in zip(stacked, frames, strict=True)]

@@ -1,0 +1,253 @@
+"""Stage zero: a recorded folder becomes a dataset of checked texts and audio codes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import soundfile
+from pydantic import JsonValue
+from tqdm import trange
+
+from stages.audio_codec import BATCH_CLIPS, AudioCodec, ResidualMel, load_audio_codec
+from stages.config import DatasetFacts, FitAudioCodecConfig, PrepareConfig
+from stages.dataset import (
+    DATASET_VERSION,
+    REFERENCE,
+    REJECTED,
+    SAMPLES,
+    SPLITS,
+    Dataset,
+    DatasetHeader,
+    fingerprint,
+    read_header,
+)
+from stages.errors import UserError
+from stages.publish import publish_folder
+from stages.recordings import find_table
+from stages.screening import (
+    Clip,
+    Screened,
+    choose_splits,
+    keyed,
+    screen,
+    strange_characters,
+)
+from stages.voices import make_corpus
+
+
+def prepare(config: PrepareConfig, out: Path, corpus: Path | None = None) -> Dataset:
+    """Check, resample and encode the recordings of a source into the dataset folder `out`.
+
+    The demo's voices, if configured, first speak into `corpus` (beside `out` unless given).
+    A rejected recording is listed in rejected.parquet and stops nothing. A dataset that the same
+    settings made from the same table is opened as it is. The folder appears whole or not at all.
+    Raises UserError when the source cannot be used, when nothing is accepted, or when `out` was
+    made otherwise.
+    """
+    if out.exists():
+        return _reopen(config, out)
+    source = config.source
+    if config.voices is not None:
+        source = make_corpus(config.voices, corpus or out.with_name("corpus"))
+    assert source is not None
+    with publish_folder(out) as draft:
+        _write_dataset(config, find_table(source), draft)
+    return Dataset.open(out)
+
+
+def _reopen(config: PrepareConfig, out: Path) -> Dataset:
+    """Open a finished dataset; raises UserError when other settings or another table made it."""
+    header = read_header(out)
+    asked = _settings(config)
+    different = [key for key in asked if header.config.get(key) != asked[key]]
+    if config.source is not None and config.source.exists():
+        different += ["source"] * (header.source_sha256 != _sha256(find_table(config.source)))
+    if different:
+        raise UserError(
+            f"{out} was prepared with another {', '.join(different)}; prepare into another "
+            "folder, or remove that one"
+        )
+    return Dataset.open(out)
+
+
+def _settings(config: PrepareConfig) -> dict[str, JsonValue]:
+    """The settings that decide a dataset's content."""
+    return config.model_dump(
+        mode="json", exclude={"source": True, "voices": {"processes"}, "audio_codec": {"path"}}
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_dataset(config: PrepareConfig, table: Path, draft: Path) -> None:
+    spilled = draft / "audio.pcm"
+    loaded = None
+    if config.audio_codec.kind == "load":
+        loaded = load_audio_codec(config.audio_codec.path)
+    rate_hz = loaded.sample_rate_hz if loaded else config.audio_codec.sample_rate_hz
+    screened = screen(config, table, rate_hz, spilled)
+    splits = choose_splits([clip.text for clip in screened.clips], config)
+    alphabet, speakers = _keep_trainable(screened, splits, config)
+    if not any(splits[clip.text] == "train" for clip in screened.clips):
+        raise UserError(_nothing_left(table, screened, config))
+    audio_codec = loaded or _fit(config.audio_codec, screened, splits)
+    samples = _encode(screened, splits, audio_codec, config)
+    audio_codec.save(draft / "audio_codec")
+    pq.write_table(samples, draft / "samples.parquet")
+    pq.write_table(_references(screened, splits, rate_hz), draft / "reference.parquet")
+    rejected = [dict(zip(REJECTED.names, pair, strict=True)) for pair in screened.rejected]
+    pq.write_table(pa.Table.from_pylist(rejected, REJECTED), draft / "rejected.parquet")
+    spilled.unlink()
+    facts = DatasetFacts(
+        alphabet=alphabet,
+        speakers=speakers,
+        codebooks=audio_codec.codebooks,
+        codes_per_codebook=audio_codec.codes_per_codebook,
+        frame_rate_hz=audio_codec.frame_rate_hz,
+        audio_codec=audio_codec.fingerprint(),
+        context_frames=round(config.context_s * audio_codec.frame_rate_hz),
+    )
+    header = _header(config, table, samples, screened, facts, rate_hz)
+    (draft / "dataset.json").write_text(header.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _keep_trainable(
+    screened: Screened, splits: dict[str, str], config: PrepareConfig
+) -> tuple[str, tuple[str, ...]]:
+    """Drop clips whose speaker or characters the train split lacks; returns what it has."""
+    train = [clip for clip in screened.clips if splits[clip.text] == "train"]
+    clips_of = Counter(clip.speaker for clip in train)
+    least = 2 if config.context_s > 0 else 1
+
+    def lacks_speaker(clip: Clip) -> str | None:
+        count = clips_of[clip.speaker]
+        if count >= least:
+            return None
+        return f"speaker without train clips: {clip.speaker!r} has {count}, {least} are needed"
+
+    screened.drop(lacks_speaker)
+    texts = [clip.text for clip in screened.clips if splits[clip.text] == "train"]
+    alphabet = "".join(sorted(set(config.alphabet or "".join(texts))))
+    screened.drop(lambda clip: strange_characters(clip.text, alphabet))
+    return alphabet, tuple(sorted({clip.speaker for clip in screened.clips}))
+
+
+def _nothing_left(table: Path, screened: Screened, config: PrepareConfig) -> str:
+    kinds = ", ".join(f"{kind}: {count}" for kind, count in _kinds(screened).items()) or "none"
+    return (
+        f"no recording of {table} is left for the train split; rejected {kinds}; "
+        f"{len(screened.clips)} accepted, with prepare.test_texts={config.test_texts} and "
+        f"prepare.dev_texts={config.dev_texts} held out"
+    )
+
+
+def _kinds(screened: Screened) -> dict[str, int]:
+    return dict(sorted(Counter(reason.split(":")[0] for _, reason in screened.rejected).items()))
+
+
+def _fit(config: FitAudioCodecConfig, screened: Screened, splits: dict[str, str]) -> ResidualMel:
+    """Fit the audio codec on train clips, in a keyed order, up to `config.minutes` of them."""
+    train = [clip for clip in screened.clips if splits[clip.text] == "train"]
+    train.sort(key=lambda clip: keyed(config.seed, "audio codec", clip.sample_id))
+    chosen, seconds = [], 0.0
+    for clip in train:
+        if seconds < 60 * config.minutes:
+            chosen.append(screened.waveform(clip))
+            seconds += clip.length / config.sample_rate_hz
+    return ResidualMel.fit(config, chosen)
+
+
+def _encode(
+    screened: Screened, splits: dict[str, str], audio_codec: AudioCodec, config: PrepareConfig
+) -> pa.Table:
+    """The samples table, in the source's order."""
+    clips = screened.clips
+    codes: list[np.ndarray] = []
+    for start in trange(0, len(clips), BATCH_CLIPS, desc="encoding", unit="batch", disable=None):
+        batch = clips[start : start + BATCH_CLIPS]
+        codes += audio_codec.encode([screened.waveform(clip) for clip in batch])
+    contexts = _contexts(clips, codes, splits, audio_codec.frame_rate_hz, config)
+    return pa.table(
+        {
+            "sample_id": [clip.sample_id for clip in clips],
+            "text": [clip.text for clip in clips],
+            "speaker": [clip.speaker for clip in clips],
+            "split": [splits[clip.text] for clip in clips],
+            "duration_s": [clip.length / audio_codec.sample_rate_hz for clip in clips],
+            "n_frames": [len(each) for each in codes],
+            "codes": [each.reshape(-1) for each in codes],
+            "context_codes": [each.reshape(-1) for each in contexts],
+        },
+        schema=SAMPLES,
+    )
+
+
+def _contexts(
+    clips: list[Clip],
+    codes: list[np.ndarray],
+    splits: dict[str, str],
+    frame_rate_hz: float,
+    config: PrepareConfig,
+) -> Iterator[np.ndarray]:
+    """First frames [≤ F, C] of another train clip of the speaker, for every clip."""
+    frames = round(config.context_s * frame_rate_hz)
+    train: dict[str, list[int]] = {}
+    for index, clip in enumerate(clips):
+        if splits[clip.text] == "train":
+            train.setdefault(clip.speaker, []).append(index)
+    for index, clip in enumerate(clips):
+        if frames == 0:
+            yield codes[index][:0]
+            continue
+        others = [other for other in train[clip.speaker] if other != index]
+        yield codes[others[keyed(config.seed, "context", clip.sample_id) % len(others)]][:frames]
+
+
+def _references(screened: Screened, splits: dict[str, str], rate_hz: int) -> pa.Table:
+    held_out = [clip for clip in screened.clips if splits[clip.text] != "train"]
+    files = []
+    for clip in held_out:
+        file = io.BytesIO()
+        soundfile.write(
+            file, screened.waveform(clip).numpy(), rate_hz, subtype="PCM_16", format="WAV"
+        )
+        files.append(file.getvalue())
+    ids = [clip.sample_id for clip in held_out]
+    return pa.table({"sample_id": ids, "audio": files}, schema=REFERENCE)
+
+
+def _header(
+    config: PrepareConfig,
+    table: Path,
+    samples: pa.Table,
+    screened: Screened,
+    facts: DatasetFacts,
+    rate_hz: int,
+) -> DatasetHeader:
+    counts = Counter(samples.column("split").to_pylist())
+    seconds: Counter[str] = Counter()
+    for split, duration_s in zip(
+        samples.column("split").to_pylist(), samples.column("duration_s").to_pylist(), strict=True
+    ):
+        seconds[split] += duration_s
+    return DatasetHeader(
+        version=DATASET_VERSION,
+        fingerprint=fingerprint(samples, facts.audio_codec),
+        facts=facts,
+        sample_rate_hz=rate_hz,
+        samples={split: counts[split] for split in SPLITS},
+        duration_s={split: round(seconds[split], 3) for split in SPLITS},
+        rejected=_kinds(screened),
+        source_sha256=_sha256(table),
+        config=_settings(config),
+    )
