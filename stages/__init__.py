@@ -1,0 +1,1 @@
+"""The stages: prepare, fit, rollout, train and evaluate, one verb each."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.targets import reduce
+from store.encoding import array_specs
 from store.schema import Manifest
 
 BLOCK_VALUES = 16 * 2**20
@@ -18,6 +19,9 @@ class Capture:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
+        self._dtypes = {
+            name: getattr(torch, spec.dtype.name) for name, spec in array_specs(manifest).items()
+        }
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._waiting_values = 0
         self._blocks: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
@@ -40,8 +44,10 @@ class Capture:
         manifest = self._manifest
         kind = manifest.target.kind
         reduced = reduce(logits, codes, manifest.target, manifest.forbidden, manifest.end_id)
-        arrays = {f"{kind}.{name}": tensor.cpu().numpy() for name, tensor in reduced.items()}
-        self._blocks.append((rows.cpu().numpy(), {"codes": codes.cpu().numpy(), **arrays}))
+        tensors = {"codes": codes} | {f"{kind}.{name}": t for name, t in reduced.items()}
+        # Narrow on the device: ids are int64 there, and a quarter of that in the store.
+        stored = {name: t.to(self._dtypes[name]).cpu().numpy() for name, t in tensors.items()}
+        self._blocks.append((rows.cpu().numpy(), stored))
 
     def rollouts(self) -> list[dict[str, np.ndarray]]:
         """Return the arrays [T, C, ...] of every rollout of the batch, in row order."""
@@ -52,9 +58,9 @@ class Capture:
         cuts = np.flatnonzero(np.diff(rows[order])) + 1
         names = self._blocks[0][1]
         pieces = {
-            name: np.split(np.concatenate([arrays[name] for _, arrays in self._blocks])[order], cuts)
+            name: np.split(
+                np.concatenate([arrays[name] for _, arrays in self._blocks])[order], cuts
+            )
             for name in names
         }
-        return [
-            {name: pieces[name][row] for name in names} for row in range(len(cuts) + 1)
-        ]
+        return [{name: pieces[name][row] for name in names} for row in range(len(cuts) + 1)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from store.commit import publish_folder
+from stages.publish import publish_folder
 
 KEPT = 2
 

@@ -308,8 +308,8 @@ class RolloutConfig(Record):
 
     source: Literal["teacher", "dataset", "student"] = "teacher"
     """Whose codes are scored: drawn under guidance, the recording's own, or a student's."""
-    student: str | None = None
-    """Name of the student that draws the codes when `source` is `student`."""
+    student: Path | None = None
+    """Folder of the student that draws the codes when `source` is `student`."""
     split: str = "train"
     """Split of the dataset that is rolled out."""
     samples: Positive | None = None

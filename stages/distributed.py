@@ -1,4 +1,4 @@
-"""This process's place among the data-parallel processes of a stage."""
+"""The place of a process among the data-parallel processes of a stage."""
 
 from __future__ import annotations
 
@@ -87,4 +87,3 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def peak_device_bytes(device: torch.device) -> int:
     """Most bytes this process held on the device; 0 on the CPU, where resident memory counts."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from stages.config import FamilyName
+from pydantic import TypeAdapter
+
+from stages.config import FamilyName, ModelConfig
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
     from stages.sampling import RolloutPolicy
     from store.schema import Stream
+
+CONFIGS: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 
 Sample = Mapping[str, Any]
 """One row of samples.parquet: `sample_id` and the conditioning columns that a family reads."""
@@ -52,6 +57,8 @@ class Family(Protocol):
     Teacher and student are the same class; `load` and `build` decide dtype and device once.
     """
 
+    name: FamilyName
+    """What configurations and manifests call it."""
     module: nn.Module
     """The bare model, whose parameters are saved."""
     network: nn.Module
@@ -130,9 +137,7 @@ class Family(Protocol):
 
 def load_family(name: FamilyName) -> type[Family]:
     """Import the family `name`; raises `UserError` with the pip command if a package is missing."""
-    module_name, class_name, extra = {
-        "codec_lm": ("stages.families.codec_lm", "CodecLM", None),
-    }[name]
+    module_name, class_name, extra = FAMILIES[name]
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -144,3 +149,21 @@ def load_family(name: FamilyName) -> type[Family]:
         ) from error
     family: type[Family] = getattr(module, class_name)
     return family
+
+
+def saved_family(folder: Path) -> FamilyName:
+    """Return which family wrote a model folder, from its config.json."""
+    try:
+        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return CONFIGS.validate_python(description["config"]).family
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} holds no finished model ({error}): give a folder that `fit` or `train` "
+            "wrote, or run that stage first"
+        ) from None
+
+
+FAMILIES: dict[FamilyName, tuple[str, str, str | None]] = {
+    "codec_lm": ("stages.families.codec_lm", "CodecLM", None),
+}
+"""Family → module, class, and the extra of foretell that installs what it imports."""

@@ -59,9 +59,7 @@ def cross_entropy(student: Tensor, codes: Tensor) -> Tensor:
     return flat.reshape(codes.shape)
 
 
-def nrmse(
-    student: Tensor, target: DenseTarget | SparseTarget, forbidden: Sequence[int]
-) -> Tensor:
+def nrmse(student: Tensor, target: DenseTarget | SparseTarget, forbidden: Sequence[int]) -> Tensor:
     """Return the root mean square error of the logits over the teacher's standard deviation.
 
     Both sides are centred first, so a constant added to a row of logits changes nothing. Over a
@@ -127,9 +125,7 @@ def distillation_terms(
     return terms
 
 
-def select(
-    target: DenseTarget | SparseTarget, chosen: Tensor
-) -> DenseTarget | SparseTarget:
+def select(target: DenseTarget | SparseTarget, chosen: Tensor) -> DenseTarget | SparseTarget:
     """Return the target's rows where `chosen` [B, T, C] is true, flattened to one axis."""
     if isinstance(target, DenseTarget):
         return DenseTarget(target.logits[chosen])

@@ -115,7 +115,8 @@ def optimize(
             with _synchronised(network, batch is batches[-1]), _cast(config, place):
                 objective = learner.objective(state.step, batch)
                 # Data parallelism averages gradients; the loss is a mean over the global batch.
-                (objective.total * (place.world_size / max(weight, 1.0))).backward()
+                share = objective.total * (place.world_size / max(weight, 1e-9))
+                torch.autograd.backward(share)  # type: ignore[no-untyped-call]
             report.add(objective.terms)
         gradient_norm = state.update(learning_rate(config, state.step))
         report.step(state.step, local_weight, gradient_norm)
@@ -162,7 +163,7 @@ class TrainingState:
             betas=config.betas,
             fused=device.type == "cuda",
         )
-        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._average: dict[str, Tensor] = {}
         if config.ema_decay is not None:
             self._average = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -267,7 +268,7 @@ class Report:
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """Add the loss terms of one micro-batch."""
         for name, term in terms.items():
-            self._sums[name] += float(term)
+            self._sums[name] += float(term.detach())
 
     def step(self, step: int, weight: float, gradient_norm: float) -> None:
         """Note that an optimizer step is done; write a line where one is due."""

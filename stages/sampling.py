@@ -40,7 +40,9 @@ def mask_forbidden(logits: Tensor, forbidden: Sequence[int]) -> Tensor:
     return logits.index_fill(-1, index, float("-inf"))
 
 
-def filtered(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None):
+def filtered(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor]:
     """Return the candidates that the filters leave, most likely first.
 
     `logits` is [..., V]. Returns probabilities [..., k] float32, falling and summing to 1, and
@@ -94,9 +96,7 @@ class RolloutPolicy:
         self.forbidden = tuple(forbidden)
         self.end_id = end_id
         shape = (sampler.max_timesteps, streams)
-        tables = [
-            keyed_generator(seed, *key).random(shape, dtype=np.float32) for key in keys
-        ]
+        tables = [keyed_generator(seed, *key).random(shape, dtype=np.float32) for key in keys]
         self._uniforms = torch.from_numpy(np.stack(tables)).to(device)
         self._last_timestep = torch.tensor(
             [self._truncation(reference) for reference in reference_timesteps], device=device
@@ -120,10 +120,10 @@ class RolloutPolicy:
     ) -> Tensor:
         """Draw codes [b, c] int64 from guided logits [b, c, V] of the streams given."""
         masked = mask_forbidden(logits, self._allowed(timestep))
-        candidates = filtered(
+        probabilities, ids = filtered(
             masked, self.sampler.temperature, self.sampler.top_k, self.sampler.top_p
         )
-        return draw(*candidates, self._uniforms[rows, timestep, streams])
+        return draw(probabilities, ids, self._uniforms[rows, timestep, streams])
 
     def end(self, rows: Tensor, timestep: int, codes: Tensor, logits: Tensor) -> Tensor:
         """Return which of `rows` end with this timestep, as [b] bool, and note why.
@@ -137,13 +137,13 @@ class RolloutPolicy:
         if timestep + 1 >= self.sampler.max_timesteps:
             reason[:] = LIMIT
         if self.end_id is not None and timestep >= self.sampler.min_timesteps:
-            reason[self._ended(codes, logits)] = END
+            reason[self._ended(codes, logits, self.end_id)] = END
         self.stop[rows] = reason
         return reason != RUNNING
 
-    def _ended(self, codes: Tensor, logits: Tensor) -> Tensor:
+    def _ended(self, codes: Tensor, logits: Tensor, end_id: int) -> Tensor:
         likeliest = mask_forbidden(logits, self.forbidden).argmax(-1)
-        votes = (codes == self.end_id) | (likeliest == self.end_id)
+        votes = codes.eq(end_id) | likeliest.eq(end_id)
         match self.sampler.end_on:
             case "any":
                 return votes.any(-1)

@@ -6,4 +6,13 @@ from store.reader import PredictionStore
 from store.shard import Rollout, Timestep
 from store.verify import verify
 
-__all__ = ["DamagedShard", "Plan", "PredictionStore", "Rollout", "RolloutNotFound", "StoreError", "Timestep", "verify"]
+__all__ = [
+    "DamagedShard",
+    "Plan",
+    "PredictionStore",
+    "Rollout",
+    "RolloutNotFound",
+    "StoreError",
+    "Timestep",
+    "verify",
+]

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from stages.config import CodecLMConfig, DatasetFacts
+from stages.config import CodecLMConfig, DatasetFacts, FamilyName
 from stages.errors import UserError
 from stages.families.codec_lm_checkpoint import (
     inherited_tensors,
@@ -36,6 +36,8 @@ class CodecLM:
     `module` is the bare model; `network` is what `score` calls, and training may replace it by a
     compiled or data-parallel form of `module`.
     """
+
+    name: FamilyName = "codec_lm"
 
     def __init__(
         self,

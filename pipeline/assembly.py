@@ -1,0 +1,265 @@
+"""The one place where configuration, dataset, family and store meet.
+
+Every stage is its own process: what is built for one stage is never in memory with another's.
+Stage one never builds a student, and stage two never loads a teacher.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from pipeline.config import RunConfig
+from pipeline.folders import RunFolders, system_name
+from pipeline.progress import stage_identity
+from pipeline.results import write_report
+from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
+from stages.dataset import Dataset
+from stages.distributed import Place, choose_device, peak_device_bytes, place
+from stages.draw import draw_codes, read_drawn_codes
+from stages.errors import UserError
+from stages.evaluate import evaluate
+from stages.family import Family, Sample, load_family, saved_family
+from stages.fit import fit
+from stages.interruption import StopRequest
+from stages.measure import Contender
+from stages.prepare import prepare
+from stages.rollout import rollout
+from stages.rollout_plan import create_store
+from stages.train import train
+from store import PredictionStore
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Section = TypeVar("Section")
+
+
+class Assembly:
+    """The stages of one run, as one process does its part of them."""
+
+    def __init__(self, config: RunConfig, stop: StopRequest, task: int = 0, tasks: int = 1) -> None:
+        self._config, self._stop = config, stop
+        self._task, self._tasks = task, tasks
+        self._folders = RunFolders(config)
+        self.peak_device_bytes = 0
+        """Most memory that the stage held on the accelerator."""
+
+    def run(self, stage: str) -> bool:
+        """Do a stage (`train:NAME` for a student); False when stopped with more to do."""
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        name, _, student = stage.partition(":")
+        match name:
+            case "prepare":
+                return self._prepare()
+            case "fit":
+                return self._fit()
+            case "draw":
+                return self._draw()
+            case "rollout":
+                return self._rollout()
+            case "train":
+                return self._train(student)
+            case "evaluate":
+                return self._evaluate()
+            case _:
+                raise UserError(f"there is no stage {stage!r}")
+
+    def _prepare(self) -> bool:
+        config = _given(self._config.prepare, "prepare")
+        prepare(config, self._folders.dataset, self._folders.corpus)
+        return True
+
+    def _fit(self) -> bool:
+        config, teacher = _given(self._config.fit, "fit"), _given(self._config.teacher, "teacher")
+        model = _given(teacher.model, "teacher.model")
+        dataset = Dataset.open(self._folders.dataset)
+        with place(config.optimizer.device) as here:
+            facts = dataset.facts.model_dump(mode="json")
+            family = load_family(model.family).build(model, facts, seed=self._config.seed)
+            family.module.to(here.device)
+            finished = fit(
+                family,
+                dataset.samples("train"),
+                dataset.samples("dev"),
+                config,
+                self._folders.teacher,
+                seed=self._config.seed,
+                identity=stage_identity(self._config, "fit"),
+                place=here,
+                stop=self._stop,
+            )
+            self.peak_device_bytes = peak_device_bytes(here.device)
+        return finished
+
+    def _draw(self) -> bool:
+        config, device, dataset = self._rollout_inputs()
+        student = _load(_given(config.student, "rollout.student"), device, config.precision)
+        finished = draw_codes(
+            student, dataset.samples(config.split), config, self._folders.draws,
+            seed=self._config.seed, task=self._task, tasks=self._tasks, stop=self._stop,
+        )  # fmt: skip
+        self.peak_device_bytes = peak_device_bytes(device)
+        return finished
+
+    def _rollout(self) -> bool:
+        config, device, dataset = self._rollout_inputs()
+        teacher = _load(self._folders.teacher, device, config.precision)
+        samples = dataset.samples(config.split)
+        store = create_store(
+            self._folders.store,
+            config,
+            teacher,
+            samples,
+            facts=dataset.facts,
+            dataset_fingerprint=dataset.header.fingerprint,
+            seed=self._config.seed,
+        )
+        shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
+        finished = rollout(
+            teacher,
+            store,
+            {sample["sample_id"]: sample for sample in samples},
+            shards,
+            batch_size=config.batch_size,
+            stop=self._stop,
+            drawn_codes=read_drawn_codes(self._folders.draws, shards)
+            if config.source == "student"
+            else None,
+        )
+        self.peak_device_bytes = peak_device_bytes(device)
+        return finished
+
+    def _rollout_inputs(self) -> tuple[RolloutConfig, torch.device, Dataset]:
+        config = _given(self._config.rollout, "rollout")
+        device = choose_device(config.device, self._task)
+        return config, device, Dataset.open(self._folders.dataset)
+
+    def _train(self, name: str) -> bool:
+        config = self._config.students[name]
+        store = PredictionStore.open(self._folders.store)
+        with place(config.optimizer.device) as here:
+            family = self._student(config, store, here)
+            finished = train(
+                family,
+                store,
+                config,
+                self._folders.student(name),
+                seed=self._config.seed,
+                identity=stage_identity(self._config, f"train:{name}"),
+                place=here,
+                stop=self._stop,
+            )
+            self.peak_device_bytes = peak_device_bytes(here.device)
+        return finished
+
+    def _student(self, config: TrainConfig, store: PredictionStore, here: Place) -> Family:
+        """Build a student from the store's manifest; weights as `init` says."""
+        manifest = store.manifest
+        if config.model.family != manifest.family:
+            raise UserError(
+                f"the student's family is {config.model.family!r}, but the store was written by "
+                f"{manifest.family!r} (manifest.json): use the store's family"
+            )
+        family_class = load_family(config.model.family)
+        if config.init.kind == "checkpoint":
+            return _load(_given(config.init.path, "init.path"), here.device, "fp32")
+        family = family_class.build(config.model, manifest.conditioning, seed=self._config.seed)
+        if config.init.kind == "teacher":
+            family.inherit(self._folders.teacher, config.init.layers)
+        family.module.to(here.device)
+        return family
+
+    def _evaluate(self) -> bool:
+        config = _given(self._config.evaluate, "evaluate")
+        device = choose_device(config.device)
+        dataset = Dataset.open(self._folders.dataset)
+        samples = {sample["sample_id"]: sample for sample in dataset.samples(config.split)}
+        reference = self._reference(config, device, dataset, samples)
+        if reference is None:
+            return False
+        result = evaluate(
+            self._contenders(device, reference.manifest.guidance.scale),
+            reference,
+            samples,
+            dataset,
+            config,
+            self._folders.report,
+            stop=self._stop,
+        )
+        self.peak_device_bytes = peak_device_bytes(device)
+        if result is None:
+            return False
+        write_report(self._config, reference, result)
+        return True
+
+    def _reference(
+        self,
+        config: EvaluateConfig,
+        device: torch.device,
+        dataset: Dataset,
+        samples: Mapping[str, Sample],
+    ) -> PredictionStore | None:
+        """Return the complete store of the guided teacher on held-out samples; None if stopped."""
+        settings = _given(self._config.rollout, "rollout").model_copy(
+            update={
+                "source": "teacher",
+                "student": None,
+                "split": config.split,
+                "samples": config.samples,
+                "variations": 1,
+                "first_variation": 0,
+                "target": config.target,
+                "rollouts_per_shard": 4 * config.batch_size,
+                "batch_size": config.batch_size,
+            }
+        )
+        path = self._folders.report / "reference"
+        teacher = _load(self._folders.teacher, device, settings.precision)
+        store = create_store(
+            path,
+            settings,
+            teacher,
+            list(samples.values()),
+            facts=dataset.facts,
+            dataset_fingerprint=dataset.header.fingerprint,
+            seed=config.seed,
+        )
+        finished = rollout(
+            teacher,
+            store,
+            samples,
+            store.missing(),
+            batch_size=settings.batch_size,
+            stop=self._stop,
+        )
+        return PredictionStore.open(path) if finished else None
+
+    def _contenders(self, device: torch.device, cfg_scale: float) -> list[Contender]:
+        """Return what is compared: the teacher with and without guidance, and every student."""
+        folders = self._folders
+        teacher = partial(_load, folders.teacher, device, "fp32")
+        systems = [
+            Contender("teacher_guided", teacher, cfg_scale),
+            Contender("teacher_unguided", teacher, 1.0),
+        ]
+        for name in self._config.students:
+            load = partial(_load, folders.student(name), device, "fp32")
+            systems.append(Contender(system_name(name), load, 1.0))
+        return systems
+
+
+def _load(folder: Path, device: torch.device, precision: str) -> Family:
+    """Load a finished model of whatever family its folder says."""
+    family = load_family(saved_family(folder))
+    return family.load(folder, device=str(device), dtype=DTYPES[precision])
+
+
+def _given(section: Section | None, name: str) -> Section:
+    if section is None:
+        raise UserError(f"the configuration has no section {name!r}, which this stage needs")
+    return section

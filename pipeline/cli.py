@@ -1,0 +1,147 @@
+"""The command line: each command parses, calls one function, and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from pipeline.config import load_config
+from pipeline.inspection import describe_key, describe_store, store_text, verification_text
+from pipeline.launch import FAILED, FINISHED, USAGE_ERROR
+from pipeline.progress import progress, stages_of
+from pipeline.run import do_stage, run, under_torchrun
+from stages.errors import UserError
+from store import StoreError
+from store import verify as check
+
+app = typer.Typer(
+    name="foretell",
+    help="Offline distillation: a teacher's guided predictions, stored once, teach many students.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(help="YAML configuration of a run.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. rollout.batch_size=8."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+StorePath = Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit code 2, never a traceback."""
+    try:
+        app()
+    except (UserError, StoreError) as error:
+        sys.stderr.write(f"foretell: {error}\n")
+        sys.exit(USAGE_ERROR)
+
+
+def _stage(stage: str, config: Path, overrides: list[str] | None, task: str | None = None) -> None:
+    settings = load_config(config, overrides or [])
+    raise typer.Exit(do_stage(stage, config, overrides or [], settings, task))
+
+
+@app.command()
+def prepare(config: Config, set_: Set = None) -> None:
+    """Check a dataset, encode its audio, write samples.parquet and what was rejected."""
+    _stage("prepare", config, set_)
+
+
+@app.command()
+def fit(config: Config, set_: Set = None) -> None:
+    """Train a teacher on the dataset's own codes, with condition dropout."""
+    _stage("fit", config, set_)
+
+
+@app.command()
+def rollout(
+    config: Config,
+    task: Annotated[int | None, typer.Option(help="Number of this job, from 0.", min=0)] = None,
+    tasks: Annotated[int | None, typer.Option(help="Jobs that share the work.", min=1)] = None,
+    set_: Set = None,
+) -> None:
+    """Stage one: store what the guided teacher predicts; alone it does all that is missing."""
+    if (task is None) != (tasks is None) or (
+        task is not None and tasks is not None and task >= tasks
+    ):
+        raise UserError(f"--task {task} with --tasks {tasks}: give both, with task below tasks")
+    _stage("rollout", config, set_, None if task is None else f"{task}/{tasks}")
+
+
+@app.command()
+def train(
+    config: Config,
+    student: Annotated[str | None, typer.Option(help="Train this one only.")] = None,
+    set_: Set = None,
+) -> None:
+    """Stage two: train the students from the store; alone or under torchrun."""
+    settings = load_config(config, set_ or [])
+    names = [student] if student is not None else list(settings.students)
+    for name in names:
+        if under_torchrun():
+            from pipeline.worker import main as worker  # noqa: PLC0415
+
+            code = worker([f"train:{name}", str(config), *(f"--set={s}" for s in set_ or [])])
+        else:
+            code = do_stage(f"train:{name}", config, set_ or [], settings)
+        if code != FINISHED:
+            raise typer.Exit(code)
+
+
+@app.command()
+def evaluate(config: Config, set_: Set = None) -> None:
+    """Compare teacher, guided and unguided, with the students; write the report."""
+    _stage("evaluate", config, set_)
+
+
+@app.command(name="run")
+def run_command(config: Config, set_: Set = None) -> None:
+    """Do all stages that the configuration names, skipping what is done."""
+    raise typer.Exit(run(config, set_ or [], load_config(config, set_ or [])))
+
+
+@app.command()
+def status(config: Config, set_: Set = None, as_json: Json = False) -> None:
+    """Show how far a run is; exit code 0 only when all is done."""
+    settings = load_config(config, set_ or [])
+    stages = {stage: progress(settings, stage) for stage in stages_of(settings)}
+    document = {"stages": {name: stage.model_dump() for name, stage in stages.items()}}
+    lines = [f"{name:<20}{s.done:>8} of {s.planned:<8}{s.state}" for name, s in stages.items()]
+    _print(document, as_json, lambda: "\n".join(lines))
+    raise typer.Exit(FINISHED if all(s.state == "done" for s in stages.values()) else FAILED)
+
+
+@app.command()
+def inspect(
+    store: StorePath,
+    key: Annotated[
+        str | None, typer.Option(help="SAMPLE/VARIATION or SAMPLE/VARIATION/TIMESTEP.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a store, down to one timestep."""
+    document = describe_store(store) if key is None else describe_key(store, key)
+    _print(document, as_json, lambda: store_text(document))
+
+
+@app.command()
+def verify(store: StorePath, as_json: Json = False) -> None:
+    """Check every file and array of a store against its checksums."""
+    result = check(store, partial(tqdm, unit="shard", disable=None))
+    _print(result.model_dump(mode="json"), as_json, lambda: verification_text(result))
+    raise typer.Exit(FINISHED if result.ok else FAILED)
+
+
+def _print(document: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
+    typer.echo(json.dumps(document, ensure_ascii=False) if as_json else text())

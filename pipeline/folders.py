@@ -1,0 +1,65 @@
+"""Where a run keeps what: every path below `runs/<name>/`, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import RunConfig
+
+
+@dataclass(frozen=True)
+class RunFolders:
+    """Paths of one run."""
+
+    config: RunConfig
+
+    @property
+    def root(self) -> Path:
+        """The run's own folder."""
+        return self.config.runs / self.config.name
+
+    @property
+    def corpus(self) -> Path:
+        """Recordings that `prepare` makes when the dataset is spoken by voices."""
+        return self.root / "corpus"
+
+    @property
+    def dataset(self) -> Path:
+        """The prepared dataset."""
+        return self.config.dataset or self.root / "dataset"
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher's weights, log and checkpoints."""
+        given = self.config.teacher.checkpoint if self.config.teacher else None
+        return given or self.root / "teacher"
+
+    @property
+    def store(self) -> Path:
+        """The prediction store."""
+        return self.config.store or self.root / "store"
+
+    @property
+    def draws(self) -> Path:
+        """Codes that a student drew for the teacher to score."""
+        return self.root / "draws"
+
+    @property
+    def report(self) -> Path:
+        """Report, audio and the reference store of the evaluation."""
+        return self.root / "report"
+
+    @property
+    def stages(self) -> Path:
+        """One record of cost and completion per stage."""
+        return self.root / "stages"
+
+    def student(self, name: str) -> Path:
+        """A student's weights, log and checkpoints."""
+        return self.root / system_name(name)
+
+
+def system_name(student: str) -> str:
+    """Return what a student is called in the report: `student`, or `student_<name>`."""
+    return student if student == "student" else f"student_{student}"

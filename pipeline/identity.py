@@ -1,0 +1,29 @@
+"""What the result of a stage depends on, as one hash; unequal hashes mean other work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from stages.config import OptimizerConfig
+from store.schema import Record
+
+VOLATILE = {"processes", "device", "log_every", "checkpoint_every", "micro_batch_size"}
+"""Settings that change how fast a stage works, and nothing that it produces."""
+
+
+def identity(*parts: Record | dict[str, Any] | str | int | None) -> str:
+    """Return a sha256 over settings and fingerprints, without the volatile settings."""
+    document = [_lasting(p.model_dump(mode="json")) if isinstance(p, Record) else p for p in parts]
+    text = json.dumps(document, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lasting(inner) for key, inner in value.items() if key not in VOLATILE}
+    return [_lasting(inner) for inner in value] if isinstance(value, list) else value
+
+
+assert set(OptimizerConfig.model_fields) >= VOLATILE

@@ -1,0 +1,193 @@
+"""Looking into a store: what it is, how large, and what was predicted at one place."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from stages.errors import UserError
+from store import PredictionStore, Rollout, Timestep
+from store.schema import TopK
+from store.verify import Verification
+
+Document = dict[str, Any]
+
+ROLLOUT_KEY = re.compile(r"(?P<sample_id>.+)/(?P<variation>[0-9]{1,10})")
+TIMESTEP_KEY = re.compile(ROLLOUT_KEY.pattern + r"/(?P<timestep>[0-9]{1,10})")
+
+
+def describe_store(path: Path) -> Document:
+    """Return what a store is and what is in it, as JSON values; reads no array."""
+    store = PredictionStore.open(path)
+    manifest = store.manifest
+    tables = [store.rollout_table(shard) for shard in store.committed]
+    lengths = np.concatenate([table.lengths for table in tables] or [np.zeros(0, np.int64)])
+    timesteps = int(lengths.sum())
+    return {
+        "shards": len(store.committed),
+        "planned_shards": store.planned_shards,
+        "rollouts": len(store),
+        "timesteps": timesteps,
+        "audio_s": timesteps * manifest.timestep_s,
+        "bytes": _bytes_by_array(store),
+        "longest": int(lengths.max(initial=0)),
+        "stop_reasons": dict(Counter(reason for table in tables for reason in table.stop_reasons)),
+        "streams": [stream.model_dump() for stream in manifest.streams],
+        "targets": manifest.target.model_dump(mode="json"),
+        "teacher": manifest.fingerprints.teacher,
+        "cfg_scale": manifest.guidance.scale,
+        "family": manifest.family,
+        "source": manifest.source,
+        "sampler": manifest.sampler.model_dump(mode="json"),
+        "split": manifest.split,
+        "seed": manifest.seed,
+        "fingerprints": manifest.fingerprints.model_dump(),
+        "format_version": manifest.format_version,
+    }
+
+
+def _bytes_by_array(store: PredictionStore) -> dict[str, int]:
+    """Bytes on disk of every array, over the committed shards; other files count as `tables`."""
+    sizes: Counter[str] = Counter()
+    for shard in store.committed:
+        for file, check in store.folder(shard).record().files.items():
+            array, separator, _ = file.partition("/")
+            sizes[array if separator else "tables"] += check.bytes
+    return dict(sorted(sizes.items()))
+
+
+def describe_key(path: Path, key: str) -> Document:
+    """Return what is stored of SAMPLE/VARIATION, or of SAMPLE/VARIATION/TIMESTEP.
+
+    Sample ids may hold slashes: the last one or two parts are numbers. Raises `UserError` for a
+    key of another form and `StoreError` for one that the store does not hold.
+    """
+    store = PredictionStore.open(path)
+    for pattern in (TIMESTEP_KEY, ROLLOUT_KEY):
+        match = pattern.fullmatch(key)
+        if match is None:
+            continue
+        sample_id, variation = match["sample_id"], int(match["variation"])
+        if pattern is ROLLOUT_KEY:
+            return _rollout(store, store[sample_id, variation])
+        # A sample id may itself end in "/3", so a key can be read in two ways.
+        if (sample_id, variation) in store:
+            return _timestep(store, store[sample_id, variation, int(match["timestep"])])
+    raise UserError(
+        f"key {key!r} is not SAMPLE/VARIATION or SAMPLE/VARIATION/TIMESTEP of a rollout in "
+        f"{path}: `foretell inspect {path}` says what is there"
+    )
+
+
+def _rollout(store: PredictionStore, rollout: Rollout) -> Document:
+    return {
+        "sample_id": rollout.sample_id,
+        "variation": rollout.variation,
+        "conditions": {
+            name: value
+            for name, value in store.sample(rollout.sample_id).items()
+            if isinstance(value, str | int | float)
+        },
+        "timesteps": len(rollout),
+        "audio_s": len(rollout) * store.manifest.timestep_s,
+        "stop_reason": rollout.stop_reason,
+        "weight": rollout.weight,
+        "seed": rollout.seed,
+        "codes": rollout.codes.tolist(),
+    }
+
+
+def _timestep(store: PredictionStore, timestep: Timestep) -> Document:
+    return {
+        "sample_id": timestep.sample_id,
+        "variation": timestep.variation,
+        "timestep": timestep.timestep,
+        "streams": [
+            {"stream": stream.name, **_stream(store, timestep, index)}
+            for index, stream in enumerate(store.manifest.streams)
+        ],
+    }
+
+
+def _stream(store: PredictionStore, timestep: Timestep, stream: int) -> Document:
+    """Return the drawn code and the candidates of one stream, most probable first."""
+    arrays = {name: array[stream] for name, array in timestep.arrays.items()}
+    if isinstance(store.manifest.target, TopK):
+        ids, tail = arrays["top_k.ids"], float(np.exp(arrays["top_k.tail_logmass"][0]))
+        kept = _softmax(arrays["top_k.logits"]) * (1 - tail)
+    else:
+        probabilities = _softmax(arrays["full.logits"])
+        ids, tail = np.argsort(-probabilities, kind="stable"), 0.0
+        kept = probabilities[ids]
+    candidates = [
+        {"id": int(i), "probability": float(p)} for i, p in zip(ids, kept, strict=True) if p > 0
+    ]
+    return {"code": int(arrays["codes"]), "tail_mass": tail, "candidates": candidates}
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits.astype(np.float64) - logits.max())
+    return np.asarray(exponentials / exponentials.sum())
+
+
+def store_text(document: Document) -> str:
+    """Return a readable table of `describe_store` or `describe_key`."""
+    buffer = StringIO()
+    console = Console(file=buffer, width=100, highlight=False)
+    if "timestep" in document:
+        console.print(_candidate_table(document))
+    else:
+        console.print(_value_table(document))
+    return buffer.getvalue().rstrip()
+
+
+def _value_table(document: Document) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in document.items():
+        table.add_row(name, _text(name, value))
+    return table
+
+
+def _text(name: str, value: Any) -> str:
+    if name == "streams":
+        groups = Counter((s["group"], s["vocabulary"]) for s in value)
+        return ", ".join(f"{n} × {group} (V={size})" for (group, size), n in groups.items())
+    if name == "bytes":
+        total = sum(value.values())
+        return f"{total:,} ({', '.join(f'{array} {size:,}' for array, size in value.items())})"
+    if name == "codes":
+        return "\n".join(" ".join(f"{code:>5}" for code in row) for row in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {inner}" for key, inner in value.items())
+    return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
+
+
+def _candidate_table(document: Document) -> Table:
+    title = f"{document['sample_id']}, variation {document['variation']}, "
+    table = Table(title=title + f"timestep {document['timestep']}")
+    for column in ("stream", "code", "most probable (id: probability)", "tail mass"):
+        table.add_column(column)
+    for stream in document["streams"]:
+        best = ", ".join(f"{c['id']}: {c['probability']:.3f}" for c in stream["candidates"][:6])
+        table.add_row(stream["stream"], str(stream["code"]), best, f"{stream['tail_mass']:.2g}")
+    return table
+
+
+def verification_text(result: Verification) -> str:
+    """Return what `verify` found, a line for each fault."""
+    lines = [f"shard {d.shard}: {d.file}: {d.reason}" for d in result.bad]
+    lines.append(
+        f"{'sound' if result.ok else 'DAMAGED'}: {result.shards} shards, {result.rollouts} "
+        f"rollouts, {result.timesteps} timesteps verified; "
+        f"{len(result.not_committed)} planned shards are not committed"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""Starting the processes of a stage, passing signals on to them, and noting what they cost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from pipeline.record import Usage
+
+FINISHED, FAILED, USAGE_ERROR, MORE_TO_DO = 0, 1, 2, 75
+"""Exit codes of every command."""
+GRACE_S = 20.0
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def launch(arguments: Sequence[str], processes: int) -> tuple[int, float, list[Usage]]:
+    """Run `python -m pipeline.worker ARGUMENTS` in data-parallel processes on this machine.
+
+    Signals that ask for a stop are passed on, and the workers stop where nothing is lost. When one
+    worker fails, the others are stopped. Returns the exit code, the seconds it took, and what each
+    process needed.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="foretell-") as scratch:
+        port = str(_free_port())
+        workers = [
+            _start(arguments, rank, processes, port, Path(scratch)) for rank in range(processes)
+        ]
+        code = _wait(workers)
+        usages = [
+            Usage.model_validate_json(path.read_bytes()) for path in sorted(Path(scratch).iterdir())
+        ]
+    return code, time.monotonic() - started, usages
+
+
+def _start(
+    arguments: Sequence[str], rank: int, processes: int, port: str, scratch: Path
+) -> subprocess.Popen[bytes]:
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place |= {"FORETELL_USAGE": str(scratch / str(rank)), "FORETELL_PARENT": str(os.getpid())}
+    # Idle OpenMP threads that spin would take the cores from the other processes.
+    defaults = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.worker", *arguments],
+        env={**defaults, **os.environ, **place},
+        stdin=subprocess.DEVNULL,
+        # Out of the terminal's group, so that Ctrl-C reaches a worker once, through `_wait`.
+        process_group=0,
+    )
+
+
+def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        while any(worker.poll() is None for worker in workers):
+            if any(worker.returncode not in (None, FINISHED, MORE_TO_DO) for worker in workers):
+                _stop(workers)
+            time.sleep(0.05)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return _common_code([worker.returncode for worker in workers])
+
+
+def _stop(workers: list[subprocess.Popen[bytes]]) -> None:
+    """Ask the remaining workers to stop, and end those that do not."""
+    deadline = time.monotonic() + GRACE_S
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        try:
+            worker.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def _common_code(codes: list[int]) -> int:
+    """Return the exit code of a stage from those of its processes: the first real failure wins."""
+    failures = [code for code in codes if code not in (FINISHED, MORE_TO_DO)]
+    if failures:
+        own = [code for code in failures if code in (FAILED, USAGE_ERROR)]
+        return own[0] if own else FAILED
+    return MORE_TO_DO if MORE_TO_DO in codes else FINISHED
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

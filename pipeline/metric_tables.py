@@ -1,0 +1,164 @@
+"""How the metrics of a report are called, written and put into tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+
+from pipeline.figures import colour
+from stages.report_schema import SYSTEMS, Comparison, Metric, Report, System
+
+LABELS = {
+    "codec_copy": "codec copy",
+    "teacher_guided": "teacher, guided",
+    "teacher_unguided": "teacher, unguided",
+    "student": "student",
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a metric is shown."""
+
+    title: str
+    """What it is called."""
+    hint: str
+    """What it is, and which way is better."""
+    show: Callable[[float], str]
+    """Writes a value."""
+
+
+def system_label(name: str) -> str:
+    """Return what a system is called on the page."""
+    return LABELS.get(name) or f"student {name.removeprefix('student_')}"
+
+
+def system_colour(name: str, report: Report) -> int:
+    """Return the colour of a system's marks: the same wherever it appears."""
+    return (
+        SYSTEMS.index(name) if name in SYSTEMS else 4 + list(report.__pydantic_extra__).index(name)
+    )
+
+
+def system_dot(name: str, report: Report) -> str:
+    """Return the coloured dot before a system's name."""
+    return f'<span class="dot" {colour(system_colour(name, report))}></span>'
+
+
+def decimals(count: int) -> Callable[[float], str]:
+    """Return a function that writes a number with a fixed count of decimals."""
+    return lambda value: f"{value:.{count}f}".replace("-", "−")
+
+
+def short_count(value: float) -> str:
+    """Write a count with a unit, as in 4.41 M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:g}"
+
+
+def significant(value: float) -> str:
+    """Write a number with three significant digits."""
+    return f"{value:.3g}".replace("-", "−")
+
+
+METRICS = {
+    "wer": Shown("WER", "word error rate; lower is better", decimals(3)),
+    "cer": Shown("CER", "character error rate; lower is better", decimals(3)),
+    "wer_second": Shown("WER, second judge", "by the second recogniser", decimals(3)),
+    "cer_second": Shown("CER, second judge", "by the second recogniser", decimals(3)),
+    "paired_kl": Shown("KL to guided", "nats per code, on the same codes; lower", significant),
+    "paired_mse": Shown("MSE to guided", "on the same inputs; lower", significant),
+    "agreement": Shown("Agreement", "same most probable code; higher", decimals(3)),
+    "mos": Shown("MOS, predicted", "1 to 5; higher is better", decimals(2)),
+    "speaker_similarity": Shown("Speaker similarity", "to the recording; higher", decimals(3)),
+    "speaker_contrast": Shown("Other speakers", "similarity to the others; lower", decimals(3)),
+    "duration_ratio": Shown("Duration", "per second of recording; near 1", decimals(2)),
+    "repetition": Shown("Repetition", "words said again, per word; lower", decimals(3)),
+    "ended": Shown("Ended", "share that stopped by itself; higher", decimals(3)),
+    "rtf": Shown("Real-time factor", "decoding seconds per second; lower", significant),
+    "parameters": Shown("Parameters", "of the model", short_count),
+    "passes": Shown("Passes", "forward passes per timestep", decimals(0)),
+}
+"""Metrics in the order of the table."""
+
+
+def metric_table(report: Report) -> str:
+    """Return the table of metrics × systems, without the metrics that nobody measured."""
+    systems = report.systems
+    measured = [m for m in METRICS if any(getattr(s, m) is not None for s in systems.values())]
+    if not measured:
+        return ""
+    head = "".join(f"<th>{system_dot(n, report)}{escape(system_label(n))}</th>" for n in systems)
+    body = "".join(
+        f'<tr><th>{escape(METRICS[m].title)}<span class="unit">{escape(METRICS[m].hint)}</span>'
+        f"</th>{''.join(_metric_cell(getattr(s, m), METRICS[m].show) for s in systems.values())}"
+        "</tr>"
+        for m in measured
+    )
+    return html_table(f"<th>metric</th>{head}", body)
+
+
+def _metric_cell(metric: Metric | None, show: Callable[[float], str]) -> str:
+    if metric is None:
+        return '<td class="absent">–</td>'
+    return f"<td>{escape(show(metric.value))}{_interval(metric, show)}</td>"
+
+
+def _interval(metric: Metric, show: Callable[[float], str]) -> str:
+    if metric.low is None or metric.high is None:
+        return ""
+    return f'<span class="interval">{escape(show(metric.low))} … {escape(show(metric.high))}</span>'
+
+
+def html_table(head: str, body: str) -> str:
+    """Wrap the cells of a head and the rows of a body; a wide table scrolls within itself."""
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
+        "</table></div>"
+    )
+
+
+def comparison_table(report: Report) -> str:
+    """Return the table of paired differences."""
+    if not report.comparisons:
+        return ""
+    head = "<th>systems</th><th>metric</th><th>difference</th><th>differs</th>"
+    return html_table(head, "".join(map(_comparison_row, report.comparisons)))
+
+
+def _comparison_row(comparison: Comparison) -> str:
+    shown, difference = METRICS[comparison.metric], comparison.difference
+    low, high = difference.low, difference.high
+    differs = "–" if low is None or high is None else "yes" if low > 0 or high < 0 else "no"
+    return (
+        f'<tr><th>{escape(system_label(comparison.system))}<span class="unit">minus '
+        f"{escape(system_label(comparison.against))}</span></th><td>{escape(shown.title)}</td>"
+        f"{_metric_cell(difference, shown.show)}<td>{differs}</td></tr>"
+    )
+
+
+MARKDOWN_METRICS = ("wer", "paired_kl", "agreement", "mos", "rtf", "passes", "parameters")
+
+
+def markdown_table(report: Report) -> str:
+    """Return the main metrics as a Markdown table: one row per system, intervals in brackets."""
+    names = [m for m in MARKDOWN_METRICS if any(getattr(s, m) for s in report.systems.values())]
+    head = ["system", *(METRICS[name].title for name in names)]
+    rows = [
+        [system_label(system), *(_markdown_cell(values, name) for name in names)]
+        for system, values in report.systems.items()
+    ]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _markdown_cell(system: System, name: str) -> str:
+    metric, show = getattr(system, name), METRICS[name].show
+    if metric is None:
+        return "–"
+    if metric.low is None or metric.high is None:
+        return show(metric.value)
+    return f"{show(metric.value)} [{show(metric.low)}, {show(metric.high)}]"

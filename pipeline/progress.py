@@ -1,0 +1,127 @@
+"""How far a run is: planned and done per stage, read from files without loading a model."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config import RunConfig
+from pipeline.folders import RunFolders
+from pipeline.identity import identity
+from pipeline.record import read_record
+from stages.errors import UserError
+from store import PredictionStore
+from store.schema import Record
+
+State = Literal["done", "partial", "missing", "stale"]
+
+
+class Progress(Record):
+    """How much of a stage is done."""
+
+    planned: int
+    """Units of work: datasets, optimizer steps, shards or systems."""
+    done: int
+    """Units done."""
+    missing: int
+    """Units left to do."""
+    state: State
+    """`stale`: finished once, for other settings or inputs than the present ones."""
+
+
+def stages_of(config: RunConfig) -> list[str]:
+    """Return the stages that a configuration names, in order; students as `train:NAME`."""
+    fixed = [name for name in ("prepare", "fit", "rollout") if getattr(config, name) is not None]
+    students = [f"train:{name}" for name in config.students]
+    return fixed + students + ([] if config.evaluate is None else ["evaluate"])
+
+
+def progress(config: RunConfig, stage: str) -> Progress:
+    """Return how far one stage is.
+
+    A stage is done when its record says so for the present settings and inputs, and when what it
+    made is still there.
+    """
+    folders = RunFolders(config)
+    planned, done = _units(config, folders, stage)
+    record = read_record(folders.stages, stage)
+    if done == planned and record is not None and record.finished:
+        current = record.identity == stage_identity(config, stage)
+        return Progress(
+            planned=planned, done=planned, missing=0, state="done" if current else "stale"
+        )
+    state: State = "partial" if done else "missing"
+    return Progress(planned=planned, done=done, missing=planned - done, state=state)
+
+
+def _units(config: RunConfig, folders: RunFolders, stage: str) -> tuple[int, int]:
+    """Return (planned, done) of a stage, in its own unit of work."""
+    name, _, student = stage.partition(":")
+    match name:
+        case "prepare":
+            return 1, int((folders.dataset / "dataset.json").exists())
+        case "fit":
+            steps = config.fit.optimizer.steps if config.fit else 0
+            return steps, _steps_done(folders.teacher, steps)
+        case "rollout":
+            return _shards(folders.store)
+        case "train":
+            steps = config.students[student].optimizer.steps
+            return steps, _steps_done(folders.student(student), steps)
+        case _:
+            return 1, int((folders.report / "report.json").exists())
+
+
+def _steps_done(folder: Path, steps: int) -> int:
+    if (folder / "model.safetensors").exists():
+        return steps
+    checkpoints = sorted((folder / "checkpoints").glob("step_" + "[0-9]" * 8))
+    return min(int(checkpoints[-1].name.removeprefix("step_")), steps) if checkpoints else 0
+
+
+def _shards(path: Path) -> tuple[int, int]:
+    if not (path / "manifest.json").exists():
+        return 1, 0
+    store = PredictionStore.open(path)
+    return store.planned_shards, store.planned_shards - len(store.missing())
+
+
+def stage_identity(config: RunConfig, stage: str) -> str:
+    """Return what the result of a stage depends on, upstream stages included."""
+    name, _, student = stage.partition(":")
+    match name:
+        case "prepare":
+            return identity("prepare", config.prepare)
+        case "fit":
+            return identity("fit", _dataset(config), config.teacher, config.fit, config.seed)
+        case "rollout":
+            return identity("rollout", _teacher(config), config.rollout, config.seed)
+        case "train":
+            return identity("train", _store(config), config.students[student], config.seed)
+        case _:
+            students = [stage_identity(config, f"train:{name}") for name in config.students]
+            return identity("evaluate", _teacher(config), config.evaluate, *students)
+
+
+def _dataset(config: RunConfig) -> str:
+    """Return what the dataset depends on: how it is made, or the fingerprint of a given one."""
+    if config.dataset is None:
+        return stage_identity(config, "prepare")
+    path = config.dataset / "dataset.json"
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"dataset: cannot read {path}: {error.strerror}") from None
+
+
+def _teacher(config: RunConfig) -> str:
+    if config.fit is not None:
+        return stage_identity(config, "fit")
+    return identity("checkpoint", _dataset(config), config.teacher)
+
+
+def _store(config: RunConfig) -> str:
+    if config.rollout is not None and config.store is None:
+        return stage_identity(config, "rollout")
+    return PredictionStore.open(RunFolders(config).store).fingerprint

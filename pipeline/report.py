@@ -1,0 +1,288 @@
+"""The page of an evaluation: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from string import Template
+
+import soundfile
+from pydantic import JsonValue, ValidationError
+
+from pipeline.figures import bar_rows, interval_rows, line_plot
+from pipeline.metric_tables import (
+    METRICS,
+    comparison_table,
+    html_table,
+    metric_table,
+    significant,
+    system_colour,
+    system_dot,
+    system_label,
+)
+from stages.errors import UserError
+from stages.publish import replace_file
+from stages.report_schema import AudioClip, AudioSample, Metric, Report, System
+
+
+def write_report(folder: Path) -> Path:
+    """Read `folder`/report.json and write `folder`/report.html; returns the path of the page.
+
+    Raises `UserError` when report.json is missing or of another shape, or a wav file is missing.
+    """
+    source = folder / "report.json"
+    try:
+        report = Report.read(source)
+    except FileNotFoundError:
+        raise UserError(f"{source} does not exist: run `foretell evaluate` first") from None
+    except ValidationError as error:
+        raise UserError(f"{source} is not a report of this version: {error}") from None
+    page = folder / "report.html"
+    replace_file(page, render(report, folder).encode())
+    return page
+
+
+def render(report: Report, folder: Path) -> str:
+    """Return the page; `folder` holds the wav files that the report names."""
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(f"{report.run} · foretell"),
+        style=Path(__file__).with_name("report.css").read_text(encoding="utf-8"),
+        run=escape(report.run),
+        lead=escape(_lead(report)),
+        sections="\n".join(filter(None, _sections(report, folder))),
+    )
+
+
+def _sections(report: Report, folder: Path) -> Iterator[str]:
+    yield _warnings(report)
+    yield _section("At a glance", "", _glance(report))
+    yield _section("Systems", SYSTEMS_HINT, _error_rates(report) + metric_table(report))
+    yield _section("Paired differences", COMPARISONS_HINT, comparison_table(report))
+    yield _section("Listen", _listen_hint(report), _audio(report, folder))
+    yield _section("Cost of the stages", STAGES_HINT, _stages(report))
+    yield _section("Loss curves", LOSSES_HINT, _losses(report))
+    yield _section("Provenance", "", _provenance(report))
+
+
+SYSTEMS_HINT = (
+    "All systems speak the same held-out sentences and draw with the same random numbers. The "
+    "codec copy is the recording through the audio codec: nothing built on its codes can be better."
+)
+COMPARISONS_HINT = "Where the interval leaves out zero, the difference is more than chance."
+STAGES_HINT = (
+    "Every stage is a process of its own: teacher and student never share memory. Peak memory is "
+    "summed over the processes of a stage that ran together, time over its attempts."
+)
+LOSSES_HINT = (
+    "Means over the steps between two lines of the training log; the legend shows the last value."
+)
+
+
+def _section(title: str, hint: str, content: str) -> str:
+    if not content:
+        return ""
+    explained = f'<p class="hint">{escape(hint)}</p>' if hint else ""
+    return f"<section><h2>{escape(title)}</h2>{explained}{content}</section>"
+
+
+def _lead(report: Report) -> str:
+    ran = [judge.name for judge in report.judges if judge.reason is None]
+    judged = f"judged by {', '.join(ran)}" if ran else "with no judge of the audio"
+    return f"{report.samples} held-out samples of {report.sentences} sentences, {judged}."
+
+
+def _warnings(report: Report) -> str:
+    missing = [f"No {', '.join(j.measures)}: {j.reason}" for j in report.judges if j.reason]
+    items = [*report.warnings, *missing]
+    if not items:
+        return ""
+    return f'<ul class="warnings">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>'
+
+
+def _glance(report: Report) -> str:
+    facts = [f for f in (_words(report), _distance(report), _speed(report), _memory(report)) if f]
+    cards = (
+        f'<div class="card fact"><h3>{escape(title)}</h3><p class="big">{escape(big)}</p>'
+        f"<p>{escape(rest)}</p></div>"
+        for title, big, rest in facts
+    )
+    return f'<div class="grid">{"".join(cards)}</div>' if facts else ""
+
+
+def _of(report: Report, system: str, metric: str) -> float | None:
+    """Return a value of the report, None where it was not measured."""
+    found = getattr(report.systems.get(system, System()), metric)
+    return found.value if found is not None else None
+
+
+def _words(report: Report) -> tuple[str, str, str] | None:
+    student, guided = _of(report, "student", "wer"), _of(report, "teacher_guided", "wer")
+    unguided = _of(report, "teacher_unguided", "wer")
+    if student is None or guided is None or unguided is None:
+        return None
+    rest = f"WER; the guided teacher {guided:.3f}, unguided {unguided:.3f}"
+    return "Words the student gets wrong", f"{student:.3f}", rest
+
+
+def _distance(report: Report) -> tuple[str, str, str] | None:
+    student, unguided = (_of(report, s, "paired_kl") for s in ("student", "teacher_unguided"))
+    if student is None or unguided is None or unguided == 0:
+        return None
+    rest = f"of the unguided teacher's: KL {significant(student)} against {significant(unguided)}"
+    return "Distance to the guided teacher", f"{100 * student / unguided:.0f} %", rest
+
+
+def _speed(report: Report) -> tuple[str, str, str] | None:
+    student, guided = (_of(report, system, "rtf") for system in ("student", "teacher_guided"))
+    if student is None or guided is None or student == 0:
+        return None
+    rest = f"of guided decoding: real-time factor {significant(student)}, was {significant(guided)}"
+    return "Speed of the student", f"{guided / student:.2f} ×", rest
+
+
+def _memory(report: Report) -> tuple[str, str, str] | None:
+    one, two = report.stages.get("rollout"), report.stages.get("train")
+    two = two or next((c for n, c in report.stages.items() if n.startswith("train")), None)
+    if one is None or two is None:
+        return None
+    big = f"{_bytes(one.peak_rss_bytes)} | {_bytes(two.peak_rss_bytes)}"
+    return "Peak memory, stage one | two", big, "teacher alone | student alone"
+
+
+def _error_rates(report: Report) -> str:
+    """Draw the word error rates with their intervals."""
+    rows = [
+        (system_label(name), system_colour(name, report), system.wer)
+        for name, system in report.systems.items()
+        if system.wer is not None
+    ]
+    if not rows:
+        return ""
+    figure = interval_rows(rows, METRICS["wer"].show)
+    return f'<div class="card" style="margin-bottom:12px"><h3>Word error rate</h3>{figure}</div>'
+
+
+def _listen_hint(report: Report) -> str:
+    recogniser = next((j.name for j in report.judges if "wer" in j.measures and not j.reason), None)
+    heard = f" Below each clip: what {recogniser} heard." if recogniser else ""
+    return f"The same sentences by every system.{heard}"
+
+
+def _audio(report: Report, folder: Path) -> str:
+    return "".join(_sample(sample, report, folder) for sample in report.audio)
+
+
+def _sample(sample: AudioSample, report: Report, folder: Path) -> str:
+    speaker = f" · {sample.speaker}" if sample.speaker else ""
+    known = [name for name in report.systems if name in sample.clips]
+    clips = "".join(_clip(name, sample.clips[name], report, folder) for name in known)
+    return (
+        f'<article class="card sample"><h3>{escape(sample.text)}</h3>'
+        f'<p class="id">{escape(sample.sample_id + speaker)}</p>'
+        f'<div class="grid clips">{clips}</div></article>'
+    )
+
+
+def _clip(system: str, clip: AudioClip, report: Report, folder: Path) -> str:
+    heard = "" if clip.heard is None else f"<p>{_heard(clip)}</p>"
+    return (
+        f'<div class="clip"><h4>{system_dot(system, report)}{escape(system_label(system))}</h4>'
+        f'<audio controls preload="metadata" src="{_embedded(folder, clip.file)}"></audio>{heard}</div>'
+    )
+
+
+def _heard(clip: AudioClip) -> str:
+    heard = f"<q>{escape(clip.heard)}</q>" if clip.heard else "nothing heard"
+    if clip.edits is None:
+        return heard
+    counted = {0: "no error", 1: "1 error"}.get(clip.edits, f"{clip.edits} errors")
+    return f"{heard} · {counted}"
+
+
+def _embedded(folder: Path, file: str) -> str:
+    """Return a wav file as a data address: 16-bit FLAC, lossless and about half the size."""
+    path = (folder / file).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"{file!r} in report.json leads out of {folder}: correct the report")
+    if not path.is_file():
+        raise UserError(
+            f"report.json names the clip {file!r}, which is not in {folder}: evaluate again"
+        )
+    waveform, rate_hz = soundfile.read(path, dtype="int16")
+    packed = io.BytesIO()
+    soundfile.write(packed, waveform, rate_hz, format="FLAC", subtype="PCM_16")
+    return f"data:audio/flac;base64,{base64.b64encode(packed.getvalue()).decode()}"
+
+
+def _stages(report: Report) -> str:
+    if not report.stages:
+        return ""
+    costs = list(report.stages.items())
+    memory = bar_rows(
+        [(name, 1, Metric(value=cost.peak_rss_bytes)) for name, cost in costs], _bytes
+    )
+    time = bar_rows([(name, 3, Metric(value=cost.wall_s)) for name, cost in costs], _duration)
+    figures = [("Peak memory", memory), ("Time", time)]
+    device = [(n, 4, Metric(value=c.peak_device_bytes)) for n, c in costs if c.peak_device_bytes]
+    if device:
+        figures.insert(1, ("Peak accelerator memory", bar_rows(device, _bytes)))
+    cards = (f'<div class="card"><h3>{title}</h3>{figure}</div>' for title, figure in figures)
+    return f'<div class="grid wide">{"".join(cards)}</div>'
+
+
+def _bytes(value: float) -> str:
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= size:
+            return f"{value / size:.{2 if unit == 'GiB' else 0}f}\N{NO-BREAK SPACE}{unit}"
+    return f"{value:.0f}\N{NO-BREAK SPACE}B"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _losses(report: Report) -> str:
+    cards = (
+        f'<div class="card"><h3>{escape(name)}</h3>{line_plot(curves)}</div>'
+        for name, curves in report.losses.items()
+    )
+    return f'<div class="grid wide">{"".join(cards)}</div>' if report.losses else ""
+
+
+def _provenance(report: Report) -> str:
+    parts = {
+        "Fingerprints": dict(report.fingerprints),
+        "Machine": dict(report.environment),
+        "Settings": dict(_flat(report.settings)),
+    }
+    return "".join(
+        f"<details><summary>{title}</summary>"
+        f"{html_table('<th>name</th><th>value</th>', _value_rows(values))}</details>"
+        for title, values in parts.items()
+        if values
+    )
+
+
+def _value_rows(values: dict[str, str]) -> str:
+    return "".join(
+        f'<tr><th>{escape(name)}</th><td class="text">{escape(value)}</td></tr>'
+        for name, value in values.items()
+    )
+
+
+def _flat(value: JsonValue, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the leaves of nested settings under dotted names."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

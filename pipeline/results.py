@@ -1,0 +1,82 @@
+"""Writing the report of a run: what was measured, what it cost, and under which settings."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+
+import torch
+
+from pipeline.config import RunConfig
+from pipeline.folders import RunFolders, system_name
+from pipeline.progress import stages_of
+from pipeline.record import read_record
+from pipeline import report as page
+from stages.evaluate import Evaluation
+from stages.report_schema import Report, StageCost, read_losses
+from store import PredictionStore
+
+
+def write_report(config: RunConfig, reference: PredictionStore, found: Evaluation) -> None:
+    """Write report.json and report.html of a run."""
+    folders = RunFolders(config)
+    report = Report(
+        run=config.name,
+        samples=found.samples,
+        sentences=found.sentences,
+        **found.systems,
+        stages=stage_costs(config),
+        comparisons=found.comparisons,
+        judges=found.judges,
+        audio=found.audio,
+        losses=_losses(config),
+        settings=config.model_dump(mode="json"),
+        fingerprints=reference.manifest.fingerprints.model_dump(),
+        environment=environment(),
+        warnings=tuple(_warnings(config, found)),
+    )
+    report.write(folders.report / "report.json")
+    page.write_report(folders.report)
+
+
+def stage_costs(config: RunConfig) -> dict[str, StageCost]:
+    """Return what every stage of a run took so far, in their order."""
+    records = {s: read_record(RunFolders(config).stages, s) for s in stages_of(config)}
+    return {
+        stage: StageCost(
+            wall_s=record.wall_s,
+            peak_rss_bytes=record.peak_rss_bytes,
+            peak_device_bytes=record.peak_device_bytes,
+        )
+        for stage, record in records.items()
+        if record is not None
+    }
+
+
+def _losses(config: RunConfig) -> Mapping[str, object]:
+    folders = RunFolders(config)
+    logs = {"teacher": folders.teacher / "log.jsonl"}
+    logs |= {system_name(name): folders.student(name) / "log.jsonl" for name in config.students}
+    return {name: read_losses(path) for name, path in logs.items() if path.exists()}
+
+
+def environment() -> dict[str, str]:
+    """Return the machine and versions on which times were taken."""
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _warnings(config: RunConfig, found: Evaluation) -> list[str]:
+    warnings = [f"{use.name} gave no numbers: {use.reason}" for use in found.judges if use.reason]
+    if found.sentences < 50:
+        warnings.append(
+            f"only {found.sentences} different sentences were spoken: intervals are wide, and "
+            "differences between systems may be chance"
+        )
+    return warnings

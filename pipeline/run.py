@@ -1,0 +1,96 @@
+"""Doing the stages of a run in order, each in its own processes, skipping what is done."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config import RunConfig
+from pipeline.folders import RunFolders
+from pipeline.launch import FINISHED, MORE_TO_DO, launch
+from pipeline.progress import progress, stage_identity, stages_of
+from pipeline.record import StageRecord, read_record, write_record
+from stages.errors import UserError
+
+
+def run(path: Path, overrides: Sequence[str], config: RunConfig) -> int:
+    """Do every stage that the configuration names and that is not done; return the exit code."""
+    for stage in stages_of(config):
+        code = do_stage(stage, path, overrides, config)
+        if code != FINISHED:
+            return code
+    say(f"{RunFolders(config).root}: all stages are done")
+    return FINISHED
+
+
+def do_stage(
+    stage: str, path: Path, overrides: Sequence[str], config: RunConfig, task: str | None = None
+) -> int:
+    """Do one stage in its own processes, unless it is done; return the exit code.
+
+    `task` is "I/N" for one job of an array. Raises `UserError` for a stage that was finished with
+    other settings: nothing that exists is overwritten.
+    """
+    if stage not in stages_of(config):
+        raise UserError(f"{path} has no section for the stage {stage!r}")
+    state = progress(config, stage).state
+    if state == "done":
+        say(f"{stage}: done")
+        return FINISHED
+    if state == "stale":
+        raise UserError(
+            f"{stage} of run {config.name!r} was finished with other settings or inputs than "
+            f"{path} has now: change `name`, or move {RunFolders(config).root} away"
+        )
+    say(f"{stage}: started")
+    if stage == "rollout" and config.rollout is not None and config.rollout.source == "student":
+        code = _attempt("draw", path, overrides, config, task)
+        if code != FINISHED:
+            return code
+    code = _attempt(stage, path, overrides, config, task)
+    if code == MORE_TO_DO:
+        say(f"{stage}: stopped; nothing is lost. To go on: foretell run {path}")
+    return code
+
+
+def _attempt(
+    stage: str, path: Path, overrides: Sequence[str], config: RunConfig, task: str | None
+) -> int:
+    folders = RunFolders(config)
+    arguments = [stage, str(path), *(f"--set={override}" for override in overrides)]
+    if task is not None:
+        arguments.append(f"--task={task}")
+    processes = 1 if task is not None else _processes(config, stage)
+    code, wall_s, usages = launch(arguments, processes)
+    identity = stage_identity(config, "rollout" if stage == "draw" else stage)
+    record = read_record(folders.stages, stage)
+    if record is None or record.identity != identity:
+        record = StageRecord(stage=stage, identity=identity)
+    finished = code == FINISHED
+    write_record(folders.stages, record.after(wall_s, usages, finished=finished))
+    return code
+
+
+def _processes(config: RunConfig, stage: str) -> int:
+    name, _, student = stage.partition(":")
+    match name:
+        case "fit":
+            return config.fit.optimizer.processes if config.fit else 1
+        case "rollout" | "draw":
+            return config.rollout.processes if config.rollout else 1
+        case "train":
+            return config.students[student].optimizer.processes
+        case _:
+            return 1
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of a group that torchrun (or srun with its variables) started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def say(message: str) -> None:
+    """Tell a person what is going on; standard output is left to reports."""
+    sys.stderr.write(message + "\n")

@@ -1,0 +1,84 @@
+"""One process of a stage: `python -m pipeline.worker STAGE CONFIG`."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.assembly import Assembly
+from pipeline.config import load_config
+from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
+from pipeline.record import own_usage
+from stages.errors import UserError
+from stages.interruption import stop_request
+from store import StoreError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one stage and return its exit code: 0 finished, 75 stopped with more to do, 2, 1."""
+    options = _parse(arguments)
+    _end_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_TqdmHandler()])
+    try:
+        config = load_config(options.config, options.set)
+        with stop_request() as stop:
+            task, tasks = map(int, options.task.split("/"))
+            assembly = Assembly(config, stop, task, tasks)
+            finished = assembly.run(options.stage)
+            _note_usage(assembly.peak_device_bytes)
+    except (UserError, StoreError) as error:
+        sys.stderr.write(f"{options.stage}: {error}\n")
+        return USAGE_ERROR
+    except FloatingPointError as error:
+        sys.stderr.write(f"{options.stage}: {error}\n")
+        return FAILED
+    except KeyboardInterrupt:
+        return MORE_TO_DO
+    return FINISHED if finished else MORE_TO_DO
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.worker", description=__doc__)
+    parser.add_argument("stage", help="prepare, fit, draw, rollout, train:NAME or evaluate")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    place = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
+    parser.add_argument("--task", default=place, metavar="I/N", help="share of the work")
+    return parser.parse_args(arguments)
+
+
+def _note_usage(peak_device_bytes: int) -> None:
+    """Tell the launching process what this one needed."""
+    path = os.environ.get("FORETELL_USAGE")
+    if path is not None:
+        Path(path).write_text(own_usage(peak_device_bytes).model_dump_json(), encoding="utf-8")
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for SIGTERM when the launching process dies, so that none is left behind."""
+    parent = os.environ.get("FORETELL_PARENT")
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    set_death_signal = 1
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+    if os.getppid() != int(parent):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _TqdmHandler(logging.Handler):
+    """Writes log messages above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

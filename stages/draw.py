@@ -1,0 +1,127 @@
+"""Codes that a student draws for a teacher to score later, in another process (on-policy rounds).
+
+A round of on-policy distillation (GKD, 2306.13649; DistillSpec; DistiLLM's replay) needs the
+student's own codes and the teacher's predictions on them. The student draws here, alone in
+memory; the teacher scores in `stages.rollout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stages.config import RolloutConfig
+from stages.errors import UserError
+from stages.family import Family, Sample
+from stages.interruption import StopRequest
+from stages.publish import replace_file
+from stages.rollout import split
+from stages.rollout_plan import plan
+from stages.sampling import RolloutPolicy
+
+Key = tuple[str, int]
+
+
+@torch.inference_mode()
+def draw_codes(
+    student: Family,
+    samples: Sequence[Sample],
+    config: RolloutConfig,
+    folder: Path,
+    *,
+    seed: int,
+    task: int,
+    tasks: int,
+    stop: StopRequest,
+) -> bool:
+    """Draw the codes of every planned rollout with a student, without guidance.
+
+    Writes one Parquet file per shard of the plan; files that are there are kept, and of the
+    missing ones task I of N takes those with number ≡ I modulo N. Returns False when `stop` was
+    requested first.
+    """
+    student.module.eval()
+    by_id = {sample["sample_id"]: sample for sample in samples}
+    shards = plan(config, student, samples[: config.samples], seed)
+    missing = [s for s in range(len(shards)) if not _path(folder, s).exists() and s % tasks == task]
+    for shard in tqdm(missing, unit="shard", desc="draw", disable=None):
+        codes: dict[Key, Tensor] = {}
+        for keys in split(shards[shard], config.batch_size):
+            if stop.requested:
+                return False
+            codes |= _draw_batch(student, config, keys, [by_id[key[0]] for key in keys], seed)
+        _write(_path(folder, shard), codes, student.fingerprint())
+    return True
+
+
+def _draw_batch(
+    student: Family, config: RolloutConfig, keys: Sequence[Key], batch: Sequence[Sample], seed: int
+) -> dict[Key, Tensor]:
+    policy = RolloutPolicy(
+        config.sampler,
+        keys,
+        seed=seed,
+        streams=len(student.streams),
+        forbidden=student.forbidden,
+        end_id=student.end_id,
+        reference_timesteps=[student.timesteps(sample) for sample in batch],
+        device=next(student.module.parameters()).device,
+    )
+    drawn: dict[Key, list[Tensor]] = {key: [] for key in keys}
+    for step in student.rollout(batch, policy, 1.0):
+        for row, codes in zip(step.rows.tolist(), step.codes.cpu(), strict=True):
+            drawn[keys[row]].append(codes)
+    return {key: torch.stack(codes) for key, codes in drawn.items()}
+
+
+def _path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.parquet"
+
+
+def _write(path: Path, codes: dict[Key, Tensor], student: str) -> None:
+    table = pa.table(
+        {
+            "sample_id": [sample_id for sample_id, _ in codes],
+            "variation": [variation for _, variation in codes],
+            "codes": [drawn.flatten().tolist() for drawn in codes.values()],
+            "streams": [drawn.shape[1] for drawn in codes.values()],
+        }
+    ).replace_schema_metadata({"student": student})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    replace_file(path, sink.getvalue().to_pybytes())
+
+
+def read_drawn_codes(folder: Path, shards: Sequence[int]) -> dict[Key, Tensor]:
+    """Read the codes [T, C] int64 that a student drew for the given shards, by key.
+
+    Raises `UserError` when a shard has not been drawn.
+    """
+    codes: dict[Key, Tensor] = {}
+    for shard in shards:
+        for row in _read(folder, shard).to_pylist():
+            flat = torch.tensor(row["codes"], dtype=torch.int64)
+            codes[row["sample_id"], row["variation"]] = flat.view(-1, row["streams"])
+    return codes
+
+
+def drawing_student(folder: Path) -> str:
+    """Return the fingerprint of the student that drew the codes in `folder`."""
+    metadata: dict[bytes, bytes] = _read(folder, 0).schema.metadata or {}
+    return metadata.get(b"student", b"").decode()
+
+
+def _read(folder: Path, shard: int) -> pa.Table:
+    try:
+        return pq.read_table(_path(folder, shard))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"the student's codes of shard {shard:05d} cannot be read ({error}): a store of source "
+            "'student' needs them; run `foretell rollout` without --task once, which draws them"
+        ) from None

@@ -1,0 +1,116 @@
+"""Comparing teacher, guided and unguided, with the students on held-out samples."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from stages import verdict
+from stages.config import EvaluateConfig
+from stages.dataset import Dataset
+from stages.family import Sample
+from stages.interruption import StopRequest
+from stages.measure import (
+    Contender,
+    Measure,
+    measure,
+    measure_copy,
+    write_measure,
+    write_recordings,
+)
+from stages.metrics import Bootstrap, Ratio
+from stages.report_schema import AudioSample, Comparison, JudgeUse, System
+from store import PredictionStore
+
+AUDIO = "audio"
+"""Folder of the clips, below the report's."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The parts of a report that this stage finds out."""
+
+    systems: dict[str, System]
+    comparisons: tuple[Comparison, ...]
+    judges: tuple[JudgeUse, ...]
+    audio: tuple[AudioSample, ...]
+    samples: int
+    sentences: int
+
+
+def evaluate(
+    contenders: Sequence[Contender],
+    reference: PredictionStore,
+    samples: Mapping[str, Sample],
+    dataset: Dataset,
+    config: EvaluateConfig,
+    folder: Path,
+    *,
+    stop: StopRequest,
+) -> Evaluation | None:
+    """Measure every system against the reference store, let judges hear it, and sum up.
+
+    `reference` holds the guided teacher's rollouts of the held-out samples. One model is in memory
+    at a time. A system that was measured, and a judge that has listened, are not asked again.
+    Returns None when `stop` was requested first.
+    """
+    chosen = [samples[sample_id] for sample_id, _ in reference]
+    audio_codec = dataset.audio_codec()
+    write_recordings(dataset, chosen, folder / AUDIO / verdict.RECORDING)
+    copy = _measure_once(folder, "codec_copy", partial(measure_copy, chosen, audio_codec))
+    measures = [copy]
+    for contender in contenders:
+        if stop.requested:
+            return None
+        measures.append(
+            _measure_once(
+                folder,
+                contender.name,
+                partial(
+                    measure,
+                    contender,
+                    reference,
+                    samples,
+                    audio_codec,
+                    batch_size=config.batch_size,
+                ),
+            )
+        )
+        gc.collect()
+    if stop.requested:
+        return None
+    return _sum_up(config, measures, chosen, folder)
+
+
+def _measure_once(folder: Path, name: str, work: Callable[[Path], Measure]) -> Measure:
+    """Return what was measured of a system; measure it first where that has not been done."""
+    path = folder / "systems" / f"{name}.json"
+    if not path.exists():
+        write_measure(path, work(folder / AUDIO / name))
+    return Measure.model_validate_json(path.read_bytes())
+
+
+def _sum_up(
+    config: EvaluateConfig, measures: Sequence[Measure], samples: Sequence[Sample], folder: Path
+) -> Evaluation:
+    names = [measure.name for measure in measures]
+    heard = verdict.listen(config, names, folder / AUDIO)
+    texts = [sample["text"] for sample in samples]
+    bootstrap = Bootstrap.over(texts, draws=config.bootstrap_draws, seed=config.seed)
+    found: dict[str, dict[str, Ratio]] = {
+        measure.name: verdict.ratios(measure, measures[0], samples, heard) for measure in measures
+    }
+    return Evaluation(
+        systems={
+            measure.name: verdict.system_numbers(measure, found[measure.name], bootstrap)
+            for measure in measures
+        },
+        comparisons=verdict.comparisons(found, bootstrap),
+        judges=verdict.judge_uses(config, heard),
+        audio=verdict.audio_samples(config, names, samples, found, heard, AUDIO),
+        samples=len(samples),
+        sentences=len(set(texts)),
+    )

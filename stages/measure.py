@@ -1,0 +1,209 @@
+"""One system of an evaluation: how near it is to the guided teacher, what it says, and how fast."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stages.audio import write_wav
+from stages.audio_codec import AudioCodec
+from stages.data import TargetBatch, rollout_batches
+from stages.dataset import Dataset
+from stages.family import Family, Sample
+from stages.losses import kl_divergence, select
+from stages.publish import replace_file
+from stages.rollout import policy_for, split
+from stages.sampling import END, mask_forbidden
+from stages.targets import DenseTarget, SparseTarget
+from store import PredictionStore
+from store.schema import Record
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A system to be measured; its model is loaded when its turn comes and freed after it."""
+
+    name: str
+    """Name in the report."""
+    load: Callable[[], Family]
+    """Loads the model."""
+    cfg_scale: float
+    """Guidance while it speaks and is compared; 1 for none."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes per timestep."""
+        return 1 if self.cfg_scale == 1 else 2
+
+
+class Measure(Record):
+    """What was measured of a system, per sample in the order of the reference store."""
+
+    name: str
+    parameters: int
+    passes: int
+    decode_s: float
+    """Seconds of generation, audio codec left out."""
+    kl_sum: tuple[float, ...] = ()
+    """Summed KL(guided teacher ‖ system) over the sample's predictions, in nats."""
+    agreed: tuple[int, ...] = ()
+    """Predictions whose most probable id is the guided teacher's."""
+    predictions: tuple[int, ...] = ()
+    """Predictions of the reference rollout: timesteps × streams."""
+    audio_s: tuple[float, ...]
+    """Seconds of audio that were spoken."""
+    ended: tuple[bool, ...] = ()
+    """Whether the rollout ended by itself."""
+
+
+@torch.inference_mode()
+def measure(
+    contender: Contender,
+    reference: PredictionStore,
+    samples: Mapping[str, Sample],
+    audio_codec: AudioCodec,
+    folder: Path,
+    *,
+    batch_size: int,
+) -> Measure:
+    """Compare a system with the reference store on the same codes, then let it speak.
+
+    Writes one wav file per sample into `folder`. All systems draw with the same keyed uniform
+    numbers, so differences between them are paired.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    family = contender.load()
+    family.module.eval()
+    keys = list(reference.keys())
+    compared = [
+        row
+        for batch in rollout_batches(reference, keys, batch_size, _device(family))
+        for row in _compare(family, contender.cfg_scale, reference, batch)
+    ]
+    spoken, decode_s = _speak(family, contender, reference, samples, batch_size)
+    for index, (frames, _) in enumerate(spoken):
+        waveform = audio_codec.decode(frames.numpy())
+        write_wav(folder / wav_name(index), waveform, audio_codec.sample_rate_hz)
+    kl, agreed, predictions = zip(*compared, strict=True)
+    return Measure(
+        name=contender.name,
+        parameters=sum(p.numel() for p in family.module.parameters()),
+        passes=contender.passes,
+        decode_s=decode_s,
+        kl_sum=kl,
+        agreed=agreed,
+        predictions=predictions,
+        audio_s=tuple(len(frames) / audio_codec.frame_rate_hz for frames, _ in spoken),
+        ended=tuple(ended for _, ended in spoken),
+    )
+
+
+def wav_name(index: int) -> str:
+    """File of the sample with this place in the reference store; sample ids name no files."""
+    return f"{index:05d}.wav"
+
+
+def _device(family: Family) -> torch.device:
+    return next(family.module.parameters()).device
+
+
+def _compare(
+    family: Family, cfg_scale: float, reference: PredictionStore, batch: TargetBatch
+) -> Iterator[tuple[float, int, int]]:
+    """Yield (summed KL, agreements, predictions) of every rollout of a batch."""
+    logits = family.score(batch.samples, batch.codes, batch.lengths, cfg_scale=cfg_scale).logits
+    for row, length in enumerate(batch.lengths.tolist()):
+        valid = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        valid[row, :length] = True
+        target = select(batch.target, valid)
+        student = mask_forbidden(logits[valid].float(), reference.manifest.forbidden)
+        kl = kl_divergence(student, target).sum()
+        agreed = student.argmax(-1) == _likeliest(target)
+        yield float(kl), int(agreed.sum()), agreed.numel()
+
+
+def _likeliest(target: DenseTarget | SparseTarget) -> Tensor:
+    return target.logits.argmax(-1) if isinstance(target, DenseTarget) else target.ids[..., 0]
+
+
+def _speak(
+    family: Family,
+    contender: Contender,
+    reference: PredictionStore,
+    samples: Mapping[str, Sample],
+    batch_size: int,
+) -> tuple[list[tuple[Tensor, bool]], float]:
+    """Return every sample's (frames [F, codebooks], ended) and the seconds of generation."""
+    keys = list(reference.keys())
+    spoken: list[tuple[Tensor, bool]] = []
+    decode_s = 0.0
+    _warm_up(family, contender, reference, samples)
+    for batch in tqdm(list(split(keys, batch_size)), contender.name, unit="batch", disable=None):
+        started = time.perf_counter()
+        codes, ended = _generate(family, contender, reference, batch, samples)
+        decode_s += time.perf_counter() - started
+        spoken += [(family.frames(c), e) for c, e in zip(codes, ended, strict=True)]
+    return spoken, decode_s
+
+
+def _warm_up(
+    family: Family,
+    contender: Contender,
+    reference: PredictionStore,
+    samples: Mapping[str, Sample],
+) -> None:
+    """Generate one rollout untimed: first calls allocate and choose kernels."""
+    _generate(family, contender, reference, list(reference.keys())[:1], samples)
+
+
+def _generate(
+    family: Family,
+    contender: Contender,
+    reference: PredictionStore,
+    keys: Sequence[tuple[str, int]],
+    samples: Mapping[str, Sample],
+) -> tuple[list[Tensor], list[bool]]:
+    batch = [samples[sample_id] for sample_id, _ in keys]
+    policy = policy_for(family, reference.manifest, keys, [family.timesteps(s) for s in batch])
+    drawn: list[list[Tensor]] = [[] for _ in keys]
+    for step in family.rollout(batch, policy, contender.cfg_scale):
+        for row, codes in zip(step.rows.tolist(), step.codes.cpu(), strict=True):
+            drawn[row].append(codes)
+    return [torch.stack(codes) for codes in drawn], (policy.stop == END).tolist()
+
+
+def measure_copy(samples: Sequence[Sample], audio_codec: AudioCodec, folder: Path) -> Measure:
+    """Decode the recordings' own codes: the ceiling of what any system can sound like."""
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    seconds = []
+    for index, sample in enumerate(tqdm(samples, "codec copy", unit="clip", disable=None)):
+        frames = np.asarray(sample["codes"]).reshape(-1, audio_codec.codebooks)
+        write_wav(folder / wav_name(index), audio_codec.decode(frames), audio_codec.sample_rate_hz)
+        seconds.append(len(frames) / audio_codec.frame_rate_hz)
+    return Measure(
+        name="codec_copy",
+        parameters=0,
+        passes=0,
+        decode_s=time.perf_counter() - started,
+        audio_s=tuple(seconds),
+    )
+
+
+def write_recordings(dataset: Dataset, samples: Sequence[Sample], folder: Path) -> None:
+    """Write the recordings themselves, for the judges that compare with them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, sample in enumerate(samples):
+        write_wav(folder / wav_name(index), *dataset.reference(sample["sample_id"]))
+
+
+def write_measure(path: Path, result: Measure) -> None:
+    """Write a measure in one step: its presence says that the system is done."""
+    replace_file(path, result.model_dump_json(indent=1).encode())

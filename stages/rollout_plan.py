@@ -1,0 +1,101 @@
+"""Laying out a store before stage one writes it: the plan, the manifest, the conditions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from stages.config import DatasetFacts, RolloutConfig
+from stages.errors import UserError
+from stages.family import Family, Sample
+from stages.sampling import keyed_generator
+from store import PredictionStore
+from store.plan import Plan
+from store.schema import Fingerprints, Manifest
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[str, int]
+
+
+def create_store(
+    path: Path,
+    config: RolloutConfig,
+    family: Family,
+    samples: Sequence[Sample],
+    *,
+    facts: DatasetFacts,
+    dataset_fingerprint: str,
+    seed: int,
+) -> PredictionStore:
+    """Create the store that a rollout configuration describes, or open the one that is there.
+
+    `samples` are the rows of the split to roll out. Raises `StoreError` when `path` holds a store
+    of other settings, another teacher or another dataset, naming what differs.
+    """
+    if family.condition_dropout == 0 and config.guidance.scale != 1:
+        logger.warning(
+            "guidance of scale %s is asked of a teacher that was trained without condition "
+            "dropout: its unconditional branch has never been trained, so the mix means little. "
+            "Fit it with fit.condition_dropout: 0.1, or set rollout.guidance.scale: 1",
+            config.guidance.scale,
+        )
+    manifest = Manifest(
+        family=family.name,
+        streams=family.streams,
+        forbidden=family.forbidden,
+        end_id=family.end_id,
+        target=config.target,
+        guidance=config.guidance,
+        sampler=config.sampler,
+        source=config.source,
+        seed=seed,
+        split=config.split,
+        timestep_s=family.timestep_s,
+        conditions=family.conditions,
+        fingerprints=Fingerprints(
+            teacher=family.fingerprint(),
+            tokenizer=family.tokenizer_fingerprint(),
+            audio_codec=facts.audio_codec,
+            dataset=dataset_fingerprint,
+        ),
+        conditioning=facts.model_dump(mode="json"),
+    )
+    chosen = samples[: config.samples]
+    if not chosen:
+        raise UserError(
+            f"the split {config.split!r} of the dataset is empty, so there is nothing to roll "
+            "out: choose another rollout.split, or prepare a dataset that has it"
+        )
+    return PredictionStore.create(
+        path,
+        manifest,
+        Plan.of(plan(config, family, chosen, seed)),
+        conditions_table(family, chosen),
+    )
+
+
+def plan(
+    config: RolloutConfig, family: Family, samples: Sequence[Sample], seed: int
+) -> list[list[Key]]:
+    """Return the keys of every shard: drawn at random, then by rising length within a shard.
+
+    The plan depends on the dataset, the seed and `rollouts_per_shard` only, so any number of
+    workers may work it off. Batches are cut from neighbours, whose lengths are alike.
+    """
+    timesteps = {sample["sample_id"]: family.timesteps(sample) for sample in samples}
+    variations = range(config.first_variation, config.first_variation + config.variations)
+    keys = [(sample_id, variation) for variation in variations for sample_id in timesteps]
+    shuffled = [keys[i] for i in keyed_generator(seed, "plan").permutation(len(keys))]
+    size = config.rollouts_per_shard
+    shards = [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
+    return [sorted(shard, key=lambda key: (timesteps[key[0]], key)) for shard in shards]
+
+
+def conditions_table(family: Family, samples: Sequence[Sample]) -> pa.Table:
+    """Return what a student needs of every sample: its id and the family's conditions."""
+    columns = ("sample_id", *family.conditions)
+    return pa.Table.from_pylist([{name: sample[name] for name in columns} for sample in samples])

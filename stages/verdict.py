@@ -1,0 +1,213 @@
+"""From what was measured and heard to the numbers of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from stages import metrics
+from stages.config import EvaluateConfig, JudgeName
+from stages.family import Sample
+from stages.judges import Clip, Judgement, judge
+from stages.measure import Measure, wav_name
+from stages.metrics import Bootstrap, Ratio, ratio
+from stages.publish import replace_file
+from stages.report_schema import (
+    AudioClip,
+    AudioSample,
+    Comparison,
+    JudgeUse,
+    Metric,
+    System,
+)
+from store.schema import Record
+
+RECOGNISERS: tuple[JudgeName, ...] = ("whisper", "pocketsphinx")
+RECORDING = "recording"
+"""Folder of the recordings themselves, which the speaker encoder hears beside the systems."""
+PAIRED = ("wer", "cer", "paired_kl", "agreement")
+"""Metrics whose differences between systems are reported with paired intervals."""
+
+
+class Heard(Record):
+    """What one judge said of every clip of every system; kept so that it need not listen twice."""
+
+    judge: JudgeName
+    values: dict[str, list[Any]] | None
+    """System → one value per sample; null when the judge could not run."""
+    reason: str | None = None
+    """Why it could not."""
+
+
+def listen(config: EvaluateConfig, systems: Sequence[str], folder: Path) -> dict[JudgeName, Heard]:
+    """Let every judge hear the clips of all systems below `folder`, or read what it said before."""
+    heard: dict[JudgeName, Heard] = {}
+    for name in config.judges:
+        path = folder / f"{name}.json"
+        if not path.exists():
+            replace_file(path, _listen(name, config, systems, folder).model_dump_json().encode())
+        heard[name] = Heard.model_validate_json(path.read_bytes())
+    return heard
+
+
+def _listen(name: JudgeName, config: EvaluateConfig, systems: Sequence[str], folder: Path) -> Heard:
+    if name == "resemblyzer":
+        systems = [RECORDING, *systems]
+    files = [(system, path) for system in systems for path in sorted((folder / system).iterdir())]
+    verdict: Judgement = judge(name, [_clip(path) for _, path in files], processes=config.processes)
+    if verdict.values is None:
+        return Heard(judge=name, values=None, reason=verdict.reason)
+    values: dict[str, list[Any]] = {system: [] for system in systems}
+    for (system, _), value in zip(files, verdict.values, strict=True):
+        values[system].append(value.tolist() if isinstance(value, np.ndarray) else value)
+    return Heard(judge=name, values=values)
+
+
+def _clip(path: Path) -> Clip:
+    waveform, rate_hz = soundfile.read(path, dtype="float32")
+    return Clip(waveform, rate_hz)
+
+
+def ratios(
+    measure: Measure, copy: Measure, samples: Sequence[Sample], heard: Mapping[JudgeName, Heard]
+) -> dict[str, Ratio]:
+    """Return every metric of a system that has an interval, before it is summed."""
+    found: dict[str, Ratio] = {"duration_ratio": ratio(measure.audio_s, copy.audio_s)}
+    if measure.kl_sum:
+        found["paired_kl"] = ratio(measure.kl_sum, measure.predictions)
+        found["agreement"] = ratio(measure.agreed, measure.predictions)
+        found["ended"] = ratio(measure.ended)
+    texts = [sample["text"] for sample in samples]
+    first, second = _recognised(measure.name, heard)
+    if first is not None:
+        found["wer"] = metrics.word_errors(texts, first)
+        found["cer"] = metrics.character_errors(texts, first)
+        found["repetition"] = metrics.repetition(texts, first)
+    if second is not None:
+        found["wer_second"] = metrics.word_errors(texts, second)
+        found["cer_second"] = metrics.character_errors(texts, second)
+    if (scores := _values("distillmos", measure.name, heard)) is not None:
+        found["mos"] = ratio(scores)
+    if (voices := _values("resemblyzer", measure.name, heard)) is not None:
+        recordings = _values("resemblyzer", RECORDING, heard)
+        found |= _speaker_ratios(voices, recordings, [sample["speaker"] for sample in samples])
+    return found
+
+
+def _values(name: JudgeName, system: str, heard: Mapping[JudgeName, Heard]) -> list[Any] | None:
+    verdict = heard.get(name)
+    return None if verdict is None or verdict.values is None else verdict.values[system]
+
+
+def _recognised(
+    system: str, heard: Mapping[JudgeName, Heard]
+) -> tuple[list[str] | None, list[str] | None]:
+    texts = [
+        values
+        for name in heard
+        if name in RECOGNISERS and (values := _values(name, system, heard)) is not None
+    ]
+    return (*texts, None, None)[:2]  # type: ignore[return-value]
+
+
+def _speaker_ratios(
+    voices: Sequence[Any], recordings: Any, speakers: Sequence[str]
+) -> dict[str, Ratio]:
+    """Compare voices with their own recordings, and with the mean voice of the other speakers."""
+    ours, names = np.asarray(recordings, float), np.asarray(speakers)
+    others = np.stack(
+        [ours[names != name].mean(0) if (names != name).any() else ours[0] * 0 for name in names]
+    )
+    return {
+        "speaker_similarity": ratio(metrics.cosine(voices, recordings)),
+        "speaker_contrast": ratio(metrics.cosine(voices, others)),
+    }
+
+
+def system_numbers(measure: Measure, found: Mapping[str, Ratio], bootstrap: Bootstrap) -> System:
+    """Return a system's numbers with their intervals."""
+    values = {name: bootstrap.metric(value) for name, value in found.items()}
+    if measure.passes:
+        values["rtf"] = Metric(value=measure.decode_s / sum(measure.audio_s))
+        values["parameters"] = Metric(value=measure.parameters)
+        values["passes"] = Metric(value=measure.passes)
+    return System(**values)
+
+
+def comparisons(
+    found: Mapping[str, Mapping[str, Ratio]], bootstrap: Bootstrap
+) -> tuple[Comparison, ...]:
+    """Return paired differences: guided against unguided, every student against both."""
+    students = [name for name in found if name.startswith("student")]
+    pairs = [("teacher_guided", "teacher_unguided")]
+    pairs += [(s, t) for s in students for t in ("teacher_guided", "teacher_unguided")]
+    return tuple(
+        Comparison(
+            metric=metric,
+            system=ours,
+            against=theirs,
+            difference=bootstrap.difference(found[ours][metric], found[theirs][metric]),
+        )
+        for ours, theirs in pairs
+        for metric in PAIRED
+        if metric in found.get(ours, {}) and metric in found.get(theirs, {})
+    )
+
+
+def judge_uses(config: EvaluateConfig, heard: Mapping[JudgeName, Heard]) -> tuple[JudgeUse, ...]:
+    """Return which judges were asked, what they measure and why one gave nothing."""
+    recognisers = [name for name in config.judges if name in RECOGNISERS]
+    measures: dict[JudgeName, tuple[str, ...]] = {
+        "distillmos": ("mos",),
+        "resemblyzer": ("speaker_similarity", "speaker_contrast"),
+    }
+    for name, fields in zip(
+        recognisers, (("wer", "cer", "repetition"), ("wer_second", "cer_second")), strict=False
+    ):
+        measures[name] = fields
+    return tuple(
+        JudgeUse(name=name, measures=measures[name], reason=heard[name].reason)
+        for name in config.judges
+    )
+
+
+def audio_samples(
+    config: EvaluateConfig,
+    systems: Sequence[str],
+    samples: Sequence[Sample],
+    found: Mapping[str, Mapping[str, Ratio]],
+    heard: Mapping[JudgeName, Heard],
+    folder: str,
+) -> tuple[AudioSample, ...]:
+    """Return the first samples to listen to, as every system speaks them."""
+    return tuple(
+        AudioSample(
+            sample_id=sample["sample_id"],
+            text=sample["text"],
+            speaker=sample["speaker"],
+            clips={
+                system: _audio_clip(system, index, found[system], heard, folder)
+                for system in systems
+            },
+        )
+        for index, sample in enumerate(samples[: config.audio_samples])
+    )
+
+
+def _audio_clip(
+    system: str,
+    index: int,
+    found: Mapping[str, Ratio],
+    heard: Mapping[JudgeName, Heard],
+    folder: str,
+) -> AudioClip:
+    first, _ = _recognised(system, heard)
+    return AudioClip(
+        file=f"{folder}/{system}/{wav_name(index)}",
+        heard=None if first is None else first[index],
+        edits=None if first is None else int(found["wer"].numerator[index]),
+    )
