@@ -71,7 +71,7 @@ def _sections(report: Report, folder: Path) -> Iterator[str]:
 
 SYSTEMS_HINT = (
     "All systems speak the same held-out sentences and draw with the same random numbers. The "
-    "codec copy is the recording through the audio codec: nothing built on its codes can be better."
+    "codec copy is the recording through the audio codec, a ceiling for whatever speaks its codes."
 )
 COMPARISONS_HINT = "Where the interval leaves out zero, the difference is more than chance."
 STAGES_HINT = (
@@ -134,7 +134,11 @@ def _distance(report: Report) -> tuple[str, str, str] | None:
     if student is None or unguided is None or unguided == 0:
         return None
     rest = f"of the unguided teacher's: KL {significant(student)} against {significant(unguided)}"
-    return "Distance to the guided teacher", f"{100 * student / unguided:.0f} %", rest
+    return (
+        "Distance to the guided teacher",
+        f"{100 * student / unguided:.0f}\N{NO-BREAK SPACE}%",
+        rest,
+    )
 
 
 def _speed(report: Report) -> tuple[str, str, str] | None:
@@ -142,7 +146,7 @@ def _speed(report: Report) -> tuple[str, str, str] | None:
     if student is None or guided is None or student == 0:
         return None
     rest = f"of guided decoding: real-time factor {significant(student)}, was {significant(guided)}"
-    return "Speed of the student", f"{guided / student:.2f} ×", rest
+    return "Speed of the student", f"{guided / student:.2f}\N{NO-BREAK SPACE}×", rest
 
 
 def _memory(report: Report) -> tuple[str, str, str] | None:
@@ -192,7 +196,8 @@ def _clip(system: str, clip: AudioClip, report: Report, folder: Path) -> str:
     heard = "" if clip.heard is None else f"<p>{_heard(clip)}</p>"
     return (
         f'<div class="clip"><h4>{system_dot(system, report)}{escape(system_label(system))}</h4>'
-        f'<audio controls preload="metadata" src="{_embedded(folder, clip.file)}"></audio>{heard}</div>'
+        f'<audio controls preload="metadata" src="{_embedded(folder, clip.file)}"></audio>'
+        f"{heard}</div>"
     )
 
 
@@ -222,7 +227,7 @@ def _embedded(folder: Path, file: str) -> str:
 def _stages(report: Report) -> str:
     if not report.stages:
         return ""
-    costs = list(report.stages.items())
+    costs = [(name.replace(":", " "), cost) for name, cost in report.stages.items()]
     memory = bar_rows(
         [(name, 1, Metric(value=cost.peak_rss_bytes)) for name, cost in costs], _bytes
     )
@@ -262,7 +267,7 @@ def _provenance(report: Report) -> str:
     parts = {
         "Fingerprints": dict(report.fingerprints),
         "Machine": dict(report.environment),
-        "Settings": dict(_flat(report.settings)),
+        "Settings": dict(_flat(report.settings)) if report.settings else {},
     }
     return "".join(
         f"<details><summary>{title}</summary>"

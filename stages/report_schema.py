@@ -99,6 +99,15 @@ class Comparison(Record):
     difference: Metric
     """Difference with its paired interval; one that holds 0 shows no difference."""
 
+    @field_validator("metric")
+    @classmethod
+    def _check_metric(cls, metric: str) -> str:
+        if metric not in System.model_fields:
+            raise ValueError(
+                f"metric={metric!r} is not measured; choose from {', '.join(System.model_fields)}"
+            )
+        return metric
+
 
 class JudgeUse(Record):
     """One judge that the configuration names."""
