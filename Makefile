@@ -1,0 +1,50 @@
+# Everything a fresh machine needs: Python 3.11 or newer and make. Each target makes its own .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Two processes of one thread do about twice the work of one process with two threads, and spinning
+# OpenMP threads would take that away again.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-fast lint format bench clean
+
+demo: $(READY) ## a teacher, its store, two students and a report on real speech (under 40 minutes)
+	$(BIN)/foretell run configs/demo.yaml
+	@echo "Open runs/demo/report/report.html"
+
+test: $(READY) ## everything, the miniature of the demo included
+	$(BIN)/python -m pytest -q --durations=15
+
+test-fast: $(READY) ## unit tests, under two minutes
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(READY) ## formatter, linter and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## apply the formatter and the linter's safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## one decision per script; the last line of each is JSON
+	@for script in benchmarks/*.py; do \
+	  echo "== $$script"; $(BIN)/python $$script || exit 1; \
+	done
+
+# The stamp is written last: an interrupted installation is finished by the next call.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "foretell needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	    echo "Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): several minutes the first time (torch alone is large)"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[dev]'
+	@touch $(READY)
+
+clean: ## remove the venv and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
