@@ -7,6 +7,7 @@ Stage one never builds a student, and stage two never loads a teacher.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,12 @@ import torch
 from pipeline.config import RunConfig
 from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stage_identity
+from pipeline.record import own_usage
 from pipeline.results import write_report
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
 from stages.dataset import Dataset
 from stages.distributed import Place, choose_device, peak_device_bytes, place
-from stages.draw import draw_codes, read_drawn_codes
+from stages.draw import draw_codes, drawing_student, read_drawn_codes
 from stages.errors import UserError
 from stages.evaluate import evaluate
 from stages.family import Family, Sample, load_family, saved_family
@@ -46,6 +48,7 @@ class Assembly:
         self._config, self._stop = config, stop
         self._task, self._tasks = task, tasks
         self._folders = RunFolders(config)
+        self._started = time.monotonic()
         self.peak_device_bytes = 0
         """Most memory that the stage held on the accelerator."""
 
@@ -110,6 +113,7 @@ class Assembly:
         config, device, dataset = self._rollout_inputs()
         teacher = _load(self._folders.teacher, device, config.precision)
         samples = dataset.samples(config.split)
+        drawn_by_student = config.source == "student"
         store = create_store(
             self._folders.store,
             config,
@@ -118,6 +122,7 @@ class Assembly:
             facts=dataset.facts,
             dataset_fingerprint=dataset.header.fingerprint,
             seed=self._config.seed,
+            student_fingerprint=drawing_student(self._folders.draws) if drawn_by_student else "",
         )
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
         finished = rollout(
@@ -127,9 +132,7 @@ class Assembly:
             shards,
             batch_size=config.batch_size,
             stop=self._stop,
-            drawn_codes=read_drawn_codes(self._folders.draws, shards)
-            if config.source == "student"
-            else None,
+            drawn_codes=read_drawn_codes(self._folders.draws, shards) if drawn_by_student else None,
         )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
@@ -194,7 +197,8 @@ class Assembly:
         self.peak_device_bytes = peak_device_bytes(device)
         if result is None:
             return False
-        write_report(self._config, reference, result)
+        usage = own_usage(self.peak_device_bytes)
+        write_report(self._config, reference, result, time.monotonic() - self._started, usage)
         return True
 
     def _reference(

@@ -8,25 +8,35 @@ from collections.abc import Mapping
 
 import torch
 
+from pipeline import report as page
 from pipeline.config import RunConfig
 from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stages_of
-from pipeline.record import read_record
-from pipeline import report as page
+from pipeline.record import StageRecord, Usage, read_record
 from stages.evaluate import Evaluation
 from stages.report_schema import Report, StageCost, read_losses
 from store import PredictionStore
 
 
-def write_report(config: RunConfig, reference: PredictionStore, found: Evaluation) -> None:
-    """Write report.json and report.html of a run."""
+def write_report(
+    config: RunConfig,
+    reference: PredictionStore,
+    found: Evaluation,
+    wall_s: float,
+    usage: Usage,
+) -> None:
+    """Write report.json and report.html of a run.
+
+    `wall_s` and `usage` are what the evaluation itself has needed up to now; what the other stages
+    needed is in their records.
+    """
     folders = RunFolders(config)
     report = Report(
         run=config.name,
         samples=found.samples,
         sentences=found.sentences,
         **found.systems,
-        stages=stage_costs(config),
+        stages=stage_costs(config, wall_s, usage),
         comparisons=found.comparisons,
         judges=found.judges,
         audio=found.audio,
@@ -40,9 +50,11 @@ def write_report(config: RunConfig, reference: PredictionStore, found: Evaluatio
     page.write_report(folders.report)
 
 
-def stage_costs(config: RunConfig) -> dict[str, StageCost]:
+def stage_costs(config: RunConfig, wall_s: float, usage: Usage) -> dict[str, StageCost]:
     """Return what every stage of a run took so far, in their order."""
     records = {s: read_record(RunFolders(config).stages, s) for s in stages_of(config)}
+    so_far = records["evaluate"] or StageRecord(stage="evaluate", identity="")
+    records["evaluate"] = so_far.after(wall_s, [usage], finished=True)
     return {
         stage: StageCost(
             wall_s=record.wall_s,

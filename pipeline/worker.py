@@ -40,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         sys.stderr.write(f"{options.stage}: {error}\n")
         return FAILED
+    except OSError as error:
+        sys.stderr.write(
+            f"{options.stage}: {error}; what was finished before is safe: free space or correct "
+            "the cause, then run the same command again\n"
+        )
+        return FAILED
     except KeyboardInterrupt:
         return MORE_TO_DO
     return FINISHED if finished else MORE_TO_DO

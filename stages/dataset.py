@@ -119,7 +119,7 @@ class Dataset:
         rows: list[dict[str, Any]] = table.drop_columns(["codes", "context_codes"]).to_pylist()
         for name in ("codes", "context_codes"):
             for row, codes in zip(rows, table.column(name), strict=True):
-                row[name] = codes.values.to_numpy()
+                row[name] = codes.values.to_numpy().copy()
         return rows
 
     def codes(self, sample: dict[str, Any]) -> np.ndarray:

@@ -116,7 +116,7 @@ def optimize(
                 objective = learner.objective(state.step, batch)
                 # Data parallelism averages gradients; the loss is a mean over the global batch.
                 share = objective.total * (place.world_size / max(weight, 1e-9))
-                torch.autograd.backward(share)  # type: ignore[no-untyped-call]
+                torch.autograd.backward(share)
             report.add(objective.terms)
         gradient_norm = state.update(learning_rate(config, state.step))
         report.step(state.step, local_weight, gradient_norm)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from stages.config import DatasetFacts, RolloutConfig
 from stages.errors import UserError
@@ -30,11 +31,13 @@ def create_store(
     facts: DatasetFacts,
     dataset_fingerprint: str,
     seed: int,
+    student_fingerprint: str = "",
 ) -> PredictionStore:
     """Create the store that a rollout configuration describes, or open the one that is there.
 
     `samples` are the rows of the split to roll out. Raises `StoreError` when `path` holds a store
     of other settings, another teacher or another dataset, naming what differs.
+    `student_fingerprint` names the student that drew the codes, where the source is one.
     """
     if family.condition_dropout == 0 and config.guidance.scale != 1:
         logger.warning(
@@ -43,7 +46,40 @@ def create_store(
             "Fit it with fit.condition_dropout: 0.1, or set rollout.guidance.scale: 1",
             config.guidance.scale,
         )
-    manifest = Manifest(
+    chosen = samples[: config.samples]
+    if not chosen:
+        raise UserError(
+            f"the split {config.split!r} of the dataset is empty, so there is nothing to roll "
+            "out: choose another rollout.split, or prepare a dataset that has it"
+        )
+    fingerprints = Fingerprints(
+        teacher=family.fingerprint(),
+        tokenizer=family.tokenizer_fingerprint(),
+        audio_codec=facts.audio_codec,
+        dataset=dataset_fingerprint,
+        student=student_fingerprint,
+    )
+    try:
+        manifest = _manifest(config, family, facts, fingerprints, seed)
+    except ValidationError as error:
+        faults = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+        raise UserError(f"the section rollout does not fit the teacher: {faults}") from None
+    return PredictionStore.create(
+        path,
+        manifest,
+        Plan.of(plan(config, family, chosen, seed)),
+        conditions_table(family, chosen),
+    )
+
+
+def _manifest(
+    config: RolloutConfig,
+    family: Family,
+    facts: DatasetFacts,
+    fingerprints: Fingerprints,
+    seed: int,
+) -> Manifest:
+    return Manifest(
         family=family.name,
         streams=family.streams,
         forbidden=family.forbidden,
@@ -56,25 +92,8 @@ def create_store(
         split=config.split,
         timestep_s=family.timestep_s,
         conditions=family.conditions,
-        fingerprints=Fingerprints(
-            teacher=family.fingerprint(),
-            tokenizer=family.tokenizer_fingerprint(),
-            audio_codec=facts.audio_codec,
-            dataset=dataset_fingerprint,
-        ),
+        fingerprints=fingerprints,
         conditioning=facts.model_dump(mode="json"),
-    )
-    chosen = samples[: config.samples]
-    if not chosen:
-        raise UserError(
-            f"the split {config.split!r} of the dataset is empty, so there is nothing to roll "
-            "out: choose another rollout.split, or prepare a dataset that has it"
-        )
-    return PredictionStore.create(
-        path,
-        manifest,
-        Plan.of(plan(config, family, chosen, seed)),
-        conditions_table(family, chosen),
     )
 
 

@@ -188,6 +188,8 @@ class Fingerprints(Record):
     tokenizer: str
     audio_codec: str
     dataset: str
+    student: str = ""
+    """The student that drew the codes, where the source is one."""
 
 
 class FileSum(Record):

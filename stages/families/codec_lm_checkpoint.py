@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stages.config import CodecLMConfig, DatasetFacts
 from stages.errors import UserError
+from stages.publish import publish_file, replace_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -47,10 +48,14 @@ class Checkpoint:
 def write_checkpoint(
     path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write the files of a checkpoint into the folder `path`, which is made if need be."""
-    path.mkdir(parents=True, exist_ok=True)
-    save_file({name: x.detach().contiguous() for name, x in tensors.items()}, path / WEIGHTS_FILE)
-    (path / CONFIG_FILE).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    """Write the files of a checkpoint into the folder `path`, which is made if need be.
+
+    Each file appears whole, the weights last: where they are, the checkpoint is finished.
+    """
+    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+    replace_file(path / CONFIG_FILE, text.encode())
+    with publish_file(path / WEIGHTS_FILE) as draft:
+        save_file({name: x.detach().contiguous() for name, x in tensors.items()}, draft)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

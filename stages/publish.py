@@ -1,0 +1,67 @@
+"""Publishing results in one step: what is there is whole, after a crash too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from store.durable import sync_folder
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole, or leave what was there; durable when this returns."""
+    with publish_file(path) as draft:
+        draft.write_bytes(content)
+
+
+@contextmanager
+def publish_file(path: Path) -> Iterator[Path]:
+    """Give the name of a draft to write, and make it `path` when the block ends without an error.
+
+    A file that is there before is replaced in one step.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield draft
+        _sync_file(draft)
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """Give a draft folder to fill, and make it `path` when the block ends without an error.
+
+    `path` must not exist yet. Every file of the draft is synced before the one rename.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft.mkdir()
+    try:
+        yield draft
+        _sync_tree(draft)
+        os.rename(draft, path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            _sync_file(Path(folder) / name)
+        sync_folder(Path(folder))
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
