@@ -30,7 +30,7 @@ def create_store(layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Tab
     a file, so of two creators one wins and the other compares. Raises StoreError when a different
     store exists (naming the fields), the path is unsuitable, or the disk fails.
     """
-    check_samples(samples, manifest, plan)
+    check_samples(samples, manifest, plan, f"samples given for {layout.root}")
     refuse_nesting(layout.root)
     if not layout.manifest.exists():
         refuse_strangers(layout.root)
@@ -45,24 +45,27 @@ def create_store(layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Tab
     _compare(layout, manifest, plan, samples)
 
 
-def check_samples(samples: pa.Table, manifest: Manifest, plan: Plan) -> None:
-    """Refuse samples that lack a condition or a planned sample, or name one twice (StoreError)."""
+def check_samples(samples: pa.Table, manifest: Manifest, plan: Plan, source: str) -> None:
+    """Refuse samples that lack a condition or a planned sample, or name one twice.
+
+    Raises StoreError that begins with `source`.
+    """
     needed = ("sample_id", *manifest.conditions)
     lacking = [name for name in needed if name not in samples.column_names]
     if lacking:
         raise StoreError(
-            f"samples lack the columns {lacking} (they have {samples.column_names}): "
+            f"{source} lack the columns {lacking} (they have {samples.column_names}): "
             "add what the manifest lists as conditions"
         )
     known: set[str] = set()
     for sample_id in samples["sample_id"].to_pylist():
         check_sample_id(sample_id)
         if sample_id in known:
-            raise StoreError(f"samples name {sample_id!r} twice: make sample ids unique")
+            raise StoreError(f"{source} name {sample_id!r} twice: make sample ids unique")
         known.add(sample_id)
     unknown = next((key[0] for key in plan.keys if key[0] not in known), None)
     if unknown is not None:
-        raise StoreError(f"planned sample {unknown!r} is not among the samples: plan from them")
+        raise StoreError(f"{source} lack the planned sample {unknown!r}: plan from them")
 
 
 def _place(layout: Layout, contents: dict[str, bytes]) -> None:

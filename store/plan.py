@@ -74,7 +74,7 @@ class Plan:
             )
         shard = table["shard"].to_numpy()
         steps = np.diff(shard, prepend=-1)
-        if not np.isin(steps, (0, 1)).all() or not len(shard):
+        if not np.isin(steps, (0, 1)).all() or shard[:1].tolist() != [0]:
             raise StoreError(f"{source} does not count its shards 0, 1, 2, …: restore it")
         keys = zip(table["sample_id"].to_pylist(), table["variation"].to_pylist(), strict=True)
         plan = cls(tuple(keys), (*map(int, np.flatnonzero(steps)), len(shard)))

@@ -45,7 +45,7 @@ class PredictionStore:
         self.manifest, self.fingerprint = unseal(layout.manifest, Manifest)
         self.plan = Plan.from_table(read_table(layout.plan, self.manifest), str(layout.plan))
         self.samples = read_table(layout.samples, self.manifest)
-        check_samples(self.samples, self.manifest, self.plan)
+        check_samples(self.samples, self.manifest, self.plan, str(layout.samples))
         self.committed = layout.committed()
         unplanned = [shard for shard in self.committed if shard >= len(self.plan)]
         if unplanned:

@@ -256,14 +256,12 @@ class ShardFolder:
 
 
 def _files_below(root: Path) -> Iterator[str]:
-    """Relative paths of all that is no folder, and of empty folders; links are not followed."""
+    """Relative paths of all that is no folder; links are not followed."""
     for folder, folders, files in os.walk(root, onerror=_raise):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         here = os.path.relpath(folder, root)
         for name in (*files, *links):
             yield os.path.normpath(os.path.join(here, name))
-        if not folders and not files:
-            yield here + "/"
 
 
 def _raise(error: OSError) -> None:

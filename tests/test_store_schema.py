@@ -1,0 +1,159 @@
+"""Records refuse what makes no sense, and sealed documents refuse every altered byte."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from store import PredictionStore, StoreError
+from store.schema import Full, Guidance, Manifest, Sampler, Stream, TopK
+from store.sealed import MAX_DOCUMENT_BYTES, checksum, seal, unseal
+from store.synthetic import synthetic_manifest, synthetic_store
+
+MANIFEST = synthetic_manifest(TopK(k=4, temperatures=(1.0, 2.0), moments=True))
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "message"),
+    [
+        (Sampler, {"temperature": 0}, "temperature is 0.0 but must be > 0: for greedy"),
+        (Sampler, {"top_k": 0}, "top_k is 0 but must be >= 1: use null"),
+        (Sampler, {"top_p": 1.5}, r"top_p is 1.5 but must be in \(0, 1\]"),
+        (Sampler, {"min_timesteps": 9, "max_timesteps": 8}, r"min_timesteps is 9 .* 8\]: lower it"),
+        (Sampler, {"truncated_weight": -1}, r"weight is -1.0 but must be in \[0, 1\]"),
+        (Sampler, {"too_short_multiple": 2, "too_long_multiple": 1}, "every rollout would be"),
+        (Sampler, {"end_on": "all"}, "'any', 'first' or 'majority'"),
+        (Guidance, {"scale": -1}, "cfg scale is -1.0 but must be >= 0: use 1.0"),
+        (Guidance, {"scale": float("nan")}, "finite number"),
+        (TopK, {"k": 0}, "k is 0 but must be >= 1: keep at least one id"),
+        (TopK, {"k": 1, "temperatures": (2.0, 1.0)}, "rising numbers > 0: list every temperature"),
+        (TopK, {"k": 1, "temperature": 1.0}, "Extra inputs are not permitted"),
+        (Stream, {"name": "a", "group": "a", "vocabulary": 1}, "is 1 but must be 2 to 2147483648"),
+    ],
+)
+def test_a_refused_setting_names_value_limit_and_remedy(
+    record: Any, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        record(**fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": TopK(k=34)}, "k is 34 but must be <= 33, the allowed ids of stream"),
+        ({"forbidden": (40,)}, r"forbidden is \(40,\) but must be rising ids in \[0, 34\)"),
+        ({"end_id": 32}, "end_id is 32 but must be an id in .* not forbidden"),
+        ({"streams": ()}, "number of streams is 0 but must be 1 to 4096"),
+        ({"streams": MANIFEST.streams[:1] * 2}, "stream names given twice"),
+        ({"timestep_s": 0.0}, "timestep_s is 0.0 but must be > 0"),
+        ({"seed": -1}, "seed is -1 but must be in"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Manifest(**(MANIFEST.model_dump() | change))
+
+
+def test_a_sealed_manifest_reads_back_equal(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(seal(MANIFEST))
+    assert unseal(path, Manifest) == (MANIFEST, json.loads(path.read_text())["checksum"])
+    full = synthetic_manifest(Full(dtype="float32"))
+    path.write_bytes(seal(full))
+    assert unseal(path, Manifest)[0] == full
+
+
+def test_an_altered_bit_anywhere_in_a_sealed_document_is_refused(tmp_path: Path) -> None:
+    path, text = tmp_path / "manifest.json", seal(MANIFEST)
+    for position in range(0, len(text), 3):
+        altered = bytearray(text)
+        altered[position] ^= 1 << position % 8
+        path.write_bytes(altered)
+        with pytest.raises(StoreError, match=r"manifest\.json"):
+            unseal(path, Manifest)
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    content = content | {"checksum": checksum(content)}
+    path.write_text(json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format version 2, this foretell reads up to 1: install a newer"),
+        ({"seed": "7"}, "seed: Input should be a valid integer"),
+        ({"streams": 3}, "streams: Input should be a valid"),
+        ({"surprise": 1}, "surprise: Extra inputs"),
+        ({"timestep_s": 10**400}, "timestep_s"),
+        ({"target": {"kind": "hidden"}}, "target"),
+    ],
+)
+def test_a_wrong_manifest_with_a_right_checksum_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "manifest.json"
+    write_sealed(path, MANIFEST.model_dump(mode="json") | change)
+    with pytest.raises(StoreError, match=message):
+        unseal(path, Manifest)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"null", b'"x"', b"[" * 100_000, b'{"a": NaN}', b"\xff\xfe", b"{}\n"]
+)
+def test_what_is_no_sealed_json_is_refused(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(text)
+    with pytest.raises(StoreError, match=r"manifest\.json"):
+        unseal(path, Manifest)
+
+
+def test_an_absurdly_large_document_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(StoreError, match=f"over the limit of {MAX_DOCUMENT_BYTES} bytes"):
+        unseal(path, Manifest)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> PredictionStore:
+    path = tmp_path_factory.mktemp("fuzz") / "store"
+    return synthetic_store(path, MANIFEST, samples=2, variations=1, rollouts_per_shard=2)
+
+
+@given(field=st.sampled_from(sorted(Manifest.model_fields)), value=JSON)
+@settings(max_examples=80, deadline=None)
+def test_no_value_of_any_field_breaks_opening_other_than_as_a_store_error(
+    store: PredictionStore, field: str, value: Any
+) -> None:
+    content = store.manifest.model_dump(mode="json") | {field: value}
+    with suppress(StoreError):  # a lone surrogate cannot be written
+        write_sealed(store.path / "manifest.json", content)
+    message = opening_error(store.path)
+    assert message is None or str(store.path) in message
+
+
+def opening_error(path: Path) -> str | None:
+    try:
+        PredictionStore.open(path)
+    except StoreError as error:
+        return str(error)
+    return None

@@ -1,0 +1,288 @@
+"""Damage of every kind is found by verify, named, and refused by the reader; never zeros."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from store import DamagedShard, PredictionStore, StoreError
+from store.schema import TopK
+from store.sealed import seal, unseal
+from store.shard import ShardRecord
+from store.sums import file_sum
+from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
+from store.tables import parse_table, table_bytes
+from store.verify import verify
+from store.zarr_files import encode_array
+
+MANIFEST = synthetic_manifest(TopK(k=3), streams=1)
+SHARD = "shards/00001"
+CHUNKS = f"{SHARD}/top_k.ids/c/0/0/0"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three planned shards, of which the first two are committed."""
+    path = tmp_path_factory.mktemp("verify") / "store"
+    store = synthetic_store(path, MANIFEST, 6, 1, 2)
+    for shard in (0, 1):
+        write_synthetic_shard(store, shard, 5)
+    return path
+
+
+@pytest.fixture
+def path(sound: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sound, tmp_path / "store")
+
+
+def read_everything(path: Path) -> None:
+    store = PredictionStore.open(path)
+    for shard in store.committed:
+        store.shard(shard)
+
+
+def test_a_sound_store_is_counted(sound: Path) -> None:
+    found = verify(sound)
+    timesteps = int(sum(lengths.sum() for lengths in PredictionStore.open(sound).lengths()))
+    assert found.model_dump(mode="json") == {
+        "ok": True,
+        "shards": 2,
+        "rollouts": 4,
+        "timesteps": timesteps,
+        "not_committed": [2],
+        "bad": [],
+    }
+
+
+def test_progress_wraps_the_list_of_shards(sound: Path) -> None:
+    seen: list[int] = []
+
+    def progress(shards: Any) -> Any:
+        seen.extend(shards)
+        return shards
+
+    verify(sound, progress)
+    assert seen == [0, 1]
+
+
+def test_a_flipped_bit_in_any_file_is_found_and_refused(path: Path) -> None:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    kinds = {file.name for file in files}
+    assert kinds >= {"manifest.json", "plan.parquet", "samples.parquet", "shard.json"}
+    assert kinds >= {"rollouts.parquet", "zarr.json", "0"}
+    chance = random.Random(8)
+    for file in files * (100 // len(files) + 1):
+        content = file.read_bytes()
+        altered = bytearray(content)
+        altered[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        file.write_bytes(altered)
+        found = verify(path)
+        assert not found.ok
+        assert len(found.bad) == 1
+        assert str(file).endswith(found.bad[0].file)
+        with pytest.raises(StoreError, match=file.name):
+            read_everything(path)
+        file.write_bytes(content)
+    assert verify(path).ok
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lengthen(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, lengthen], ids=["missing", "short", "long"])
+def test_every_missing_short_or_long_file_is_found_and_refused(
+    path: Path, damage: Callable[[Path], None]
+) -> None:
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        content = file.read_bytes()
+        damage(file)
+        found = verify(path)
+        assert len(found.bad) == 1
+        assert str(file).endswith(found.bad[0].file)
+        with pytest.raises(StoreError):
+            read_everything(path)
+        file.write_bytes(content)
+
+
+def test_damage_names_shard_file_and_array(path: Path) -> None:
+    (path / CHUNKS).unlink()
+    (damage,) = verify(path).bad
+    assert damage.model_dump() == {
+        "shard": 1,
+        "file": "top_k.ids/c/0/0/0",
+        "array": "top_k.ids",
+        "reason": "it is missing",
+    }
+    with pytest.raises(DamagedShard, match=r"shard 00001, file 'top_k.ids/c/0/0/0' \(array 'top"):
+        read_everything(path)
+
+
+def test_all_damage_is_listed_not_only_the_first(path: Path) -> None:
+    (path / CHUNKS).unlink()
+    cut(path / "shards/00001/rollouts.parquet")
+    (path / "shards/00000/notes.txt").write_text("")
+    found = verify(path)
+    assert [(entry.shard, entry.file) for entry in found.bad] == [
+        (0, "notes.txt"),
+        (1, "rollouts.parquet"),
+        (1, "top_k.ids/c/0/0/0"),
+    ]
+    assert (found.shards, found.rollouts) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["extra", "top_k.ids/c/1/0/0", "codes/c/0/.0.partial", "new/zarr.json"]
+)
+def test_a_foreign_file_is_found_and_refused(path: Path, name: str) -> None:
+    file = path / SHARD / name
+    file.parent.mkdir(exist_ok=True, parents=True)
+    file.write_bytes(b"x")
+    assert [(entry.shard, entry.file) for entry in verify(path).bad] == [(1, name)]
+    with pytest.raises(DamagedShard, match="is not a file of this shard"):
+        read_everything(path)
+
+
+def test_a_link_is_foreign_and_not_followed(path: Path) -> None:
+    (path / SHARD / "link").symlink_to(path)
+    assert [entry.file for entry in verify(path).bad] == ["link"]
+
+
+def test_a_file_replaced_by_a_link_is_refused(path: Path) -> None:
+    (path / CHUNKS).rename(path.parent / "elsewhere")
+    (path / CHUNKS).symlink_to(path.parent / "elsewhere")
+    assert not verify(path).ok
+    with pytest.raises(DamagedShard, match="it is missing"):
+        read_everything(path)
+
+
+def test_files_of_equal_size_cannot_be_exchanged(path: Path) -> None:
+    # Every chunk of a Zarr file ends in its CRC-32C, so the CRC-32C of such files is one constant.
+    one, two = (path / f"shards/0000{shard}/codes/c/0/0" for shard in (0, 1))
+    first, second = one.read_bytes(), two.read_bytes()
+    assert first != second
+    assert len(first) == len(second)
+    one.write_bytes(second)
+    two.write_bytes(first)
+    assert [entry.shard for entry in verify(path).bad] == [0, 1]
+
+
+def test_a_shard_of_another_place_or_store_is_refused(path: Path, tmp_path: Path) -> None:
+    shutil.copytree(path / "shards/00000", path / "shards/00002")
+    other = synthetic_store(tmp_path / "other", MANIFEST.model_copy(update={"seed": 1}), 6, 1, 2)
+    write_synthetic_shard(other, 1, 5)
+    shutil.rmtree(path / SHARD)
+    shutil.copytree(other.path / SHARD, path / SHARD)
+    bad = verify(path).bad
+    assert [(entry.shard, entry.file) for entry in bad] == [(1, "shard.json"), (2, "shard.json")]
+    assert "it is of another store" in bad[0].reason
+
+
+def test_what_is_no_shard_among_the_shards_is_found(path: Path) -> None:
+    (path / "shards/0001").mkdir()
+    (path / "shards/notes").write_text("")
+    assert [entry.file for entry in verify(path).bad] == ["shards/0001", "shards/notes"]
+
+
+def test_what_is_no_store_is_bad(tmp_path: Path) -> None:
+    found = verify(tmp_path)
+    assert not found.ok
+    assert "holds no manifest.json" in found.bad[0].reason
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrite a shard's record with a right checksum, as a faulty writer might."""
+    record, _ = unseal(path / SHARD / "shard.json", ShardRecord)
+    content = record.model_dump()
+    change(content)
+    (path / SHARD / "shard.json").write_bytes(seal(ShardRecord(**content)))
+
+
+def rewrite(path: Path, file: str, content: bytes) -> None:
+    """Replace a file and its sum, so that only the meaning is wrong."""
+    (path / SHARD / file).write_bytes(content)
+    reseal(path, lambda record: record["files"].update({file: file_sum(content).model_dump()}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.update(rows=2**60), r"rows is \d+ but must be in \[1, "),
+        (lambda record: record.update(rows=0), "rows is 0"),
+        (lambda record: record.update(rollouts=3), "rollouts is 3 but must be 2"),
+        (lambda record: record["files"].pop("codes/c/0/0"), "does not list exactly the files"),
+        (
+            lambda record: record["files"].update({"../../../x": {"bytes": 1, "sha256": ""}}),
+            "does not list exactly the files of its arrays: .*/x",
+        ),
+        (
+            lambda record: record["files"]["codes/c/0/0"].update(bytes=2**60),
+            f"bytes but must have {2**60}",
+        ),
+        (lambda record: record.update(rows=record["rows"] + 1), "end to end"),
+    ],
+)
+def test_a_record_that_lies_is_refused(
+    path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    reseal(path, change)
+    with pytest.raises(DamagedShard, match=message):
+        read_everything(path)
+    assert not verify(path).ok
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("sample_id", ["sample-0", "sample-1"], "keys are not the planned ones"),
+        ("start", [1, 5], "do not lie end to end"),
+        ("length", [9, 9], "do not lie end to end"),
+        ("weight", [1.0, float("nan")], "no finite number >= 0"),
+    ],
+)
+def test_rollouts_that_contradict_the_plan_or_themselves_are_refused(
+    path: Path, column: str, values: list[Any], message: str
+) -> None:
+    table = parse_table((path / SHARD / "rollouts.parquet").read_bytes(), "x")
+    field = table.schema.field(column)
+    index = table.schema.get_field_index(column)
+    table = table.set_column(index, field, pa.array(values, field.type))
+    rewrite(path, "rollouts.parquet", table_bytes(table))
+    assert [entry.file for entry in verify(path).bad] == ["rollouts.parquet"]
+    with pytest.raises(DamagedShard, match=message):
+        read_everything(path)
+
+
+def test_an_array_whose_values_are_wrong_is_found(path: Path) -> None:
+    store = PredictionStore.open(path)
+    shard = store.shard(1)
+    logits = shard.arrays["top_k.logits"].copy()
+    logits[shard.offsets[1] + 2, 0, 1] = np.nan
+    spec = store.folder(1).specs["top_k.logits"]
+    for file, content in encode_array(spec, logits).items():
+        rewrite(path, file, content)
+    (damage,) = verify(path).bad
+    assert damage.array == "top_k.logits"
+    assert damage.reason == "sample 'sample-3', variation 0, timestep 2: it holds NaN"
+
+
+def test_an_array_of_another_shape_than_the_manifest_says_is_refused(path: Path) -> None:
+    store = PredictionStore.open(path)
+    shard = store.shard(1)
+    spec = store.folder(1).specs["codes"]
+    longer = np.concatenate([shard.arrays["codes"]] * 2)
+    for file, content in encode_array(spec, longer).items():
+        rewrite(path, file, content)
+    (damage,) = verify(path).bad
+    assert (damage.array, "zarr.json says uint16" in damage.reason) == ("codes", True)
