@@ -243,7 +243,7 @@ JUDGES: dict[JudgeName, Judge] = {
     "distillmos": Judge(("distillmos", "xls_r_sqa"), _REPORT_EXTRA, _start_distillmos),
     "resemblyzer": Judge(
         ("resemblyzer", "webrtcvad", "librosa"),
-        # Its own requirement webrtcvad has no wheel and `typing` shadows the standard library.
+        # Its own requirement webrtcvad has no wheel; webrtcvad-wheels is the same module with one.
         "pip install webrtcvad-wheels librosa && pip install --no-deps resemblyzer==0.1.4",
         _start_resemblyzer,
     ),
