@@ -68,7 +68,8 @@ def draw(probabilities: Tensor, ids: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1)
     threshold = (uniforms * cumulative[..., -1]).unsqueeze(-1)
     rank = (cumulative <= threshold).sum(-1, keepdim=True)
-    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    # A row of NaN has no candidate; an index of -1 would end a CUDA process. `end` refuses it.
+    last = (probabilities > 0).sum(-1, keepdim=True).sub(1).clamp_min(0)
     return ids.gather(-1, torch.minimum(rank, last)).squeeze(-1)
 
 
@@ -130,19 +131,24 @@ class RolloutPolicy:
 
         `codes` [b, C] are the drawn ones and `logits` [b, C, V] what they were drawn from. The
         end id counts where it was drawn and where it is the most likely one, as NeMo's MagpieTTS
-        does (`argmax_or_multinomial_any`); `end_on` says in how many streams it must stand.
+        does (`argmax_or_multinomial_any`); `end_on` says in how many streams it must stand. Raises
+        FloatingPointError when the largest logit of a row is not finite.
         """
+        largest, likeliest = mask_forbidden(logits, self.forbidden).max(-1)
+        if not bool(largest.isfinite().all()):
+            raise FloatingPointError(
+                f"the guided logits of timestep {timestep} hold NaN or infinity"
+            )
         reason = torch.full_like(self.stop[rows], RUNNING)
         reason[self._last_timestep[rows] <= timestep + 1] = TRUNCATED
         if timestep + 1 >= self.sampler.max_timesteps:
             reason[:] = LIMIT
         if self.end_id is not None and timestep >= self.sampler.min_timesteps:
-            reason[self._ended(codes, logits, self.end_id)] = END
+            reason[self._ended(codes, likeliest, self.end_id)] = END
         self.stop[rows] = reason
         return reason != RUNNING
 
-    def _ended(self, codes: Tensor, logits: Tensor, end_id: int) -> Tensor:
-        likeliest = mask_forbidden(logits, self.forbidden).argmax(-1)
+    def _ended(self, codes: Tensor, likeliest: Tensor, end_id: int) -> Tensor:
         votes = codes.eq(end_id) | likeliest.eq(end_id)
         match self.sampler.end_on:
             case "any":
