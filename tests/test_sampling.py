@@ -1,0 +1,254 @@
+"""Drawing: exact, keyed by the rollout alone, and never an id that is not allowed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+
+from stages.sampling import (
+    RolloutPolicy,
+    draw,
+    filtered,
+    keyed_generator,
+    keyed_seed,
+    mask_forbidden,
+)
+from store.schema import Sampler
+
+VOCABULARY = 12
+FORBIDDEN, END = 10, 11
+
+
+def policy_of(keys, *, seed=3, streams=2, references=None, **sampler) -> RolloutPolicy:
+    return RolloutPolicy(
+        Sampler.model_validate({"max_timesteps": 20, "min_timesteps": 2} | sampler),
+        keys,
+        seed=seed,
+        streams=streams,
+        forbidden=[FORBIDDEN],
+        end_id=END,
+        reference_timesteps=references or [10] * len(keys),
+    )
+
+
+def logits_of(rows: int, streams: int = 2, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(rows, streams, VOCABULARY, generator=generator)
+
+
+def keys_of(count: int) -> list[tuple[str, int]]:
+    return [(f"sample {i}", i % 3) for i in range(count)]
+
+
+def drawn_by_key(policy, keys, order, timestep) -> dict:
+    """What each key draws when the rows of `order` are still running, from logits of its own."""
+    logits = torch.stack([logits_of(1, seed=crc32(keys[row][0].encode()))[0] for row in order])
+    codes = policy.draw(torch.tensor(order), timestep, logits)
+    return {keys[row]: codes[place].tolist() for place, row in enumerate(order)}
+
+
+def test_a_key_names_one_generator_on_every_machine():
+    # Values of numpy's Philox under sha256 of the key's text: a change would break old runs.
+    import hashlib
+
+    digest = hashlib.sha256(b"(1, 'a', 2)").digest()
+    key = sum(byte << (8 * place) for place, byte in enumerate(digest[:16]))
+    expected = np.random.Generator(np.random.Philox(key=key)).random(5)
+    assert keyed_generator(1, "a", 2).random(5).tolist() == expected.tolist()
+    assert 0 <= keyed_seed(1, "a", 2) < 2**63
+    assert keyed_seed(1, "a", 2) == int.from_bytes(digest[:8], "little") // 2
+
+
+@pytest.mark.parametrize(
+    "other", [(2, "a", 2), (1, "b", 2), (1, "a", 3), (1, "a2", 2), (1, "a", "2"), ("1", "a", 2)]
+)
+def test_other_keys_name_other_generators(other):
+    assert keyed_generator(1, "a", 2).integers(2**60) != keyed_generator(*other).integers(2**60)
+    assert keyed_seed(1, "a", 2) != keyed_seed(*other)
+
+
+def test_draws_do_not_depend_on_neighbours_their_order_or_who_has_left():
+    keys = keys_of(6)
+    alone = {}
+    for key in keys:
+        alone |= drawn_by_key(policy_of([key]), [key], [0], 4)
+    together = policy_of(keys)
+    assert drawn_by_key(together, keys, [0, 1, 2, 3, 4, 5], 4) == alone
+    assert drawn_by_key(together, keys, [5, 2, 0], 4) == {
+        keys[r]: alone[keys[r]] for r in (5, 2, 0)
+    }
+    backwards = keys[::-1]
+    assert drawn_by_key(policy_of(backwards), backwards, [0, 1, 2, 3, 4, 5], 4) == alone
+
+
+def test_drawing_stream_by_stream_equals_drawing_all_at_once():
+    keys, rows = keys_of(4), torch.arange(4)
+    policy, logits = policy_of(keys), logits_of(4)
+    whole = policy.draw(rows, 3, logits)
+    parts = [policy.draw(rows, 3, logits[:, c : c + 1], slice(c, c + 1)) for c in range(2)]
+    assert torch.equal(whole, torch.cat(parts, 1))
+
+
+def test_a_longer_limit_keeps_the_draws_of_a_shorter_one():
+    keys, rows = keys_of(5), torch.arange(5)
+    short, long = policy_of(keys, max_timesteps=7), policy_of(keys, max_timesteps=50)
+    for timestep in range(7):
+        logits = logits_of(5, seed=timestep)
+        assert torch.equal(short.draw(rows, timestep, logits), long.draw(rows, timestep, logits))
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"variation": 1}, {"timestep": 5}])
+def test_seed_variation_and_timestep_each_change_the_draws(change):
+    rows, logits = torch.arange(1), torch.zeros(1, 40, VOCABULARY)
+    plain = policy_of([("a", 0)], streams=40).draw(rows, 4, logits)
+    key = ("a", change.get("variation", 0))
+    other = policy_of([key], streams=40, seed=change.get("seed", 3))
+    assert not torch.equal(plain, other.draw(rows, change.get("timestep", 4), logits))
+
+
+@pytest.mark.parametrize("filters", [(1.0, None, None), (0.7, 5, None), (1.3, 6, 0.8)])
+def test_every_id_is_drawn_for_exactly_its_share_of_the_unit_interval(filters):
+    logits = logits_of(1, 1)[0, 0]
+    probabilities, ids = filtered(logits, *filters)
+    count = 20_000
+    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    drawn = draw(probabilities.expand(count, -1), ids.expand(count, -1), grid.float())
+    shares = Counter(drawn.tolist())
+    for id_, probability in zip(ids.tolist(), probabilities.double().tolist(), strict=True):
+        assert shares[id_] == pytest.approx(count * probability, abs=1.01)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_unit_interval_draw_ids_that_are_possible(uniform):
+    logits = mask_forbidden(logits_of(64), [FORBIDDEN, END])
+    logits[..., 5] = -200.0  # probability 0 in float32
+    probabilities, ids = filtered(logits, 0.5, None, None)
+    drawn = draw(probabilities, ids, torch.full(logits.shape[:-1], uniform))
+    assert not set(drawn.flatten().tolist()) & {5, FORBIDDEN, END}
+
+
+def reference_filter(logits: np.ndarray, temperature, top_k, top_p) -> np.ndarray:
+    """Probabilities [V] after the filters: an independent formula, from the definitions."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    kept = order[:top_k]
+    weights = {i: np.exp((logits[i] - logits[order[0]]) / temperature) for i in kept}
+    total = sum(weights.values())
+    if top_p is not None:
+        nucleus, mass = [], 0.0
+        for i in kept:  # the fewest candidates whose mass reaches top_p
+            if mass >= top_p:
+                break
+            nucleus.append(i)
+            mass += weights[i] / total
+        weights = {i: weights[i] for i in nucleus}
+        total = sum(weights.values())
+    result = np.zeros(len(logits))
+    for i, weight in weights.items():
+        result[i] = weight / total
+    return result
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [None, 1, 4, 100])
+@pytest.mark.parametrize("top_p", [None, 0.05, 0.6, 0.95])
+def test_filters_leave_what_their_definitions_say(temperature, top_k, top_p):
+    for logits in logits_of(5, 1)[:, 0]:
+        probabilities, ids = filtered(logits, temperature, top_k, top_p)
+        dense = np.zeros(VOCABULARY)
+        dense[ids.numpy()] = probabilities.numpy()
+        expected = reference_filter(logits.double().numpy(), temperature, top_k, top_p)
+        np.testing.assert_allclose(dense, expected, atol=1e-6)
+        assert probabilities.sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_forbidden_ids_are_never_drawn_however_likely():
+    policy, rows = policy_of(keys_of(50)), torch.arange(50)
+    logits = torch.zeros(50, 2, VOCABULARY)
+    logits[..., FORBIDDEN] = 50.0
+    for timestep in range(20):
+        assert not policy.draw(rows, timestep, logits).eq(FORBIDDEN).any()
+
+
+def test_the_end_is_not_drawn_before_the_least_length_and_then_it_is():
+    policy, rows = policy_of(keys_of(8), min_timesteps=3), torch.arange(8)
+    logits = torch.zeros(8, 2, VOCABULARY)
+    logits[..., END] = 50.0
+    for timestep in range(3):
+        codes = policy.draw(rows, timestep, logits)
+        assert not codes.eq(END).any()
+        assert not policy.end(rows, timestep, codes, logits).any()
+    codes = policy.draw(rows, 3, logits)
+    assert codes.eq(END).all()
+    assert policy.end(rows, 3, codes, logits).all()
+    assert [policy.stop_reason(row) for row in range(8)] == ["end"] * 8
+
+
+@pytest.mark.parametrize(
+    ("end_on", "ends"), [("any", [1, 1, 1, 0]), ("first", [1, 0, 0, 0]), ("majority", [0, 0, 1, 0])]
+)
+def test_how_many_streams_must_end_is_a_setting(end_on, ends):
+    policy, rows = policy_of(keys_of(4), streams=3, end_on=end_on), torch.arange(4)
+    codes = torch.tensor([[END, 0, 0], [0, END, 0], [0, END, END], [0, 0, 0]])
+    logits = torch.zeros(4, 3, VOCABULARY)
+    logits[..., 0] = 1.0
+    assert policy.end(rows, 5, codes, logits).tolist() == [bool(end) for end in ends]
+
+
+def test_an_end_that_is_likeliest_counts_though_another_code_was_drawn():
+    policy, rows = policy_of(keys_of(2)), torch.arange(2)
+    logits = torch.zeros(2, 2, VOCABULARY)
+    logits[0, 1, END] = 1.0
+    logits[1, 1, FORBIDDEN] = 1.0  # likelier than the end, but it cannot be
+    logits[1, 1, 0] = 0.5
+    assert policy.end(rows, 5, torch.zeros(2, 2, dtype=torch.int64), logits).tolist() == [
+        True,
+        False,
+    ]
+
+
+def test_rollouts_stop_at_a_multiple_of_their_reference_or_at_the_limit_and_say_which():
+    policy = policy_of(keys_of(3), references=[4, 40, 1], reference_multiple=1.5, max_timesteps=9)
+    running, codes = torch.arange(3), torch.zeros(3, 2, dtype=torch.int64)
+    logits = torch.zeros(3, 2, VOCABULARY)
+    logits[..., 0] = 1.0
+    lengths = {}
+    for timestep in range(9):
+        done = policy.end(running, timestep, codes[: len(running)], logits[: len(running)])
+        lengths |= dict.fromkeys(running[done].tolist(), timestep + 1)
+        running = running[~done]
+    assert len(running) == 0
+    assert lengths == {0: 6, 1: 9, 2: 2}  # 1.5 × 4; the limit; not below min_timesteps
+    assert [policy.stop_reason(row) for row in range(3)] == [
+        "truncated", "max_timesteps", "truncated",
+    ]  # fmt: skip
+
+
+def test_weights_follow_from_the_stop_reason_and_from_the_length():
+    policy = policy_of(
+        keys_of(2), truncated_weight=0.1, rejected_weight=0.02,
+        too_short_multiple=0.5, too_long_multiple=1.5,
+    )  # fmt: skip
+    codes, logits = torch.full((1, 2), END), torch.zeros(1, 2, VOCABULARY)
+    policy.end(torch.tensor([0]), 5, codes, logits)
+    policy.end(torch.tensor([1]), 19, codes * 0, logits.index_fill(-1, torch.tensor(0), 1.0))
+    assert policy.stop_reason(0) == "end"
+    assert policy.stop_reason(1) == "max_timesteps"
+    assert policy.weight(0, 10, 10) == 1.0
+    assert policy.weight(1, 10, 10) == 0.1
+    assert policy.weight(0, 4, 10) == 0.02
+    assert policy.weight(0, 5, 10) == 1.0
+    assert policy.weight(0, 15, 10) == 1.0
+    assert policy.weight(0, 16, 10) == 0.02
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_an_error_that_says_so(bad):
+    policy, rows, logits = policy_of(keys_of(2)), torch.arange(2), logits_of(2)
+    logits[1, 0, 3] = bad
+    codes = policy.draw(rows, 3, logits)
+    with pytest.raises(FloatingPointError, match="timestep 3 hold NaN or infinity"):
+        policy.end(rows, 3, codes, logits)
