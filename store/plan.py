@@ -78,7 +78,10 @@ class Plan:
             raise StoreError(f"{source} does not count its shards 0, 1, 2, …: restore it")
         keys = zip(table["sample_id"].to_pylist(), table["variation"].to_pylist(), strict=True)
         plan = cls(tuple(keys), (*map(int, np.flatnonzero(steps)), len(shard)))
-        plan._check()
+        try:
+            plan._check()
+        except StoreError as error:
+            raise StoreError(f"{source}: {error}") from error
         return plan
 
     def to_table(self) -> pa.Table:

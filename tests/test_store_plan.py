@@ -15,6 +15,14 @@ def test_colliding_keys_are_refused_and_named() -> None:
         Plan.of([[("a", 0), ("a", 1)], [("b", 0), ("a", 1)]])
 
 
+def test_colliding_keys_in_a_stored_plan_are_refused_with_the_file() -> None:
+    table = pa.table([["a", "a"], [0, 0], [0, 1]], schema=SCHEMA)
+    with pytest.raises(
+        StoreError, match=r"plan\.parquet: the plan holds .* 'a', variation 0\) twice"
+    ):
+        Plan.from_table(table, "store/plan.parquet")
+
+
 def test_every_variation_of_every_sample_is_planned_once() -> None:
     plan = Plan.lay_out(["a", "b", "c"], variations=2, rollouts_per_shard=4)
     assert len(plan) == 2
