@@ -97,8 +97,9 @@ def _lead(report: Report) -> str:
 
 
 def _warnings(report: Report) -> str:
-    missing = [f"No {', '.join(j.measures)}: {j.reason}" for j in report.judges if j.reason]
-    items = [*report.warnings, *missing]
+    told = "\n".join(report.warnings)
+    missing = [j for j in report.judges if j.reason is not None and j.reason not in told]
+    items = [*report.warnings, *(f"No {', '.join(j.measures)}: {j.reason}" for j in missing)]
     if not items:
         return ""
     return f'<ul class="warnings">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>'

@@ -221,6 +221,13 @@ def test_the_page_states_what_the_numbers_say(tmp_path):
     assert "No mos: not installed" in page
 
 
+def test_a_judge_that_gave_nothing_is_told_once(tmp_path):
+    judges = (JudgeUse(name="whisper", measures=("wer",), reason="whisper is not installed"),)
+    for warnings in ((), ("whisper gave no numbers: whisper is not installed",)):
+        page = render(example(tmp_path, judges=judges, warnings=warnings), tmp_path)
+        assert page.count("whisper is not installed") == 1
+
+
 def test_a_report_of_little_still_makes_a_page(tmp_path):
     report = Report(run="bare", samples=0, sentences=0)
     page = render(report, tmp_path)
