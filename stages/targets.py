@@ -54,7 +54,8 @@ class SparseTarget:
                 f"tail for, {list(self.temperatures)} (manifest.json, target.temperatures): train "
                 "at one of these, or roll out again with this temperature listed"
             )
-        tail = self.tail_logmass[..., self.temperatures.index(temperature)]
+        # Rounding of two logsumexp may lift the mass of a tail that is nearly everything over 1.
+        tail = self.tail_logmass[..., self.temperatures.index(temperature)].clamp_max(0.0)
         kept = (self.logits / temperature).log_softmax(-1) + _log1mexp(tail).unsqueeze(-1)
         return kept, tail
 
