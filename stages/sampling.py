@@ -40,15 +40,18 @@ def mask_forbidden(logits: Tensor, forbidden: Sequence[int]) -> Tensor:
     return logits.index_fill(-1, index, float("-inf"))
 
 
-def filtered(
+def candidates(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
-) -> tuple[Tensor, Tensor]:
-    """Return the candidates that the filters leave, most likely first.
+) -> tuple[Tensor, Tensor | None]:
+    """Return the probabilities that the filters leave, and the ids they belong to.
 
-    `logits` is [..., V]. Returns probabilities [..., k] float32, falling and summing to 1, and
-    their ids [..., k]. Top-k acts before temperature, top-p after it (Holtzman et al.,
-    1904.09751): the first candidate is always kept.
+    `logits` is [..., V]. Without filters these are all V in the order of their ids, and the ids
+    are None: sorting costs more than drawing. With filters they are [..., k] float32, falling and
+    summing to 1, with ids [..., k]: top-k acts before temperature, top-p after it (Holtzman et
+    al., 1904.09751), and the first candidate is always kept.
     """
+    if top_k is None and top_p is None:
+        return (logits.float() / temperature).softmax(-1), None
     k = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
     values, ids = logits.float().topk(k, dim=-1)
     probabilities = (values / temperature).softmax(-1)
@@ -59,18 +62,18 @@ def filtered(
     return probabilities, ids
 
 
-def draw(probabilities: Tensor, ids: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one id per row by inverting the cumulative distribution.
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one place per row by inverting the cumulative distribution.
 
-    `probabilities` and `ids` are [..., k] as `filtered` returns them, `uniforms` is [...] in
-    [0, 1). Returns [...] int64; a candidate of probability 0 is never drawn.
+    `probabilities` is [..., k] in any order, `uniforms` [...] in [0, 1). Returns [...] int64; a
+    place of probability 0 is never drawn.
     """
     cumulative = probabilities.cumsum(-1)
-    threshold = (uniforms * cumulative[..., -1]).unsqueeze(-1)
-    rank = (cumulative <= threshold).sum(-1, keepdim=True)
-    # A row of NaN has no candidate; an index of -1 would end a CUDA process. `end` refuses it.
-    last = (probabilities > 0).sum(-1, keepdim=True).sub(1).clamp_min(0)
-    return ids.gather(-1, torch.minimum(rank, last)).squeeze(-1)
+    total = cumulative[..., -1]
+    # Rounding may lift the product to the total, which no place exceeds.
+    below = torch.nextafter(total, torch.zeros_like(total))
+    threshold = torch.minimum(uniforms * total, below).unsqueeze(-1)
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
 
 class RolloutPolicy:
@@ -121,10 +124,11 @@ class RolloutPolicy:
     ) -> Tensor:
         """Draw codes [b, c] int64 from guided logits [b, c, V] of the streams given."""
         masked = mask_forbidden(logits, self._allowed(timestep))
-        probabilities, ids = filtered(
+        probabilities, ids = candidates(
             masked, self.sampler.temperature, self.sampler.top_k, self.sampler.top_p
         )
-        return draw(probabilities, ids, self._uniforms[rows, timestep, streams])
+        places = draw(probabilities, self._uniforms[rows, timestep, streams])
+        return places if ids is None else ids.gather(-1, places.unsqueeze(-1)).squeeze(-1)
 
     def end(self, rows: Tensor, timestep: int, codes: Tensor, logits: Tensor) -> Tensor:
         """Return which of `rows` end with this timestep, as [b] bool, and note why.

@@ -44,13 +44,19 @@ class Heard(Record):
 
 
 def listen(config: EvaluateConfig, systems: Sequence[str], folder: Path) -> dict[JudgeName, Heard]:
-    """Let every judge hear the clips of all systems below `folder`, or read what it said before."""
+    """Let every judge hear the clips of all systems below `folder`, or read what it said before.
+
+    That a judge could not run is not kept: it is asked again when its package may be there.
+    """
     heard: dict[JudgeName, Heard] = {}
     for name in config.judges:
         path = folder / f"{name}.json"
-        if not path.exists():
-            replace_file(path, _listen(name, config, systems, folder).model_dump_json().encode())
-        heard[name] = Heard.model_validate_json(path.read_bytes())
+        if path.exists():
+            heard[name] = Heard.model_validate_json(path.read_bytes())
+            continue
+        heard[name] = _listen(name, config, systems, folder)
+        if heard[name].values is not None:
+            replace_file(path, heard[name].model_dump_json().encode())
     return heard
 
 
