@@ -129,7 +129,11 @@ class PredictionStore:
         return [self.rollout_table(shard).lengths for shard in self.committed]
 
     def rollout_table(self, shard: int) -> RolloutTable:
-        """Keys, offsets, stop reasons and weights of a committed shard; raises DamagedShard."""
+        """Keys, lengths, stop reasons and weights of a committed shard, without its arrays.
+
+        Raises StoreError when it was not committed when the store was opened, DamagedShard.
+        """
+        self._require_committed(shard)
         folder = self.folder(shard)
         return folder.read_rollouts(folder.record())
 
@@ -144,9 +148,7 @@ class PredictionStore:
         Raises StoreError when it was not committed when the store was opened, DamagedShard when
         any file of it is missing, altered or foreign.
         """
-        if shard not in self._pinned:
-            self._planned(shard)
-            raise StoreError(f"shard {shard_name(shard)} is not committed: {self._how_to_commit()}")
+        self._require_committed(shard)
         if shard not in self._cache:
             # Room is made first, so that at most `cached_shards` are ever held.
             while len(self._cache) >= self._cached_shards:
@@ -206,6 +208,11 @@ class PredictionStore:
                 f"shard {shard} is not planned: {self.path} has shards 0 to {len(self.plan) - 1}"
             )
         return self.plan[shard]
+
+    def _require_committed(self, shard: int) -> None:
+        if shard not in self._pinned:
+            self._planned(shard)
+            raise StoreError(f"shard {shard_name(shard)} is not committed: {self._how_to_commit()}")
 
     def _how_to_commit(self) -> str:
         return f"run the rollout of {self.path}, or open the store again if that has happened"

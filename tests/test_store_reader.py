@@ -83,6 +83,8 @@ def test_what_is_not_there_is_named(store: PredictionStore) -> None:
     assert "sample-0" not in store
     with pytest.raises(StoreError, match="shard 00002 is not committed: run the rollout"):
         store.shard(2)
+    with pytest.raises(StoreError, match="shard 00002 is not committed: run the rollout"):
+        store.rollout_table(2)
     with pytest.raises(StoreError, match="shard 3 is not planned"):
         store.shard(3)
     length = len(store["sample-0", 0])
@@ -115,6 +117,7 @@ def test_unpublished_work_is_never_data(tmp_path: Path) -> None:
 def test_lengths_are_those_of_the_rollouts(store: PredictionStore) -> None:
     for shard, lengths in zip(store.committed, store.lengths(), strict=True):
         assert lengths.tolist() == [len(rollout) for rollout in store.shard(shard)]
+        assert store.rollout_table(shard).keys == store.plan[shard]
 
 
 def test_rollouts_are_views_and_cannot_be_written(store: PredictionStore) -> None:
