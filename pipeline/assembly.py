@@ -139,12 +139,12 @@ class Assembly:
 
     def _rollout_inputs(self) -> tuple[RolloutConfig, torch.device, Dataset]:
         config = _given(self._config.rollout, "rollout")
-        device = choose_device(config.device, self._task)
+        device = choose_device(config.device)
         return config, device, Dataset.open(self._folders.dataset)
 
     def _train(self, name: str) -> bool:
         config = self._config.students[name]
-        store = PredictionStore.open(self._folders.store)
+        store = PredictionStore.open(self._folders.store, cached_shards=config.buffer_shards)
         with place(config.optimizer.device) as here:
             family = self._student(config, store, here)
             finished = train(

@@ -45,6 +45,7 @@ def _start(
     arguments: Sequence[str], rank: int, processes: int, port: str, scratch: Path
 ) -> subprocess.Popen[bytes]:
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    place |= {"LOCAL_WORLD_SIZE": str(processes)}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     place |= {"FORETELL_USAGE": str(scratch / str(rank)), "FORETELL_PARENT": str(os.getpid())}
     # Idle OpenMP threads that spin would take the cores from the other processes.

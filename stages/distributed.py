@@ -51,37 +51,56 @@ class Place:
 def place(device: str) -> Iterator[Place]:
     """Join the process group that the environment describes, for the length of the block.
 
-    One CPU thread per process unless OMP_NUM_THREADS says otherwise: two processes of one thread
-    do about twice the work of one process with two, and results do not depend on core counts.
+    The variables are those that torchrun sets; without them the process is alone. Raises
+    `UserError` when there are fewer accelerators on this machine than processes.
     """
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    target = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    target = choose_device(device)
     if world_size == 1:
         yield Place(0, 1, target)
         return
+    if target.type == "cuda":
+        _require_devices(int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
+        torch.cuda.set_device(target)
     dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
     try:
-        yield Place(rank, world_size, target)
+        yield Place(int(os.environ.get("RANK", "0")), world_size, target)
     finally:
         dist.destroy_process_group()
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the torch device for a setting; `auto` is this rank's CUDA device, or the CPU."""
+def _require_devices(processes: int) -> None:
+    present = torch.cuda.device_count()
+    if processes > present:
+        raise UserError(
+            f"{processes} data-parallel processes on this machine need {processes} CUDA devices, "
+            f"but there are {present}: set optimizer.processes: {present}, or device: cpu"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the torch device for a setting; `auto` is CUDA where it is present, else the CPU.
+
+    Processes of one machine take its CUDA devices in turn, by the variable LOCAL_RANK. Raises
+    `UserError` for a device that torch does not know or does not see.
+    """
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device {name!r} is not a torch device: use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise UserError(
             f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA device "
             "here: set device: auto or cpu, or install a CUDA build and driver"
         )
-    return device
+    if device.index is not None:
+        return device
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def peak_device_bytes(device: torch.device) -> int:
