@@ -93,10 +93,17 @@ def optimize(
     """Train `module` to the configured step, from the newest checkpoint in `folder` if any.
 
     `network` is what `learner` calls: `module` itself or its data-parallel form. `identity` names
-    everything that a checkpoint depends on; another one is refused with `UserError`. The random
-    state of a step is keyed by (seed, step, rank), so that a resumed run ends with the same
-    weights. Returns False when `stop` was requested first; a checkpoint then holds the state.
+    everything that a checkpoint depends on; another one is refused with `UserError`, and so are
+    more processes than sequences of a batch, which would wait for each other. The random state of
+    a step is keyed by (seed, step, rank), so that a resumed run ends with the same weights.
+    Returns False when `stop` was requested first; a checkpoint then holds the state.
     """
+    if place.world_size > config.batch_size:
+        raise UserError(
+            f"optimizer.batch_size is {config.batch_size}, fewer sequences than the "
+            f"{place.world_size} processes that share them: raise it, or lower "
+            "optimizer.processes"
+        )
     state = TrainingState(module, config, place.device)
     state.restore(folder / "checkpoints", identity)
     report = Report(folder / "log.jsonl", config, place, state.step)
@@ -123,8 +130,9 @@ def optimize(
 
         if state.step % config.checkpoint_every == 0 or state.step == config.steps:
             if place.leads:
-                save_checkpoint(folder / "checkpoints", state.checkpoint(identity))
+                # The log first: what it holds beyond the newest checkpoint is dropped on resuming.
                 report.validation(state.step, learner.validate())
+                save_checkpoint(folder / "checkpoints", state.checkpoint(identity))
             place.barrier()
 
     report.close()
