@@ -69,7 +69,9 @@ class CodeLearner:
     ) -> None:
         self._family, self._config, self._seed = family, config, seed
         self._train = DatasetBatches(family, train, config.optimizer, seed, place)
-        self._dev = DatasetBatches(family, dev, config.optimizer, seed, place) if dev else None
+        # The leading process validates alone, on whole batches, however many processes there are.
+        alone = Place(0, 1, place.device)
+        self._dev = DatasetBatches(family, dev, config.optimizer, seed, alone) if dev else None
 
     def batches(self, position: int) -> Sequence[CodeBatch]:
         """Return this process's micro-batches of the global batch that starts at `position`."""
