@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 torch.set_num_threads(1)
 
@@ -28,3 +37,198 @@ def require() -> Callable[[str, str], None]:
         pytest.skip(reason)
 
     return check
+
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+TINY_MODEL = {
+    "family": "codec_lm",
+    "d_model": 16,
+    "heads": 2,
+    "text_layers": 1,
+    "decoder_layers": 2,
+    "feed_forward": 24,
+    "frames_per_step": 2,
+    "max_timesteps": 64,
+    "max_characters": 32,
+}
+WORDS = ("bad", "cab", "dab", "fad", "gab")
+
+
+@pytest.fixture(scope="session")
+def tone_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recorded folder in LJSpeech's form: 15 texts by two speakers, each a little melody."""
+    import soundfile
+
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "wavs").mkdir()
+    rows, random = [], np.random.default_rng(0)
+    for number in range(30):
+        text = f"{WORDS[number // 2 % 5]} {WORDS[number // 10]}"
+        pitches = np.repeat([200.0 + 40 * (ord(letter) - 96) for letter in text], 700)
+        wave = 0.3 * np.sin(2 * np.pi * np.cumsum(pitches * (1 + number % 2)) / 8000)
+        wave += 0.01 * random.standard_normal(len(wave))
+        soundfile.write(folder / "wavs" / f"clip-{number:02d}.wav", wave, 8000)
+        rows.append(f"clip-{number:02d}|{text}|{text}|{('low', 'high')[number % 2]}\n")
+    (folder / "metadata.csv").write_text("".join(rows), encoding="utf-8")
+    return folder
+
+
+def tiny_document(corpus: Path, runs: Path) -> dict[str, Any]:
+    """The configuration of a run of all stages that takes seconds."""
+    student_model = TINY_MODEL | {"decoder_layers": 1}
+    schedule = {
+        "steps": 6, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 2,
+        "checkpoint_every": 2, "log_every": 2,
+    }  # fmt: skip
+    return {
+        "name": "tiny",
+        "runs": str(runs),
+        "seed": 1,
+        "prepare": {
+            "source": str(corpus),
+            "dev_texts": 2,
+            "test_texts": 3,
+            "audio_codec": {
+                "kind": "fit", "sample_rate_hz": 8000, "hop": 128, "mels": 20,
+                "codebooks": 2, "codes_per_codebook": 16, "iterations": 2,
+            },
+        },
+        "teacher": {"model": TINY_MODEL},
+        "fit": {"condition_dropout": 0.2, "dev_batches": 1, "optimizer": dict(schedule)},
+        "rollout": {
+            "variations": 2,
+            "guidance": {"scale": 2.0},
+            "sampler": {"temperature": 0.8, "top_k": 12, "min_timesteps": 3, "max_timesteps": 12},
+            "target": {"kind": "top_k", "k": 6},
+            "rollouts_per_shard": 8,
+            "batch_size": 4,
+        },
+        "students": {
+            "student": {"model": student_model, "optimizer": dict(schedule)},
+        },
+        "evaluate": {"samples": 4, "judges": [], "audio_samples": 2},
+    }  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A configuration on disk and the folders that it fills."""
+
+    path: Path
+    document: dict[str, Any]
+
+    @property
+    def root(self) -> Path:
+        return Path(self.document["runs"]) / str(self.document["name"])
+
+    def load(self, *overrides: str) -> Any:
+        from pipeline.config import load_config
+
+        return load_config(self.path, overrides)
+
+    def do(self, *stages: str, overrides: tuple[str, ...] = ()) -> None:
+        """Do stages in this process."""
+        from pipeline.assembly import Assembly
+        from stages.interruption import StopRequest
+
+        for stage in stages:
+            assert Assembly(self.load(*overrides), StopRequest()).run(stage)
+
+
+def write_run(document: dict[str, Any], folder: Path) -> Run:
+    """Write a configuration into `folder`."""
+    path = folder / f"{document['name']}.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return Run(path, document)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tone_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose stages prepare, fit, rollout and train are done; only to be read."""
+    folder = tmp_path_factory.mktemp("tiny")
+    run = write_run(tiny_document(tone_corpus, folder / "runs"), folder)
+    run.do("prepare", "fit", "rollout", "train:student")
+    return run
+
+
+@pytest.fixture
+def run_of(tiny_run: Run, tmp_path: Path) -> Callable[..., Run]:
+    """Write the configuration of a run of its own that starts from the dataset of `tiny_run`.
+
+    Keywords replace sections; one that is None is left out. With `fitted=True` the teacher is
+    that of `tiny_run` too.
+    """
+
+    def make(name: str = "own", *, fitted: bool = False, **sections: Any) -> Run:
+        document = {k: v for k, v in tiny_run.document.items() if k not in ("prepare", "evaluate")}
+        document |= {"name": name, "runs": str(tmp_path / "runs")}
+        document |= {"dataset": str(tiny_run.root / "dataset")}
+        if fitted:
+            del document["fit"]
+            document["teacher"] = {"checkpoint": str(tiny_run.root / "teacher")}
+        document |= sections
+        return write_run({k: v for k, v in document.items() if v is not None}, tmp_path)
+
+    return make
+
+
+@dataclass
+class Worker:
+    """A process of a stage that runs."""
+
+    pid: int
+    stderr: Path
+    server: subprocess.Popen[str]
+
+    def wait(self) -> int:
+        """Wait for its end and return its exit code, negative for a signal."""
+        return int(ask(self.server, {"wait": self.pid})["code"])
+
+    def kill_when(self, ready: Callable[[], bool], signal_number: int) -> int:
+        """Send a signal as soon as `ready` holds; return the exit code."""
+        while not ready():
+            assert not Path(f"/proc/{self.pid}/stat").read_text().split(")")[1].startswith(" Z"), (
+                f"it ended before it was ready: {self.stderr.read_text()}"
+            )
+            time.sleep(0.002)
+        os.kill(self.pid, signal_number)
+        return self.wait()
+
+
+def ask(server: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, Any]:
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    answer: dict[str, Any] = json.loads(server.stdout.readline())
+    return answer
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[subprocess.Popen[str]]:
+    server = subprocess.Popen(
+        [sys.executable, str(TESTS / "fork_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"},
+    )
+    with server:
+        yield server
+        assert server.stdin is not None
+        server.stdin.close()
+
+
+@pytest.fixture
+def start_worker(fork_server: subprocess.Popen[str], tmp_path: Path) -> Callable[..., Worker]:
+    """Start `python -m pipeline.worker STAGE CONFIG` as a real process."""
+
+    def start(stage: str, run: Run, *options: str, **more: Any) -> Worker:
+        stderr = tmp_path / f"stderr-{time.monotonic_ns()}"
+        request = {"arguments": [stage, str(run.path), *options], "stderr": str(stderr)}
+        request |= {"environment": more.pop("environment", {})} | more
+        return Worker(ask(fork_server, request)["pid"], stderr, fork_server)
+
+    return start

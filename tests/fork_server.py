@@ -1,0 +1,96 @@
+"""Starts processes of a stage without paying for `import torch` each time; run by conftest.py.
+
+Imports the worker once, then reads JSON requests, one a line: `{"arguments", "environment",
+"stderr"}` forks a process that is `python -m pipeline.worker ARGUMENTS` and answers its pid;
+`{"wait": pid}` answers its exit code, negative for a signal. This process runs no stage itself, so
+no thread exists when it forks. With `"observe": PATH` a process notes there which networks it
+built and what it read of which weight files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from pipeline import worker
+from stages.families import codec_lm_checkpoint, codec_lm_network
+
+
+def main() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = {"code": wait(request["wait"])} if "wait" in request else {"pid": start(request)}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def wait(pid: int) -> int:
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def start(request: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(work(request))
+    return pid
+
+
+def work(request: dict[str, Any]) -> int:
+    os.environ.update(request["environment"])
+    os.dup2(os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
+    os.dup2(2, 1)
+    seen = observed() if "observe" in request else None
+    try:
+        code = worker.main(request["arguments"])
+    except BaseException:  # noqa: BLE001 - as an interpreter ends
+        traceback.print_exc()
+        code = 1
+    if seen is not None:
+        Path(request["observe"]).write_text(json.dumps(seen), encoding="utf-8")
+    sys.stderr.flush()
+    return code
+
+
+def observed() -> dict[str, Any]:
+    """Note the networks that are built, and the tensors that are read from weight files."""
+    seen: dict[str, Any] = {"networks": [], "files": defaultdict(list)}
+    build = codec_lm_network.CodecLMNetwork.__init__
+
+    def built(self: Any, config: Any, facts: Any) -> None:
+        build(self, config, facts)
+        device = str(next(self.parameters()).device)
+        seen["networks"].append({"decoder_layers": config.decoder_layers, "device": device})
+
+    codec_lm_network.CodecLMNetwork.__init__ = built  # type: ignore[method-assign]
+    opened = codec_lm_checkpoint.safe_open
+
+    class Opened:
+        def __init__(self, path: Path, **options: Any) -> None:
+            self._file, self._seen = opened(path, **options), seen["files"][str(path)]
+
+        def __enter__(self) -> Opened:
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self._file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def get_tensor(self, name: str) -> Any:
+            self._seen.append(name)
+            return self._file.get_tensor(name)
+
+    codec_lm_checkpoint.safe_open = Opened
+    return seen
+
+
+if __name__ == "__main__":
+    main()
