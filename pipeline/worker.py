@@ -21,6 +21,9 @@ from stages.errors import UserError
 from stages.interruption import stop_request
 from store import StoreError
 
+WHOLE = ("prepare", "evaluate")
+"""Stages whose parts appear whole or not at all, so that they may be stopped anywhere."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage and return its exit code: 0 finished, 75 stopped with more to do, 2, 1."""
@@ -29,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_TqdmHandler()])
     try:
         config = load_config(options.config, options.set)
-        with stop_request() as stop:
+        with stop_request(at_once=options.stage in WHOLE) as stop:
             task, tasks = map(int, options.task.split("/"))
             assembly = Assembly(config, stop, task, tasks)
             finished = assembly.run(options.stage)

@@ -11,22 +11,28 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """A flag that the first signal sets; a stage looks at it wherever stopping loses nothing."""
+    """A flag that the first signal sets; a stage looks at it wherever stopping loses nothing.
 
-    def __init__(self) -> None:
+    With `at_once` the first signal raises KeyboardInterrupt instead: for stages whose result
+    appears whole or not at all.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
         self.requested = False
+        self._at_once = at_once
 
     def note(self, signum: int, _frame: FrameType | None) -> None:
         """Remember the signal; a second Ctrl-C stops at once, for a person in a hurry."""
-        if self.requested and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+        impatient = self.requested and signum == signal.SIGINT
         self.requested = True
+        if impatient or self._at_once:
+            raise KeyboardInterrupt
 
 
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
+def stop_request(at_once: bool = False) -> Iterator[StopRequest]:
     """Turn SIGINT, SIGTERM and SIGUSR1 into a `StopRequest` inside the block (main thread)."""
-    request = StopRequest()
+    request = StopRequest(at_once)
     previous = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
     try:
         yield request
