@@ -23,7 +23,7 @@ from pipeline.results import write_report
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
 from stages.dataset import Dataset
 from stages.distributed import Place, choose_device, peak_device_bytes, place
-from stages.draw import draw_codes, drawing_student, read_drawn_codes
+from stages.draw import draw_codes, drawing_student, read_draws
 from stages.errors import UserError
 from stages.evaluate import evaluate
 from stages.family import Family, Sample, load_family, saved_family
@@ -132,7 +132,7 @@ class Assembly:
             shards,
             batch_size=config.batch_size,
             stop=self._stop,
-            drawn_codes=read_drawn_codes(self._folders.draws, shards) if drawn_by_student else None,
+            draws=read_draws(self._folders.draws, shards) if drawn_by_student else None,
         )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished

@@ -21,7 +21,7 @@ from stages.errors import UserError
 from stages.family import Family, Sample
 from stages.interruption import StopRequest
 from stages.publish import replace_file
-from stages.rollout import split
+from stages.rollout import GivenCodes, split
 from stages.rollout_plan import plan
 from stages.sampling import RolloutPolicy
 
@@ -51,18 +51,19 @@ def draw_codes(
     shards = plan(config, student, samples[: config.samples], seed)
     missing = [s for s in range(len(shards)) if not _path(folder, s).exists() and s % tasks == task]
     for shard in tqdm(missing, unit="shard", desc="draw", disable=None):
-        codes: dict[Key, Tensor] = {}
+        draws: dict[Key, GivenCodes] = {}
         for keys in split(shards[shard], config.batch_size):
             if stop.requested:
                 return False
-            codes |= _draw_batch(student, config, keys, [by_id[key[0]] for key in keys], seed)
-        _write(_path(folder, shard), codes, student.fingerprint())
+            draws |= _draw_batch(student, config, keys, [by_id[key[0]] for key in keys], seed)
+        _write(_path(folder, shard), draws, student.fingerprint())
     return True
 
 
 def _draw_batch(
     student: Family, config: RolloutConfig, keys: Sequence[Key], batch: Sequence[Sample], seed: int
-) -> dict[Key, Tensor]:
+) -> dict[Key, GivenCodes]:
+    references = [student.timesteps(sample) for sample in batch]
     policy = RolloutPolicy(
         config.sampler,
         keys,
@@ -70,27 +71,36 @@ def _draw_batch(
         streams=len(student.streams),
         forbidden=student.forbidden,
         end_id=student.end_id,
-        reference_timesteps=[student.timesteps(sample) for sample in batch],
+        reference_timesteps=references,
         device=next(student.module.parameters()).device,
     )
-    drawn: dict[Key, list[Tensor]] = {key: [] for key in keys}
+    drawn: list[list[Tensor]] = [[] for _ in keys]
     for step in student.rollout(batch, policy, 1.0):
         for row, codes in zip(step.rows.tolist(), step.codes.cpu(), strict=True):
-            drawn[keys[row]].append(codes)
-    return {key: torch.stack(codes) for key, codes in drawn.items()}
+            drawn[row].append(codes)
+    return {
+        key: GivenCodes(
+            torch.stack(drawn[row]),
+            policy.stop_reason(row),
+            policy.weight(row, len(drawn[row]), references[row]),
+        )
+        for row, key in enumerate(keys)
+    }
 
 
 def _path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.parquet"
 
 
-def _write(path: Path, codes: dict[Key, Tensor], student: str) -> None:
+def _write(path: Path, draws: dict[Key, GivenCodes], student: str) -> None:
     table = pa.table(
         {
-            "sample_id": [sample_id for sample_id, _ in codes],
-            "variation": [variation for _, variation in codes],
-            "codes": [drawn.flatten().tolist() for drawn in codes.values()],
-            "streams": [drawn.shape[1] for drawn in codes.values()],
+            "sample_id": [sample_id for sample_id, _ in draws],
+            "variation": [variation for _, variation in draws],
+            "codes": [draw.codes.flatten().tolist() for draw in draws.values()],
+            "streams": [draw.codes.shape[1] for draw in draws.values()],
+            "stop_reason": [draw.stop_reason for draw in draws.values()],
+            "weight": [draw.weight for draw in draws.values()],
         }
     ).replace_schema_metadata({"student": student})
     sink = pa.BufferOutputStream()
@@ -98,17 +108,18 @@ def _write(path: Path, codes: dict[Key, Tensor], student: str) -> None:
     replace_file(path, sink.getvalue().to_pybytes())
 
 
-def read_drawn_codes(folder: Path, shards: Sequence[int]) -> dict[Key, Tensor]:
-    """Read the codes [T, C] int64 that a student drew for the given shards, by key.
+def read_draws(folder: Path, shards: Sequence[int]) -> dict[Key, GivenCodes]:
+    """Read what a student drew for the given shards, by key.
 
     Raises `UserError` when a shard has not been drawn.
     """
-    codes: dict[Key, Tensor] = {}
+    draws: dict[Key, GivenCodes] = {}
     for shard in shards:
         for row in _read(folder, shard).to_pylist():
-            flat = torch.tensor(row["codes"], dtype=torch.int64)
-            codes[row["sample_id"], row["variation"]] = flat.view(-1, row["streams"])
-    return codes
+            codes = torch.tensor(row["codes"], dtype=torch.int64).view(-1, row["streams"])
+            draw = GivenCodes(codes, row["stop_reason"], row["weight"])
+            draws[row["sample_id"], row["variation"]] = draw
+    return draws
 
 
 def drawing_student(folder: Path) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from stages.capture import Capture
@@ -41,6 +42,16 @@ class Drawn:
     weight: float
 
 
+@dataclass(frozen=True)
+class GivenCodes:
+    """Codes that the teacher did not draw, for it to score."""
+
+    codes: Tensor
+    """[T, C] int64."""
+    stop_reason: str
+    weight: float
+
+
 @torch.inference_mode()
 def rollout(
     family: Family,
@@ -50,13 +61,13 @@ def rollout(
     *,
     batch_size: int,
     stop: StopRequest,
-    drawn_codes: Mapping[Key, Tensor] | None = None,
+    draws: Mapping[Key, GivenCodes] | None = None,
 ) -> bool:
     """Write the given shards of a store; return False when `stop` was requested first.
 
     `samples` are the dataset's rows by sample_id. What is drawn, how, and what is kept follows
-    from the store's manifest. With source `student`, `drawn_codes` holds that student's codes
-    [T, C] by key. A shard that another worker commits first is left to it. Raises
+    from the store's manifest. With source `student`, `draws` holds what that student drew, by
+    key. A shard that another worker commits first is left to it. Raises
     FloatingPointError, naming the batch, when the teacher predicts NaN.
     """
     manifest = store.manifest
@@ -68,7 +79,7 @@ def rollout(
                 for keys in split(store.plan[shard], batch_size):
                     if stop.requested:
                         return False
-                    for drawn in predict(family, manifest, keys, samples, drawn_codes):
+                    for drawn in predict(family, manifest, keys, samples, draws):
                         writer.append(
                             *drawn.key,
                             drawn.arrays,
@@ -93,7 +104,7 @@ def predict(
     manifest: Manifest,
     keys: Sequence[Key],
     samples: Mapping[str, Sample],
-    drawn_codes: Mapping[Key, Tensor] | None = None,
+    draws: Mapping[Key, GivenCodes] | None = None,
 ) -> list[Drawn]:
     """Return the rollouts of one batch of keys, with their targets, as the manifest says."""
     batch = [samples[sample_id] for sample_id, _ in keys]
@@ -102,10 +113,10 @@ def predict(
             case "teacher":
                 return _generate(family, manifest, keys, batch)
             case "dataset":
-                return _score(family, manifest, keys, batch, [*map(family.reference_codes, batch)])
-            case "student":
-                codes = [(drawn_codes or {})[key] for key in keys]
+                codes = [GivenCodes(family.reference_codes(row), "end", 1.0) for row in batch]
                 return _score(family, manifest, keys, batch, codes)
+            case "student":
+                return _score(family, manifest, keys, batch, [(draws or {})[key] for key in keys])
     except FloatingPointError as error:
         raise FloatingPointError(
             f"{error} while scoring {keys[0][0]!r} variation {keys[0][1]} and the "
@@ -154,11 +165,11 @@ def _score(
     manifest: Manifest,
     keys: Sequence[Key],
     batch: Sequence[Sample],
-    codes: Sequence[Tensor],
+    draws: Sequence[GivenCodes],
 ) -> list[Drawn]:
     device = next(family.module.parameters()).device
-    lengths = torch.tensor([len(c) for c in codes], device=device)
-    padded = torch.nn.utils.rnn.pad_sequence(list(codes), batch_first=True).to(device)
+    lengths = torch.tensor([len(draw.codes) for draw in draws], device=device)
+    padded = pad_sequence([draw.codes for draw in draws], batch_first=True).to(device)
     logits = family.score(batch, padded, lengths, cfg_scale=manifest.guidance.scale).logits
     capture = Capture(manifest)
     rows, timesteps = torch.nonzero(
@@ -166,5 +177,6 @@ def _score(
     )
     capture.add(rows, padded[rows, timesteps], logits[rows, timesteps])
     return [
-        Drawn(key, arrays, "end", 1.0) for key, arrays in zip(keys, capture.rollouts(), strict=True)
+        Drawn(key, arrays, draw.stop_reason, draw.weight)
+        for key, draw, arrays in zip(keys, draws, capture.rollouts(), strict=True)
     ]
