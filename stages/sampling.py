@@ -73,7 +73,9 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     # Rounding may lift the product to the total, which no place exceeds.
     below = torch.nextafter(total, torch.zeros_like(total))
     threshold = torch.minimum(uniforms * total, below).unsqueeze(-1)
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    place = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    # A row of NaN has no place; an index beyond the end would kill a CUDA process, `end` refuses.
+    return place.clamp_max(probabilities.shape[-1] - 1)
 
 
 class RolloutPolicy:
