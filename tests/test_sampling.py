@@ -11,8 +11,8 @@ import torch
 
 from stages.sampling import (
     RolloutPolicy,
+    candidates,
     draw,
-    filtered,
     keyed_generator,
     keyed_seed,
     mask_forbidden,
@@ -110,24 +110,33 @@ def test_seed_variation_and_timestep_each_change_the_draws(change):
     assert not torch.equal(plain, other.draw(rows, change.get("timestep", 4), logits))
 
 
-@pytest.mark.parametrize("filters", [(1.0, None, None), (0.7, 5, None), (1.3, 6, 0.8)])
+def drawn_ids(logits: torch.Tensor, filters: tuple, uniforms: torch.Tensor) -> torch.Tensor:
+    """Ids drawn from logits [..., V] with uniforms [...]."""
+    probabilities, ids = candidates(logits, *filters)
+    places = draw(probabilities, uniforms)
+    return places if ids is None else ids.gather(-1, places.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize(
+    "filters", [(1.0, None, None), (0.7, 5, None), (1.0, None, 0.9), (1.3, 6, 0.8)]
+)
 def test_every_id_is_drawn_for_exactly_its_share_of_the_unit_interval(filters):
     logits = logits_of(1, 1)[0, 0]
-    probabilities, ids = filtered(logits, *filters)
     count = 20_000
     grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    drawn = draw(probabilities.expand(count, -1), ids.expand(count, -1), grid.float())
+    drawn = drawn_ids(logits.expand(count, -1), filters, grid.float())
     shares = Counter(drawn.tolist())
-    for id_, probability in zip(ids.tolist(), probabilities.double().tolist(), strict=True):
+    expected = reference_filter(logits.double().numpy(), *filters)
+    for id_, probability in enumerate(expected):
         assert shares[id_] == pytest.approx(count * probability, abs=1.01)
 
 
+@pytest.mark.parametrize("filters", [(0.5, None, None), (0.5, 11, None), (0.5, None, 0.999)])
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
-def test_the_ends_of_the_unit_interval_draw_ids_that_are_possible(uniform):
+def test_the_ends_of_the_unit_interval_draw_ids_that_are_possible(uniform, filters):
     logits = mask_forbidden(logits_of(64), [FORBIDDEN, END])
     logits[..., 5] = -200.0  # probability 0 in float32
-    probabilities, ids = filtered(logits, 0.5, None, None)
-    drawn = draw(probabilities, ids, torch.full(logits.shape[:-1], uniform))
+    drawn = drawn_ids(logits, filters, torch.full(logits.shape[:-1], uniform))
     assert not set(drawn.flatten().tolist()) & {5, FORBIDDEN, END}
 
 
@@ -157,9 +166,9 @@ def reference_filter(logits: np.ndarray, temperature, top_k, top_p) -> np.ndarra
 @pytest.mark.parametrize("top_p", [None, 0.05, 0.6, 0.95])
 def test_filters_leave_what_their_definitions_say(temperature, top_k, top_p):
     for logits in logits_of(5, 1)[:, 0]:
-        probabilities, ids = filtered(logits, temperature, top_k, top_p)
+        probabilities, ids = candidates(logits, temperature, top_k, top_p)
         dense = np.zeros(VOCABULARY)
-        dense[ids.numpy()] = probabilities.numpy()
+        dense[np.arange(VOCABULARY) if ids is None else ids.numpy()] = probabilities.numpy()
         expected = reference_filter(logits.double().numpy(), temperature, top_k, top_p)
         np.testing.assert_allclose(dense, expected, atol=1e-6)
         assert probabilities.sum() == pytest.approx(1, abs=1e-6)
@@ -245,10 +254,12 @@ def test_weights_follow_from_the_stop_reason_and_from_the_length():
     assert policy.weight(0, 16, 10) == 0.02
 
 
+@pytest.mark.parametrize("top_k", [None, 4])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_an_error_that_says_so(bad):
-    policy, rows, logits = policy_of(keys_of(2)), torch.arange(2), logits_of(2)
+def test_logits_that_are_not_finite_are_an_error_that_says_so(bad, top_k):
+    policy, rows, logits = policy_of(keys_of(2), top_k=top_k), torch.arange(2), logits_of(2)
     logits[1, 0, 3] = bad
     codes = policy.draw(rows, 3, logits)
+    assert (codes < VOCABULARY).all(), "an index beyond the vocabulary would end a CUDA process"
     with pytest.raises(FloatingPointError, match="timestep 3 hold NaN or infinity"):
         policy.end(rows, 3, codes, logits)
