@@ -84,6 +84,7 @@ class Assembly:
         with place(config.optimizer.device) as here:
             facts = dataset.facts.model_dump(mode="json")
             family = load_family(model.family).build(model, facts, seed=self._config.seed)
+            family.adopt_codebooks(dataset.audio_codec().code_vectors())
             family.module.to(here.device)
             finished = fit(
                 family,

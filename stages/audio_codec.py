@@ -41,6 +41,9 @@ class AudioCodec(Protocol):
     def decode(self, codes: np.ndarray) -> Tensor:
         """Codes [F, C] → waveform [samples] float32 at `sample_rate_hz`."""
 
+    def code_vectors(self) -> Tensor:
+        """[C, V, D] float32: what every code stands for; near codes sound alike."""
+
     def fingerprint(self) -> str:
         """Hexadecimal sha256 of all that encoding and decoding depend on."""
 
@@ -64,6 +67,10 @@ class ResidualMel:
         self.frame_rate_hz = config.sample_rate_hz / self.frame_samples
         self.codebooks, self.codes_per_codebook = config.codebooks, config.codes_per_codebook
         self.mel = _mel_spectrogram(config)
+
+    def code_vectors(self) -> Tensor:
+        """[C, V, D] float32: the centroids, as log-mel spectra laid end to end."""
+        return self.centroids
 
     @classmethod
     def fit(cls, config: FitAudioCodecConfig, waveforms: Sequence[Tensor]) -> ResidualMel:

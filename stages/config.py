@@ -18,6 +18,7 @@ JudgeName = Literal["whisper", "pocketsphinx", "distillmos", "resemblyzer"]
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(gt=0.0)]
 
 
 class DatasetFacts(Record):
@@ -299,6 +300,8 @@ class FitConfig(Record):
     """Weight of the diagonal attention loss that speeds up the alignment of text and codes."""
     alignment_steps: Positive | None = None
     """Optimizer steps after which the alignment loss is gone; null keeps it to the end."""
+    codebook_weights: tuple[Weight, ...] = ()
+    """Weight of each codebook, for every frame of a step; empty weighs all alike."""
     dev_batches: Positive = 4
     """Batches of the dev split whose loss is reported at every checkpoint."""
 
@@ -356,6 +359,8 @@ class LossConfig(Record):
     """Weight of the normalised error of the logits; a `top_k` store needs `moments`."""
     temperature: float = Field(1.0, gt=0)
     """Distillation temperature; the store's manifest must list it."""
+    codebook_weights: tuple[Weight, ...] = ()
+    """Weight of each codebook, for every frame of a step; empty weighs all alike."""
     local: float = Field(1.0, ge=0)
     """Weight of the streams of the local transformer, relative to the decoder's own."""
     local_start_step: int = Field(0, ge=0)

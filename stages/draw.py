@@ -44,11 +44,12 @@ def draw_codes(
 
     Writes one Parquet file per shard of the plan; files that are there are kept, and of the
     missing ones task I of N takes those with number ≡ I modulo N. Returns False when `stop` was
-    requested first.
+    requested first. Raises `UserError` when another student drew what is there.
     """
     student.module.eval()
     by_id = {sample["sample_id"]: sample for sample in samples}
     shards = plan(config, student, samples[: config.samples], seed)
+    _refuse_other_draws(folder, len(shards), student.fingerprint())
     missing = [s for s in range(len(shards)) if not _path(folder, s).exists() and s % tasks == task]
     for shard in tqdm(missing, unit="shard", desc="draw", disable=None):
         draws: dict[Key, GivenCodes] = {}
@@ -58,6 +59,15 @@ def draw_codes(
             draws |= _draw_batch(student, config, keys, [by_id[key[0]] for key in keys], seed)
         _write(_path(folder, shard), draws, student.fingerprint())
     return True
+
+
+def _refuse_other_draws(folder: Path, shards: int, student: str) -> None:
+    for shard in range(shards):
+        if _path(folder, shard).exists() and drawing_student(folder, shard) != student:
+            raise UserError(
+                f"{_path(folder, shard)} was drawn by another student than rollout.student: name "
+                "that one again, or give this round a run of its own (name)"
+            )
 
 
 def _draw_batch(
@@ -122,9 +132,9 @@ def read_draws(folder: Path, shards: Sequence[int]) -> dict[Key, GivenCodes]:
     return draws
 
 
-def drawing_student(folder: Path) -> str:
-    """Return the fingerprint of the student that drew the codes in `folder`."""
-    metadata: dict[bytes, bytes] = _read(folder, 0).schema.metadata or {}
+def drawing_student(folder: Path, shard: int = 0) -> str:
+    """Return the fingerprint of the student that drew the codes of a shard in `folder`."""
+    metadata: dict[bytes, bytes] = _read(folder, shard).schema.metadata or {}
     return metadata.get(b"student", b"").decode()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from pydantic import TypeAdapter
 
-from stages.config import FamilyName, ModelConfig
+from stages.config import DatasetFacts, FamilyName, ModelConfig
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Family(Protocol):
     """The bare model, whose parameters are saved."""
     network: nn.Module
     """What `score` calls, once per pass: the module, or its compiled or data-parallel form."""
+    facts: DatasetFacts
+    """What it was built for: alphabet, speakers, codes and the audio codec that makes them."""
     streams: tuple[Stream, ...]
     forbidden: tuple[int, ...]
     end_id: int | None
@@ -87,6 +89,10 @@ class Family(Protocol):
 
     def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
         """Copy weights from a checkpoint file without building its model."""
+        ...
+
+    def adopt_codebooks(self, vectors: Tensor) -> None:
+        """Start from what the audio codec's codes mean: `vectors` [codebooks, V, D] float32."""
         ...
 
     def fingerprint(self) -> str:

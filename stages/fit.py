@@ -13,7 +13,7 @@ from stages.data import CodeBatch, DatasetBatches
 from stages.distributed import Place
 from stages.family import Family, Sample
 from stages.interruption import StopRequest
-from stages.losses import cross_entropy
+from stages.losses import cross_entropy, stream_weights
 from stages.optimization import Objective, attach, optimize
 from stages.sampling import keyed_generator, mask_forbidden
 
@@ -68,6 +68,7 @@ class CodeLearner:
         place: Place,
     ) -> None:
         self._family, self._config, self._seed = family, config, seed
+        self._weights = stream_weights(config.codebook_weights, family).to(place.device)
         self._train = DatasetBatches(family, train, config.optimizer, seed, place)
         # The leading process validates alone, on whole batches, however many processes there are.
         alone = Place(0, 1, place.device)
@@ -87,7 +88,7 @@ class CodeLearner:
             unconditional=self._unconditional(batch),
             alignment=alignment > 0,
         )
-        terms = self._code_terms(scores.logits, batch)
+        terms = self._code_terms(scores.logits, batch, batch.element_weights * self._weights)
         total = terms["ce"]
         for name, loss in scores.losses.items():
             # Auxiliary losses are means over a micro-batch; its weight makes them sums like ce.
@@ -95,11 +96,14 @@ class CodeLearner:
             total = total + terms[name] * (alignment if name == "alignment" else 1.0)
         return Objective(total, terms)
 
-    def _code_terms(self, logits: Tensor, batch: CodeBatch) -> dict[str, Tensor]:
+    def _code_terms(
+        self, logits: Tensor, batch: CodeBatch, element_weights: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the sums of cross entropy, weighted, and of right guesses, unweighted."""
         chosen = batch.element_weights > 0
         student = mask_forbidden(logits[chosen].float(), self._family.forbidden)
-        codes, weights = batch.codes[chosen], batch.element_weights[chosen]
-        hits = (student.detach().argmax(-1) == codes) * weights
+        codes, weights = batch.codes[chosen], element_weights[chosen]
+        hits = student.detach().argmax(-1) == codes
         return {"ce": (cross_entropy(student, codes) * weights).sum(), "accuracy": hits.sum()}
 
     def _alignment_weight(self, step: int) -> float:
@@ -125,7 +129,8 @@ class CodeLearner:
             for index in range(self._config.dev_batches):
                 for batch in self._dev.batches(index * self._config.optimizer.batch_size):
                     scores = self._family.score(batch.samples, batch.codes, batch.lengths)
-                    for name, term in self._code_terms(scores.logits, batch).items():
+                    terms = self._code_terms(scores.logits, batch, batch.element_weights)
+                    for name, term in terms.items():
                         sums[name] += float(term)
                     weight += batch.weight
         self._family.module.train()

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.config import LossConfig
+from stages.errors import UserError
+from stages.family import Family
 from stages.sampling import mask_forbidden
 from stages.targets import DenseTarget, SparseTarget, moments
 
@@ -145,3 +147,22 @@ def element_weights(
     valid = torch.arange(timesteps, device=lengths.device) < lengths.unsqueeze(1)
     per_rollout = (valid * rollout_weights.unsqueeze(1)).unsqueeze(-1)
     return per_rollout * stream_weights
+
+
+def stream_weights(codebook_weights: Sequence[float], family: Family, local: float = 1.0) -> Tensor:
+    """Return the weight [C] of every stream of a family, of mean 1.
+
+    Streams lie frame by frame and group by group, so the weights of a frame's codebooks repeat; no
+    weights mean equal ones. Streams of the group `local` count `local` times as much. Raises
+    `UserError` when the weights do not fit.
+    """
+    streams = len(family.streams)
+    given = list(codebook_weights) or [1.0]
+    if streams % len(given):
+        raise UserError(
+            f"{len(given)} codebook_weights do not fit {streams} streams: give one weight for "
+            "each codebook of the audio codec"
+        )
+    groups = torch.tensor([local if s.group == "local" else 1.0 for s in family.streams])
+    weights = torch.tensor(given).repeat(streams // len(given)) * groups
+    return weights / weights.mean()

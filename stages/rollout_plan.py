@@ -15,7 +15,7 @@ from stages.family import Family, Sample
 from stages.sampling import keyed_generator
 from store import PredictionStore
 from store.plan import Plan
-from store.schema import Fingerprints, Manifest
+from store.schema import Fingerprints, Manifest, Target, TopK
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,8 @@ def create_store(
     """Create the store that a rollout configuration describes, or open the one that is there.
 
     `samples` are the rows of the split to roll out. Raises `StoreError` when `path` holds a store
-    of other settings, another teacher or another dataset, naming what differs.
+    of other settings, another teacher or another dataset, naming what differs, and `UserError`
+    for a teacher of another audio codec, too small a `k` and an empty split.
     `student_fingerprint` names the student that drew the codes, where the source is one.
     """
     if family.condition_dropout == 0 and config.guidance.scale != 1:
@@ -46,6 +47,13 @@ def create_store(
             "Fit it with fit.condition_dropout: 0.1, or set rollout.guidance.scale: 1",
             config.guidance.scale,
         )
+    if family.facts.audio_codec != facts.audio_codec:
+        raise UserError(
+            f"the teacher speaks the codes of audio codec {family.facts.audio_codec!r}, but those "
+            f"of the dataset are of audio codec {facts.audio_codec!r}: prepare the dataset with "
+            "the teacher's audio codec (audio_codec: {kind: load}), or fit a teacher on it"
+        )
+    _check_kept(config.target, family.end_id)
     chosen = samples[: config.samples]
     if not chosen:
         raise UserError(
@@ -70,6 +78,15 @@ def create_store(
         Plan.of(plan(config, family, chosen, seed)),
         conditions_table(family, chosen),
     )
+
+
+def _check_kept(target: Target, end_id: int | None) -> None:
+    least = 2 if end_id is None else 3
+    if isinstance(target, TopK) and target.k < least:
+        raise UserError(
+            f"rollout.target.k is {target.k}, but at least {least} ids are always kept (the "
+            f"likeliest, the drawn code{'' if end_id is None else ' and the end id'}): raise it"
+        )
 
 
 def _manifest(

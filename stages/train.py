@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from stages.config import TrainConfig
 from stages.data import StoreBatches, TargetBatch
@@ -13,7 +14,7 @@ from stages.distributed import Place
 from stages.errors import UserError
 from stages.family import Family
 from stages.interruption import StopRequest
-from stages.losses import distillation_terms
+from stages.losses import distillation_terms, stream_weights
 from stages.optimization import Objective, attach, optimize
 from store import PredictionStore
 from store.schema import Manifest
@@ -96,9 +97,7 @@ class TargetLearner:
     ) -> None:
         self._family, self._config = family, config
         self._forbidden = store.manifest.forbidden
-        self._local = torch.tensor(
-            [stream.group == "local" for stream in family.streams], device=place.device
-        )
+        self._device = place.device
         self._batches = StoreBatches(store, config, seed, place)
 
     def batches(self, position: int) -> Sequence[TargetBatch]:
@@ -120,14 +119,15 @@ class TargetLearner:
             total = total + terms[name]
         return Objective(total, terms)
 
-    def _stream_weights(self, step: int) -> torch.Tensor:
-        """[C]: 1 for the decoder's streams; the local transformer's start late and ramp up."""
+    def _stream_weights(self, step: int) -> Tensor:
+        """[C]: the local transformer's streams start late and ramp up to their weight."""
         loss = self._config.loss
-        ramp = (step - loss.local_start_step) / max(loss.local_ramp_steps, 1)
-        local = loss.local * min(max(ramp, float(loss.local_ramp_steps == 0)), 1.0)
         if step < loss.local_start_step:
             local = 0.0
-        return torch.where(self._local, local, 1.0)
+        else:
+            ramped = (step - loss.local_start_step + 1) / max(loss.local_ramp_steps, 1)
+            local = loss.local * min(ramped, 1.0)
+        return stream_weights(loss.codebook_weights, self._family, local).to(self._device)
 
     def validate(self) -> Mapping[str, float]:
         """Report nothing: what a student is worth is measured by `evaluate`, on held-out data."""
