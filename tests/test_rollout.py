@@ -1,0 +1,501 @@
+"""Stage one: what is stored is what the guided teacher predicts, whoever writes it and when."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stages.config import CodecLMConfig, DatasetFacts, RolloutConfig
+from stages.dataset import Dataset
+from stages.errors import UserError
+from stages.families.codec_lm import CodecLM
+from stages.family import load_family
+from stages.interruption import StopRequest
+from stages.rollout import predict, rollout
+from stages.rollout_plan import create_store
+from stages.sampling import keyed_seed
+from stages.targets import restore
+from store import PredictionStore, StoreError, verify
+
+VARIANTS = {
+    "plain": {},
+    "stacked": {"frames_per_step": 2},
+    "local": {"local_transformer": {"d_model": 16, "heads": 2}},
+    "experts": {"experts": {"experts": 3, "active": 2}},
+    "all": {
+        "frames_per_step": 2,
+        "local_transformer": {"d_model": 16, "heads": 2},
+        "experts": {"experts": 3, "active": 1},
+    },
+}
+
+
+def facts_of(context_frames: int = 0) -> DatasetFacts:
+    return DatasetFacts(
+        alphabet=" abcdefg",
+        speakers=("low", "high"),
+        codebooks=2,
+        codes_per_codebook=14,
+        frame_rate_hz=25.0,
+        audio_codec="ab",
+        context_frames=context_frames,
+    )
+
+
+def samples_of(count: int = 7, context: bool = False) -> list[dict]:
+    random, samples = np.random.default_rng(0), []
+    for i in range(count):
+        sample = {
+            "sample_id": f"clip/{i}",
+            "text": "".join(random.choice(list(" abcdefg"), size=2 + i)),
+            "speaker": ("low", "high")[i % 2],
+            "codes": random.integers(0, 14, size=2 * (3 + i)).astype(np.uint16),
+        }
+        if context:
+            sample["context_codes"] = random.integers(0, 14, size=2 * (2 + i)).astype(np.uint16)
+        samples.append(sample)
+    return samples
+
+
+def teacher_of(context: bool = False, seed: int = 0, **changes) -> CodecLM:
+    """A teacher with weights large enough for its branches to disagree."""
+    tiny = {
+        "d_model": 16, "heads": 2, "text_layers": 1, "decoder_layers": 2, "feed_forward": 24,
+        "dropout": 0.5, "max_timesteps": 40, "max_characters": 20,
+    }  # fmt: skip
+    config = CodecLMConfig.model_validate(tiny | changes)
+    facts = facts_of(7 * context).model_dump(mode="json")
+    family = CodecLM.build(config, facts, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in family.module.named_parameters():
+            if "norm" not in name and "position" not in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    family.condition_dropout = 0.1
+    return family
+
+
+def config_of(**changes) -> RolloutConfig:
+    plain = {
+        "variations": 2,
+        "guidance": {"scale": 2.5},
+        "sampler": {"temperature": 0.9, "min_timesteps": 2, "max_timesteps": 10, "top_k": 12},
+        "target": {"kind": "full", "dtype": "float32"},
+        "rollouts_per_shard": 5,
+        "batch_size": 3,
+    }
+    return RolloutConfig.model_validate(plain | changes)
+
+
+def store_of(path: Path, family: CodecLM, samples: list[dict], *, seed: int = 4, **changes):
+    config = config_of(**changes)
+    return create_store(
+        path, config, family, samples, facts=family.facts, dataset_fingerprint="d", seed=seed
+    ), config
+
+
+def written(path: Path, family: CodecLM, samples: list[dict], **changes) -> PredictionStore:
+    """A complete store of a teacher's rollouts."""
+    store, config = store_of(path, family, samples, **changes)
+    by_id = {sample["sample_id"]: sample for sample in samples}
+    assert rollout(
+        family, store, by_id, store.missing(), batch_size=config.batch_size, stop=StopRequest()
+    )
+    return PredictionStore.open(path)
+
+
+def logprobs_again(family: CodecLM, store: PredictionStore, key, samples: list[dict], scale: float):
+    """Guided log-probabilities [T, C, V] in fp64 of a stored rollout, scored alone."""
+    codes = torch.from_numpy(store[key].codes.astype(np.int64))[None]
+    sample = next(sample for sample in samples if sample["sample_id"] == key[0])
+    with torch.no_grad():
+        lengths = torch.tensor([codes.shape[1]])
+        logits = family.score([sample], codes, lengths, cfg_scale=scale).logits[0].double()
+    logits[..., list(family.forbidden)] = -torch.inf
+    return logits.log_softmax(-1)
+
+
+def stored_logprobs(store: PredictionStore, key) -> torch.Tensor:
+    """Log-probabilities [T, C, V] in fp64 that a `full` store holds of a rollout."""
+    logits = store[key].arrays["full.logits"].astype(np.float64)
+    return torch.from_numpy(logits).log_softmax(-1)
+
+
+@pytest.mark.parametrize("source", ["teacher", "dataset"])
+@pytest.mark.parametrize("context", [False, True], ids=["no context", "context"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scoring_a_stored_rollout_again_gives_what_was_stored(tmp_path, variant, context, source):
+    family, samples = teacher_of(context, **VARIANTS[variant]), samples_of(context=context)
+    store = written(tmp_path / "store", family, samples, source=source)
+    assert len(store) == 14
+    assert verify(tmp_path / "store").ok
+    for key in store:
+        stored = stored_logprobs(store, key)
+        again = logprobs_again(family, store, key, samples, 2.5)
+        torch.testing.assert_close(stored.exp(), again.exp(), atol=2e-5, rtol=1e-4, msg=str(key))
+
+
+def test_what_a_top_k_store_keeps_is_the_same_distribution(tmp_path):
+    family, samples = teacher_of(), samples_of()
+    target = {"kind": "top_k", "k": 5, "temperatures": [1.0, 2.0], "dtype": "float16"}
+    store = written(tmp_path / "store", family, samples, target=target)
+    for key in store:
+        again = logprobs_again(family, store, key, samples, 2.5)
+        arrays = store[key].arrays
+        kept = restore(
+            {name.split(".")[1]: x.copy() for name, x in arrays.items() if "." in name},
+            store.manifest.target, "cpu",
+        )  # fmt: skip
+        for temperature in (1.0, 2.0):
+            exact = (again / temperature).log_softmax(-1).exp()
+            logprobs, tail = (x.double() for x in kept.logprobs(temperature))
+            expected = exact.gather(-1, kept.ids)
+            torch.testing.assert_close(logprobs.exp(), expected, atol=1e-3, rtol=1e-2)
+            torch.testing.assert_close(tail.exp(), 1 - expected.sum(-1), atol=1e-4, rtol=1e-3)
+        drawn = torch.from_numpy(arrays["codes"].astype(np.int64))
+        assert (kept.ids == drawn[..., None]).any(-1).all()
+        assert (kept.ids == family.end_id).any(-1).all()
+
+
+def test_the_targets_are_of_the_guided_teacher_and_not_of_the_condition_alone(tmp_path):
+    family, samples = teacher_of(), samples_of()
+    store = written(tmp_path / "store", family, samples, source="dataset")
+    key = next(iter(store))
+    stored = stored_logprobs(store, key)
+    alone = logprobs_again(family, store, key, samples, 1.0)
+    finite = alone.isfinite()
+    assert (stored[finite] - alone[finite]).abs().max() > 0.5
+
+
+def test_the_filters_of_the_sampler_choose_codes_and_leave_the_targets_whole(tmp_path):
+    family, samples = teacher_of(), samples_of()
+    greedy = {"temperature": 0.5, "top_k": 1, "max_timesteps": 6}
+    store = written(tmp_path / "store", family, samples, sampler=greedy)
+    for key in store:
+        logits = store[key].arrays["full.logits"]
+        allowed = np.delete(logits, family.forbidden, axis=-1)
+        assert np.isfinite(allowed).all()
+        if store[key].stop_reason != "end":
+            assert (store[key].codes == logits.argmax(-1)).mean() > 0.8
+
+
+def test_the_recordings_own_codes_are_scored_when_the_dataset_is_the_source(tmp_path):
+    family, samples = teacher_of(frames_per_step=2), samples_of()
+    store = written(tmp_path / "store", family, samples, source="dataset", variations=1)
+    for sample in samples:
+        codes = store[sample["sample_id"], 0].codes
+        assert codes.tolist() == family.reference_codes(sample).tolist()
+        assert (codes[-1] == family.end_id).all(), "the end must be taught"
+
+
+def test_draws_depend_on_the_key_alone_not_on_the_batch_it_was_drawn_in(tmp_path):
+    family, samples = teacher_of(frames_per_step=2), samples_of()
+    store = written(tmp_path / "a", family, samples, batch_size=3)
+    other = written(tmp_path / "b", family, samples[::-1], batch_size=5, rollouts_per_shard=14)
+    alone = written(tmp_path / "c", family, samples[2:3], batch_size=1)
+    assert set(store) == set(other)
+    for key in store:
+        assert store[key].codes.tolist() == other[key].codes.tolist()
+        assert store[key].seed == other[key].seed == keyed_seed(4, *key)
+    for key in alone:
+        assert store[key].codes.tolist() == alone[key].codes.tolist()
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"first_variation": 2}])
+def test_another_seed_or_variation_draws_other_codes(tmp_path, change):
+    family, samples = teacher_of(), samples_of()
+    store = written(tmp_path / "a", family, samples)
+    other = written(tmp_path / "b", family, samples, **change)
+    pairs = zip(sorted(store), sorted(other), strict=True)
+    same = [store[ours].codes.tolist() == other[theirs].codes.tolist() for ours, theirs in pairs]
+    assert not all(same)
+    assert sum(same) < len(same) / 2
+
+
+def test_a_sample_of_the_same_run_draws_other_codes_in_every_variation(tmp_path):
+    family, samples = teacher_of(), samples_of()
+    store = written(tmp_path / "a", family, samples, variations=3)
+    for sample in samples:
+        drawn = {store[sample["sample_id"], v].codes.tobytes() for v in range(3)}
+        assert len(drawn) == 3
+
+
+def test_every_rollout_has_its_stop_reason_and_weight(tmp_path):
+    family, samples = teacher_of(), samples_of(12)
+    sampler = {
+        "min_timesteps": 2, "max_timesteps": 9, "temperature": 1.5, "end_on": "majority",
+        "reference_multiple": 1.0, "truncated_weight": 0.25, "too_short_multiple": 0.4,
+    }  # fmt: skip
+    store = written(tmp_path / "a", family, samples, sampler=sampler, variations=4)
+    lengths = {s["sample_id"]: family.timesteps(s) for s in samples}
+    found = set()
+    for key in store:
+        one, reference = store[key], lengths[key[0]]
+        found.add(one.stop_reason)
+        if one.stop_reason != "end":
+            assert not ((one.codes == family.end_id).sum(-1) > 1).any()
+            assert len(one) == min(reference, 9)
+            assert one.stop_reason == ("max_timesteps" if reference >= 9 else "truncated")
+        rejected = len(one) < 0.4 * reference
+        expected = 0.0 if rejected else {"end": 1.0}.get(one.stop_reason, 0.25)
+        assert one.weight == expected
+        assert not (one.codes[:2] == family.end_id).any()
+        assert len(one) <= 9
+    assert found == {"end", "truncated", "max_timesteps"}
+
+
+@pytest.mark.parametrize("source", ["teacher", "dataset"])
+def test_nan_from_the_teacher_is_refused_by_name_and_nothing_is_committed(tmp_path, source):
+    family, samples = teacher_of(), samples_of()
+    store, _ = store_of(tmp_path / "store", family, samples, source=source)
+    with torch.no_grad():
+        family.module.head.weight[3] = torch.nan
+    by_id = {sample["sample_id"]: sample for sample in samples}
+    with pytest.raises(FloatingPointError) as caught:
+        rollout(family, store, by_id, store.missing(), batch_size=3, stop=StopRequest())
+    sample_id, variation = store.plan[0][0]
+    assert "NaN" in str(caught.value)
+    assert f"{sample_id!r} variation {variation}" in str(caught.value)
+    assert "nothing of this shard was stored" in str(caught.value)
+    assert PredictionStore.open(tmp_path / "store").committed == []
+    assert list((tmp_path / "store" / "tmp").iterdir()) == []
+
+
+def test_nan_in_one_branch_only_is_noticed_too(tmp_path):
+    family, samples = teacher_of(), samples_of()
+    store, _ = store_of(tmp_path / "store", family, samples)
+    with torch.no_grad():
+        family.module.null_text[0] = torch.nan
+    by_id = {sample["sample_id"]: sample for sample in samples}
+    with pytest.raises(FloatingPointError, match="NaN"):
+        rollout(family, store, by_id, [0], batch_size=3, stop=StopRequest())
+    assert PredictionStore.open(tmp_path / "store").committed == []
+
+
+@dataclass
+class StopAfter:
+    questions: int
+
+    @property
+    def requested(self) -> bool:
+        self.questions -= 1
+        return self.questions < 0
+
+
+def test_a_stop_drops_the_shard_in_hand_and_keeps_those_before(tmp_path):
+    family, samples = teacher_of(), samples_of()
+    store, _ = store_of(tmp_path / "store", family, samples)
+    by_id = {sample["sample_id"]: sample for sample in samples}
+    # Shards of 5 rollouts are two batches each: the fourth question is amid the second shard.
+    finished = rollout(family, store, by_id, store.missing(), batch_size=3, stop=StopAfter(3))
+    assert not finished
+    assert PredictionStore.open(tmp_path / "store").committed == [0]
+    assert list((tmp_path / "store" / "tmp").iterdir()) == []
+    assert verify(tmp_path / "store").ok
+    whole = written(tmp_path / "whole", family, samples)
+    resumed = written(tmp_path / "store", family, samples)
+    assert shard_bytes(resumed.path) == shard_bytes(whole.path)
+
+
+def test_two_workers_on_one_shard_leave_one_and_neither_fails(tmp_path):
+    family, samples = teacher_of(), samples_of()
+    store, _ = store_of(tmp_path / "store", family, samples)
+    by_id = {sample["sample_id"]: sample for sample in samples}
+    for _ in range(2):  # the second worker opened the store before the first had committed
+        assert rollout(family, store, by_id, [0, 1], batch_size=3, stop=StopRequest())
+    assert PredictionStore.open(tmp_path / "store").committed == [0, 1]
+    assert verify(tmp_path / "store").ok
+
+
+def test_guidance_of_a_teacher_without_an_unconditional_branch_warns_with_the_reason(
+    tmp_path, caplog
+):
+    family, samples = teacher_of(), samples_of()
+    store_of(tmp_path / "trained", family, samples)
+    assert not caplog.records
+    family.condition_dropout = 0.0
+    store_of(tmp_path / "unguided", family, samples, guidance={"scale": 1.0})
+    assert not caplog.records
+    store_of(tmp_path / "guided", family, samples)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "scale 2.5" in record.getMessage()
+    assert "trained without condition dropout" in record.getMessage()
+    assert "rollout.guidance.scale: 1" in record.getMessage()
+
+
+DIFFERENCES = {
+    "another teacher": ({"teacher": 1}, {}, "fingerprints.teacher"),
+    "another dataset": ({"dataset": "e"}, {}, "fingerprints.dataset: 'd' in the store, 'e' given"),
+    "another seed": ({"seed": 9}, {}, "seed: 4 in the store, 9 given"),
+    "other samples": ({"samples": 6}, {}, "plan.parquet"),
+    "another guidance": ({}, {"guidance": {"scale": 3.0}}, "guidance.scale: 2.5 in the store, 3.0"),
+    "another target": ({}, {"target": {"kind": "top_k", "k": 4}}, "target.k"),
+    "another source": ({}, {"source": "dataset"}, "source: 'teacher' in the store"),
+    "other variations": ({}, {"variations": 1}, "plan.parquet"),
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_a_store_of_something_else_is_refused_naming_what_differs(tmp_path, difference):
+    given, changes, words = DIFFERENCES[difference]
+    samples = samples_of()
+    store_of(tmp_path / "store", teacher_of(), samples)
+    with pytest.raises(StoreError) as caught:
+        create_store(
+            tmp_path / "store",
+            config_of(**changes),
+            teacher_of(seed=given.get("teacher", 0)),
+            samples[: given.get("samples", 7)],
+            facts=facts_of(),
+            dataset_fingerprint=given.get("dataset", "d"),
+            seed=given.get("seed", 4),
+        )
+    assert words in str(caught.value)
+    assert str(tmp_path / "store") in str(caught.value)
+
+
+def test_a_store_with_colliding_keys_is_refused(tmp_path):
+    samples = samples_of()
+    twins = [*samples, samples[0] | {"text": "gag"}]
+    with pytest.raises((StoreError, UserError), match=r"'clip/0'.* twice"):
+        store_of(tmp_path / "store", teacher_of(), twins)
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_more_kept_ids_than_the_teacher_has_are_refused_before_anything_is_written(tmp_path):
+    target = {"kind": "top_k", "k": 16}
+    with pytest.raises(UserError, match=r"k is 16 but must be <= 15"):
+        store_of(tmp_path / "store", teacher_of(), samples_of(), target=target)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_fewer_kept_ids_than_must_always_be_kept_are_refused(tmp_path, k):
+    # The likeliest id, the drawn code and the end id may be three different ones.
+    with pytest.raises(UserError, match=rf"k is {k}.* 3"):
+        store_of(tmp_path / "s", teacher_of(), samples_of(), target={"kind": "top_k", "k": k})
+
+
+def test_an_empty_split_is_refused_with_its_name(tmp_path):
+    with pytest.raises(UserError, match="split 'train' of the dataset is empty"):
+        store_of(tmp_path / "store", teacher_of(), [])
+
+
+def test_a_teacher_of_another_audio_codec_is_refused(tmp_path):
+    other = facts_of().model_copy(update={"audio_codec": "cd"})
+    with pytest.raises(UserError, match=r"audio codec.*'ab'.*'cd'"):
+        create_store(
+            tmp_path / "store", config_of(), teacher_of(), samples_of(),
+            facts=other, dataset_fingerprint="d", seed=4,
+        )  # fmt: skip
+
+
+def shard_bytes(store: Path) -> dict[str, bytes]:
+    """Every file of the committed shards, by its path."""
+    shards = store / "shards"
+    return {str(p.relative_to(shards)): p.read_bytes() for p in shards.rglob("*") if p.is_file()}
+
+
+SMALL_SHARDS = {"rollouts_per_shard": 2, "batch_size": 2}
+
+
+def test_one_worker_three_tasks_and_a_killed_one_write_the_same_bytes(
+    tiny_run, run_of, start_worker
+):
+    section = tiny_run.document["rollout"] | SMALL_SHARDS | {"variations": 3}
+
+    def make(name: str):
+        return run_of(name, fitted=True, rollout=section, students=None)
+
+    whole, tasks, killed = make("whole"), make("tasks"), make("killed")
+    whole.do("rollout")
+    planned = PredictionStore.open(whole.root / "store").planned_shards
+    workers = [start_worker("rollout", tasks, f"--task={task}/3") for task in range(3)]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+
+    def shards() -> int:
+        folder = killed.root / "store" / "shards"
+        return len(list(folder.iterdir())) if folder.exists() else 0
+
+    assert start_worker("rollout", killed).kill_when(lambda: shards() >= 3, signal.SIGKILL) == -9
+    assert 3 <= shards() < planned
+    resumed = start_worker("rollout", killed)
+    assert resumed.wait() == 0, resumed.stderr.read_text()
+
+    expected = shard_bytes(whole.root / "store")
+    assert len(PredictionStore.open(whole.root / "store").committed) == planned > 10
+    for other in (tasks, killed):
+        assert shard_bytes(other.root / "store") == expected
+        assert verify(other.root / "store").ok
+        manifests = [run.root / "store" / "manifest.json" for run in (whole, other)]
+        assert manifests[0].read_bytes() == manifests[1].read_bytes()
+
+
+def test_a_student_draws_the_codes_and_the_teacher_scores_them(tiny_run, run_of):
+    student = tiny_run.root / "student"
+    section = tiny_run.document["rollout"] | {
+        "source": "student", "student": str(student), "first_variation": 2,
+        "target": {"kind": "full", "dtype": "float32"},
+        "sampler": {"end_on": "majority", "min_timesteps": 2, "max_timesteps": 8},
+    }  # fmt: skip
+    run = run_of("round", fitted=True, rollout=section, students=None)
+    run.do("draw", "rollout")
+    store = PredictionStore.open(run.root / "store")
+    assert {variation for _, variation in store} == {2, 3}
+    family, teacher = (
+        load_family("codec_lm").load(path, device="cpu", dtype=torch.float32)
+        for path in (student, tiny_run.root / "teacher")
+    )
+    assert store.manifest.fingerprints.student == family.fingerprint()
+    samples = Dataset.open(tiny_run.root / "dataset").samples("train")
+    by_id = {sample["sample_id"]: sample for sample in samples}
+    own = store.manifest.model_copy(update={"source": "teacher", "guidance": type(
+        store.manifest.guidance)(scale=1.0)})  # fmt: skip
+    for key in list(store)[:6]:
+        with torch.inference_mode():
+            (drawn,) = predict(family, own, [key], by_id)
+        assert store[key].codes.tolist() == drawn.arrays["codes"].tolist()
+        stored = stored_logprobs(store, key)
+        again = logprobs_again(teacher, store, key, samples, 2.0)
+        torch.testing.assert_close(stored.exp(), again.exp(), atol=2e-5, rtol=1e-4)
+        # A student that did not end must not teach that this is how speech ends.
+        assert store[key].stop_reason == drawn.stop_reason
+        assert store[key].weight == drawn.weight
+    assert {"max_timesteps"} <= {store[key].stop_reason for key in store}
+
+
+def test_codes_of_one_student_are_not_taken_for_those_of_another(tiny_run, run_of):
+    section = tiny_run.document["rollout"] | {
+        "source": "student", "student": str(tiny_run.root / "student"),
+    }  # fmt: skip
+    run_of("round", fitted=True, rollout=section, students=None).do("draw")
+    other = section | {"student": str(tiny_run.root / "teacher")}
+    changed = run_of("round", fitted=True, rollout=other, students=None)
+    with pytest.raises(UserError, match="another student"):
+        changed.do("draw")
+
+
+def test_the_plan_does_not_depend_on_workers_batches_or_targets(tmp_path):
+    samples, family = samples_of(), teacher_of()
+    plans = [
+        store_of(tmp_path / str(number), family, samples, **changes)[0].plan.keys
+        for number, changes in enumerate(
+            [{}, {"batch_size": 1}, {"processes": 3}, {"target": {"kind": "top_k", "k": 4}}]
+        )
+    ]
+    assert all(plan == plans[0] for plan in plans)
+    assert sorted(plans[0]) == sorted((s["sample_id"], v) for s in samples for v in range(2))
+
+
+def test_a_store_holds_what_a_student_needs_and_no_codes_of_the_recordings(tmp_path):
+    store, _ = store_of(tmp_path / "store", teacher_of(), samples_of())
+    assert store.samples.column_names == ["sample_id", "text", "speaker"]
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    assert manifest["conditioning"] == facts_of().model_dump(mode="json")
