@@ -76,6 +76,27 @@ class VoicesConfig(Record):
         return self
 
 
+class SpectrumDecoderConfig(Record):
+    """A small network from codec frames to the spectra that are made audible."""
+
+    width: Positive = 256
+    """Width, in features."""
+    layers: Positive = 4
+    """Convolutional blocks."""
+    steps: Positive = 800
+    """Optimizer steps."""
+    batch_size: Positive = 24
+    """Stretches of clips per optimizer step."""
+    crop_frames: Positive = 48
+    """Codec frames of a stretch."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    codebook_dropout: Share = 0.3
+    """Share of steps in which some of the last codebooks are left out."""
+    sharpening: float = Field(1.2, ge=1.0)
+    """Exponent on the predicted magnitudes before their phases are found."""
+
+
 class FitAudioCodecConfig(Record):
     """A residual vector quantiser over log-mel spectra, fitted on the train split."""
 
@@ -88,7 +109,7 @@ class FitAudioCodecConfig(Record):
     """Mel bands from 0 to 8 kHz, or to half the sample rate where that is less."""
     mels_per_frame: Positive = 2
     """Consecutive mel spectra that one codec frame holds."""
-    floor: float = Field(1e-5, gt=0)
+    floor: float = Field(1e-3, gt=0)
     """Least mel magnitude that is told from silence."""
     codebooks: Positive = 8
     """Codebooks, each on what the earlier ones left over."""
@@ -96,7 +117,9 @@ class FitAudioCodecConfig(Record):
     """Entries of each codebook."""
     iterations: Positive = 12
     """Rounds of k-means per codebook."""
-    minutes: float = Field(60.0, gt=0)
+    decoder: SpectrumDecoderConfig | None = SpectrumDecoderConfig()
+    """The network that decodes; null inverts the mel filter bank, which sounds rough."""
+    minutes: float = Field(30.0, gt=0)
     """Audio that is learned from, in minutes; a fixed choice of clips is taken from more."""
     seed: int = 0
     """Chooses the clips and the first centroids."""
@@ -276,8 +299,8 @@ class OptimizerConfig(Record):
     """Largest norm of the gradient."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay per step of an exponential moving average of the weights; the average is saved."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass; weights and losses stay fp32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Arithmetic of the forward pass; weights and losses stay fp32. `auto` is bf16 where fast."""
     compile: bool = False
     """Compile the model with torch.compile."""
     checkpoint_every: Positive = 500

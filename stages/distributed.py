@@ -103,6 +103,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware; without that bf16 is slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Releases before 2.14 cannot tell, and then fp32 is the safe answer.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def peak_device_bytes(device: torch.device) -> int:
     """Most bytes this process held on the device; 0 on the CPU, where resident memory counts."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

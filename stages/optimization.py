@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from stages.checkpoint import Checkpoint, load_latest, save_checkpoint
 from stages.config import OptimizerConfig
-from stages.distributed import Place
+from stages.distributed import Place, computes_bf16
 from stages.errors import UserError
 from stages.family import Family
 from stages.interruption import StopRequest
@@ -153,7 +153,8 @@ def _synchronised(network: nn.Module, last: bool) -> AbstractContextManager[None
 
 
 def _cast(config: OptimizerConfig, place: Place) -> torch.autocast:
-    enabled = config.precision == "bf16"
+    wanted = config.precision == "auto" and computes_bf16(place.device)
+    enabled = wanted or config.precision == "bf16"
     return torch.autocast(place.device.type, torch.bfloat16, enabled=enabled)
 
 
