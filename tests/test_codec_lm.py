@@ -201,7 +201,7 @@ def test_every_parameter_gets_a_gradient_in_every_step(variant):
 
 
 def test_alignment_loss_falls_when_attention_follows_the_diagonal_and_skips_dropped_rows():
-    from stages.families.codec_lm_network import diagonal_loss
+    from stages.modules.alignment import diagonal_loss
 
     lengths = torch.tensor([8, 8])
     diagonal = torch.eye(8).expand(2, 1, 8, 8)
@@ -252,6 +252,32 @@ def test_saved_models_load_with_equal_predictions_and_fingerprint(tmp_path):
     assert loaded.condition_dropout == 0.15
     first, second = roll(family, samples, 2.0), roll(loaded, samples, 2.0)
     assert torch.equal(first.codes, second.codes)
+
+
+@pytest.mark.parametrize("variant", ["plain", "all"])
+def test_adopted_codebooks_make_near_codes_near_in_and_out(variant):
+    family = CodecLM.build(config_of(**VARIANTS[variant]), facts_of(), seed=0)
+    before = {name: x.clone() for name, x in family.module.state_dict().items()}
+    vectors = torch.arange(30.0).view(3, 10, 1).expand(3, 10, 7) + torch.randn(3, 10, 7)
+    family.adopt_codebooks(vectors)
+    after = family.module.state_dict()
+    for name in ("code_embedding.weight", "head.weight"):
+        for stream in range(family.layout.streams):
+            codes = after[name][stream * 12 : stream * 12 + 10]
+            assert torch.equal(
+                after[name][stream * 12 + 10 :][:2], before[name][stream * 12 + 10 :][:2]
+            )
+            assert (codes[4] - codes[5]).norm() < (codes[4] - codes[9]).norm()
+    for name in ("text_embedding.weight", "decoder.0.attention.qkv.weight"):
+        assert torch.equal(after[name], before[name])
+    again = CodecLM.build(config_of(**VARIANTS[variant]), facts_of(), seed=0)
+    again.adopt_codebooks(vectors)
+    assert again.fingerprint() == family.fingerprint()
+
+
+def test_codebooks_of_another_audio_codec_are_refused():
+    with pytest.raises(UserError, match="4 codebooks of 10 codes, but the model was built for 3"):
+        family_of().adopt_codebooks(torch.zeros(4, 10, 2))
 
 
 def test_fingerprints_tell_models_apart():

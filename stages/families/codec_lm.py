@@ -117,6 +117,17 @@ class CodecLM:
         tensors = inherited_tensors(path, layers, self.module, self.facts)
         self.module.load_state_dict(tensors, strict=True)
 
+    def adopt_codebooks(self, vectors: Tensor) -> None:
+        """Start from what the audio codec's codes mean: `vectors` [codebooks, codes, D] float32.
+
+        Embeddings and output rows of near codes become near, which spares the first epochs. What
+        is drawn belongs to the weights at hand. Raises UserError if the codes are not the model's.
+        """
+        seed = int(self.fingerprint()[:15], 16)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.module.adopt_codebooks(vectors.float().cpu())
+
     def fingerprint(self) -> str:
         """Sha256 over configuration, facts and weights (in the order of their names)."""
         digest = hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode())

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.config import CodecLMConfig, DatasetFacts
-from stages.modules.attention import additive
+from stages.errors import UserError
+from stages.modules.alignment import diagonal_loss
+from stages.modules.attention import additive, causal_mask
 from stages.modules.feed_forward import Experts, FeedForward
 from stages.modules.local_transformer import LocalTransformer
 from stages.modules.transformer import (
@@ -22,8 +24,8 @@ from stages.modules.transformer import (
     stack,
 )
 
-ALIGNMENT_WIDTH = 0.2
-"""Width g of the diagonal in `diagonal_loss`, as a share of the sequences (1710.08969)."""
+EMBEDDING_SIZE = 0.3
+"""Root mean square of fresh embeddings and positions."""
 
 
 @dataclass(frozen=True)
@@ -171,19 +173,55 @@ class CodecLMNetwork(nn.Module):
     def initialize(self) -> None:
         """Draw fresh weights from the global generator.
 
-        Normal with a standard deviation of 0.02 for maps (1/sqrt(2 layers) of it where they write
-        to the residual, as in GPT-2) and sinusoids for positions, so that distance means something
-        from the first step (1706.03762).
+        Maps are normal with variance 1 / (3 fan-in), less by the depth where they write to the
+        residual, as in GPT-2. Embeddings and the sum of a timestep's code embeddings have one size,
+        and positions are sinusoids of that size (1706.03762): were text much smaller than
+        its position, the decoder would learn to place the text long before it learns to read it.
         """
         depth = 2 * max(1, self.config.decoder_layers)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             elif name in ("timestep_position", "text_position"):
-                parameter.copy_(sinusoids(*parameter.shape))
+                parameter.copy_(EMBEDDING_SIZE * sinusoids(*parameter.shape))
+            elif "embedding" in name or parameter.dim() == 1:
+                share = self.streams if name == "code_embedding.weight" else 1
+                nn.init.normal_(parameter, std=EMBEDDING_SIZE / math.sqrt(share))
             else:
+                fan_in = parameter.shape[-1 if name.endswith("weight") else -2]
                 residual = name.endswith(("out.weight", "down.weight", "feed_forward.down"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(depth) if residual else 0.02)
+                nn.init.normal_(parameter, std=(3 * fan_in * (depth if residual else 1)) ** -0.5)
+
+    @torch.no_grad()
+    def adopt_codebooks(self, vectors: Tensor) -> None:
+        """Start from what the audio codec's codes mean: `vectors` [codebooks, codes, D] float32.
+
+        Codes whose vectors are near get embeddings and output rows that are near: both become
+        random projections of the vectors (one for the input, one for the output), drawn from the
+        global generator. Codebooks of small vectors are raised by the square root of their size in
+        the input, so that the last ones of a residual quantiser are not lost, and wholly in the
+        output. Begin and end ids keep their fresh rows.
+        """
+        size = vectors.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
+        width, rows = self.config.d_model, self._rows_by_codebook(vectors)
+        inputs = project(vectors / size.sqrt(), width)
+        scale = EMBEDDING_SIZE / inputs.square().mean((1, 2)).sum().sqrt()
+        self.code_embedding.weight[rows] = scale / math.sqrt(self.config.frames_per_step) * inputs
+        self.head.weight[rows] = project(vectors / size, width) * (3 * width) ** -0.5
+        if self.local is not None:
+            self.local.adopt_codebooks(vectors / size)
+
+    def _rows_by_codebook(self, vectors: Tensor) -> Tensor:
+        """Rows [frames, codebooks, codes] of the stacked tables that hold the codec's codes."""
+        codebooks, codes = vectors.shape[:2]
+        expected = (self.streams // self.config.frames_per_step, self.codes)
+        if (codebooks, codes) != expected:
+            raise UserError(
+                f"the audio codec has {codebooks} codebooks of {codes} codes, but the model was "
+                f"built for {expected[0]} of {expected[1]}: prepare the dataset again"
+            )
+        stream = torch.arange(self.streams).view(-1, codebooks, 1)
+        return stream * self.vocabulary + torch.arange(codes)
 
     def embed(self, codes: Tensor) -> Tensor:
         """Sum the embeddings of codes [..., S] to [..., E]."""
@@ -328,40 +366,14 @@ class CodecLMNetwork(nn.Module):
         return embedded
 
 
-def causal_mask(valid: Tensor) -> Tensor:
-    """Causal attention to valid positions [B, T] only: [B, 1, T, T] bool.
-
-    Every position may attend to itself, so that padded rows stay finite; nobody reads them.
-    """
-    size = valid.shape[1]
-    everywhere = torch.ones(size, size, dtype=torch.bool, device=valid.device)
-    allowed = everywhere.tril() & valid[:, None, :]
-    return (allowed | torch.eye(size, dtype=torch.bool, device=valid.device)).unsqueeze(1)
-
-
 def sinusoids(length: int, width: int) -> Tensor:
-    """Sinusoidal positions [length, width], scaled like the embeddings they are added to."""
+    """Sinusoidal positions [length, width] with a root mean square of 1."""
     rates = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
     angles = torch.arange(length).unsqueeze(-1) * rates
     table = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
-    return 0.02 * math.sqrt(2.0) * table
+    return math.sqrt(2.0) * table
 
 
-def diagonal_loss(
-    weights: Tensor, text_lengths: Tensor, lengths: Tensor, counted: Tensor
-) -> Tensor:
-    """How far attention [B, H, T, L] lies from the diagonal of its (timestep, character) plane.
-
-    The mean over valid timesteps of sum_n A[t, n] (1 − exp(−(n/N − t/T)² / 2g²)): 0 on the
-    diagonal, below 1 anywhere. Rows with `counted` [B] False weigh nothing. Source: guided
-    attention, Tachibana et al. (1710.08969), section 4, summed instead of averaged over the text
-    so that its size does not depend on the length of the text.
-    """
-    timestep = torch.arange(weights.shape[2], device=weights.device)
-    character = torch.arange(weights.shape[3], device=weights.device)
-    along_speech = timestep[:, None] / lengths[:, None, None]
-    along_text = character / text_lengths[:, None, None]
-    penalty = 1.0 - torch.exp(-((along_text - along_speech) ** 2) / (2 * ALIGNMENT_WIDTH**2))
-    distance = (weights.mean(1) * penalty).sum(-1)
-    valid = ((timestep < lengths[:, None]) & counted[:, None]).float()
-    return (distance * valid).sum() / valid.sum().clamp(min=1.0)
+def project(vectors: Tensor, width: int) -> Tensor:
+    """Project vectors [..., D] to [..., width] at random, keeping their size on average."""
+    return vectors @ torch.randn(vectors.shape[-1], width) / math.sqrt(vectors.shape[-1])

@@ -15,6 +15,17 @@ def additive(valid: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, float("-inf"))
 
 
+def causal_mask(valid: Tensor) -> Tensor:
+    """Causal attention to valid positions [B, T] only: [B, 1, T, T] bool.
+
+    Every position may attend to itself, so that padded rows stay finite; nobody reads them.
+    """
+    size = valid.shape[1]
+    everywhere = torch.ones(size, size, dtype=torch.bool, device=valid.device)
+    allowed = everywhere.tril() & valid[:, None, :]
+    return (allowed | torch.eye(size, dtype=torch.bool, device=valid.device)).unsqueeze(1)
+
+
 def merge(heads: Tensor, out: nn.Linear) -> Tensor:
     """Join the heads of [B, H, T, D] and project them with `out` to [B, T, E]."""
     merged: Tensor = out(heads.transpose(1, 2).flatten(2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,15 @@ class LocalTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(width, bias=False)
         self.heads = nn.Parameter(torch.empty(streams, width, vocabulary))
+
+    @torch.no_grad()
+    def adopt_codebooks(self, vectors: Tensor) -> None:
+        """Let the heads start as a random projection of code vectors [codebooks, codes, D]."""
+        codebooks, codes, size = vectors.shape
+        width = self.heads.shape[1]
+        rows = vectors @ torch.randn(size, width) / math.sqrt(3 * size * width)
+        frames = self.heads.shape[0] // codebooks
+        self.heads[:, :, :codes] = rows.transpose(1, 2).repeat(frames, 1, 1)
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """Predict all streams at once: `hidden` [N, E], `embedded` codes [N, S, E] -> [N, S, V]."""
