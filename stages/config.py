@@ -317,6 +317,7 @@ class FitConfig(Record):
     """Training of a teacher by cross entropy on the dataset's own codes."""
 
     optimizer: OptimizerConfig
+    """Steps, batches and learning rate."""
     condition_dropout: Share = 0.1
     """Share of samples trained without their conditions; guidance needs more than 0."""
     alignment_weight: float = Field(0.0, ge=0)
@@ -423,8 +424,11 @@ class TrainConfig(Record):
     model: ModelConfig
     """Architecture of the student; codebooks and frame stacking must be the teacher's."""
     init: InitConfig = InitConfig()
+    """Where its weights come from."""
     loss: LossConfig = LossConfig()
+    """What it minimises."""
     optimizer: OptimizerConfig
+    """Steps, batches and learning rate."""
     buffer_shards: Positive = 4
     """Shards that are shuffled together."""
 
