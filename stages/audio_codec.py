@@ -19,6 +19,7 @@ from torchaudio.transforms import MelSpectrogram
 from stages.config import FitAudioCodecConfig
 from stages.errors import UserError
 from stages.residual_kmeans import fit_codebooks, quantise
+from stages.spectrum_decoder import SpectrumDecoder, dequantise, fit_decoder, new_decoder
 
 BATCH_CLIPS = 32
 """Clips that are transformed together; it bounds memory."""
@@ -59,9 +60,15 @@ class ResidualMel:
     Centred: frame f spans samples f·hop·mels_per_frame onward; the end is padded with silence.
     """
 
-    def __init__(self, config: FitAudioCodecConfig, mean: Tensor, codebooks: Tensor):
-        """Take the mean [D] of the features and the codebooks [C, V, D], float32."""
-        self.config, self.mean, self.centroids = config, mean, codebooks
+    def __init__(
+        self,
+        config: FitAudioCodecConfig,
+        mean: Tensor,
+        codebooks: Tensor,
+        decoder: SpectrumDecoder | None,
+    ):
+        """Take the mean [D] of the features, the codebooks [C, V, D] float32 and the decoder."""
+        self.config, self.mean, self.centroids, self.decoder = config, mean, codebooks, decoder
         self.sample_rate_hz = config.sample_rate_hz
         self.frame_samples = config.hop * config.mels_per_frame
         self.frame_rate_hz = config.sample_rate_hz / self.frame_samples
@@ -74,19 +81,24 @@ class ResidualMel:
 
     @classmethod
     def fit(cls, config: FitAudioCodecConfig, waveforms: Sequence[Tensor]) -> ResidualMel:
-        """Learn the codebooks from waveforms [samples] at the codec's sample rate.
+        """Learn the codebooks, then the decoder, from waveforms [samples] at the codec's rate.
 
         Raises UserError when there are fewer frames than entries of a codebook.
         """
-        features = torch.cat(_features(config, _mel_spectrogram(config), waveforms))
-        if len(features) < config.codes_per_codebook:
+        features = _features(config, _mel_spectrogram(config), waveforms)
+        stacked = torch.cat(features)
+        if len(stacked) < config.codes_per_codebook:
             raise UserError(
-                f"the train split gives {len(features)} codec frames, fewer than "
+                f"the train split gives {len(stacked)} codec frames, fewer than "
                 f"audio_codec.codes_per_codebook={config.codes_per_codebook}; add recordings or "
                 "ask for fewer codes"
             )
-        mean = features.mean(dim=0)
-        return cls(config, mean, fit_codebooks(features - mean, config))
+        mean = stacked.mean(dim=0)
+        codebooks = fit_codebooks(stacked - mean, config)
+        if config.decoder is None:
+            return cls(config, mean, codebooks, None)
+        codes = [quantise(clip - mean, codebooks) for clip in features]
+        return cls(config, mean, codebooks, fit_decoder(config, waveforms, codes, codebooks))
 
     @torch.inference_mode()
     def encode(self, waveforms: Sequence[Tensor]) -> list[np.ndarray]:
@@ -105,12 +117,16 @@ class ResidualMel:
 
         Raises ValueError when a code is no entry of a codebook.
         """
-        mel = self.log_mel(codes).exp().T
-        magnitude = (torch.linalg.pinv(self.mel.mel_scale.fb.T) @ mel).clamp(min=1e-6)
-        return self._invert(magnitude, len(codes) * self.frame_samples)
+        quantised = self._dequantise(codes)
+        if self.decoder is None:
+            mel = (self.mean + quantised).reshape(-1, self.config.mels).exp().T
+            magnitudes = torch.linalg.pinv(self.mel.mel_scale.fb.T) @ mel
+        else:
+            magnitudes = self._sharpen(self.decoder(quantised[None])[0].T)
+        return self._invert(magnitudes.clamp(min=1e-6), len(codes) * self.frame_samples)
 
-    def log_mel(self, codes: np.ndarray) -> Tensor:
-        """Codes [F, C] → log-mel spectra [F · mels_per_frame, mels] float32."""
+    def _dequantise(self, codes: np.ndarray) -> Tensor:
+        """Codes [F, C] → features [F, D], less their mean."""
         if codes.ndim != 2 or codes.shape[1] != self.codebooks:
             raise ValueError(f"codes have shape {codes.shape}, not [frames, {self.codebooks}]")
         if codes.size and codes.max() >= self.codes_per_codebook:
@@ -118,14 +134,24 @@ class ResidualMel:
                 f"code {codes.max()} is no entry of a codebook of {self.codes_per_codebook}; "
                 "strip start and end codes before decoding"
             )
-        index = torch.from_numpy(codes.astype(np.int64))
-        parts = [book[index[:, c]] for c, book in enumerate(self.centroids)]
-        return (self.mean + sum(parts)).reshape(-1, self.config.mels)
+        return dequantise(torch.from_numpy(codes.astype(np.int64)), self.centroids)
+
+    def _sharpen(self, log_magnitudes: Tensor) -> Tensor:
+        """Raise predicted magnitudes to a power and restore their energy.
+
+        A regression blurs spectra; a power of 1.2 before Griffin–Lim is from Tacotron
+        (Wang et al., 2017).
+        """
+        assert self.config.decoder is not None
+        blurred = log_magnitudes.exp()
+        sharp = (self.config.decoder.sharpening * log_magnitudes).exp()
+        return sharp * (blurred.square().sum() / sharp.square().sum()).sqrt()
 
     def _invert(self, magnitude: Tensor, samples: int) -> Tensor:
+        """Find phases for magnitudes [bins, F · mels_per_frame] that begin at sample 0."""
         spectrogram = self.mel.spectrogram
         padded = torch.nn.functional.pad(magnitude, (0, 1), value=1e-6)
-        return griffinlim(
+        waveform: Tensor = griffinlim(
             padded,
             spectrogram.window,
             spectrogram.n_fft,
@@ -137,13 +163,19 @@ class ResidualMel:
             length=samples,
             rand_init=False,
         )
+        return waveform
 
     def fingerprint(self) -> str:
         """Hexadecimal sha256 of the settings and of every learned number."""
         digest = hashlib.sha256(self.config.model_dump_json().encode())
-        for tensor in (self.mean, self.centroids):
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(name.encode())
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        decoder = {} if self.decoder is None else self.decoder.state_dict(prefix="decoder.")
+        return {"mean": self.mean, "codebooks": self.centroids} | dict(decoder)
 
     def save(self, path: Path) -> None:
         """Write `audio_codec.json` and `audio_codec.safetensors` into a folder."""
@@ -153,7 +185,7 @@ class ResidualMel:
             "fingerprint": self.fingerprint(),
             "config": self.config.model_dump(),
         }
-        save_file({"mean": self.mean, "codebooks": self.centroids}, path / WEIGHTS)
+        save_file(self._tensors(), path / WEIGHTS)
         (path / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 
 
@@ -169,8 +201,10 @@ def load_audio_codec(path: Path) -> AudioCodec:
         header = json.loads((path / HEADER).read_text(encoding="utf-8"))
         tensors = load_file(path / WEIGHTS)
         config = FitAudioCodecConfig.model_validate(header["config"])
-        audio_codec = ResidualMel(config, tensors["mean"], tensors["codebooks"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        audio_codec = ResidualMel(
+            config, tensors["mean"], tensors["codebooks"], _load_decoder(config, tensors)
+        )
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"no audio codec can be read from {path}: {error}; fit it again") from error
     if audio_codec.fingerprint() != header["fingerprint"]:
         raise UserError(
@@ -178,6 +212,18 @@ def load_audio_codec(path: Path) -> AudioCodec:
             f"header says {header['fingerprint']}: a file was altered; fit it again"
         )
     return audio_codec
+
+
+def _load_decoder(
+    config: FitAudioCodecConfig, tensors: dict[str, Tensor]
+) -> SpectrumDecoder | None:
+    if config.decoder is None:
+        return None
+    decoder = new_decoder(config)
+    prefix = "decoder."
+    weights = {name.removeprefix(prefix): t for name, t in tensors.items() if prefix in name}
+    decoder.load_state_dict(weights)
+    return decoder.eval().requires_grad_(requires_grad=False)
 
 
 def _mel_spectrogram(config: FitAudioCodecConfig) -> MelSpectrogram:

@@ -91,16 +91,17 @@ def _sha256(path: Path) -> str:
 
 def _write_dataset(config: PrepareConfig, table: Path, draft: Path) -> None:
     spilled = draft / "audio.pcm"
-    loaded = None
-    if config.audio_codec.kind == "load":
-        loaded = load_audio_codec(config.audio_codec.path)
-    rate_hz = loaded.sample_rate_hz if loaded else config.audio_codec.sample_rate_hz
+    asked = config.audio_codec
+    loaded = load_audio_codec(asked.path) if asked.kind == "load" else asked
+    rate_hz = loaded.sample_rate_hz
     screened = screen(config, table, rate_hz, spilled)
     splits = choose_splits([clip.text for clip in screened.clips], config)
     alphabet, speakers = _keep_trainable(screened, splits, config)
     if not any(splits[clip.text] == "train" for clip in screened.clips):
         raise UserError(_nothing_left(table, screened, config))
-    audio_codec = loaded or _fit(config.audio_codec, screened, splits)
+    audio_codec = (
+        _fit(loaded, screened, splits) if isinstance(loaded, FitAudioCodecConfig) else loaded
+    )
     samples = _encode(screened, splits, audio_codec, config)
     audio_codec.save(draft / "audio_codec")
     pq.write_table(samples, draft / "samples.parquet")

@@ -92,7 +92,7 @@ def tiny_document(corpus: Path, runs: Path) -> dict[str, Any]:
             "test_texts": 3,
             "audio_codec": {
                 "kind": "fit", "sample_rate_hz": 8000, "hop": 128, "mels": 20,
-                "codebooks": 2, "codes_per_codebook": 16, "iterations": 2,
+                "codebooks": 2, "codes_per_codebook": 16, "iterations": 2, "decoder": None,
             },
         },
         "teacher": {"model": TINY_MODEL},
