@@ -247,7 +247,9 @@ class CodecLMConfig(Record):
     dropout: Share = 0.1
     """Dropout share in training."""
     code_noise: Share = 0.0
-    """Share of input codes replaced at random while a teacher is fitted."""
+    """Share of input codes replaced at random in training; 0 for students."""
+    timestep_noise: Share = 0.0
+    """Mean share of earlier timesteps hidden in training, so that the text is needed."""
     frames_per_step: Literal[1, 2, 4] = 1
     """Codec frames that one decoding step predicts (frame stacking)."""
     max_timesteps: Positive = 2048

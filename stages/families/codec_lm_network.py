@@ -281,11 +281,28 @@ class CodecLMNetwork(nn.Module):
         clean = torch.where(valid.unsqueeze(-1), codes, self.begin_id)
         begin = torch.full_like(clean[:, :1], self.begin_id)
         previous = torch.cat([begin, clean[:, :-1]], 1)
-        if self.training and self.config.code_noise > 0:
-            noise = torch.randint_like(previous, self.codes)
-            drawn = torch.rand(previous.shape, device=codes.device) < self.config.code_noise
-            previous = torch.where(drawn & (previous != self.begin_id), noise, previous)
+        if self.training:
+            previous = self._disturb(previous)
         return self.embed(previous) + self.timestep_position[: codes.shape[1]]
+
+    def _disturb(self, previous: Tensor) -> Tensor:
+        """Replace some codes of `previous` [B, T, S] at random, and hide whole timesteps.
+
+        A decoder that is fed the right codes can live off them and never learn to read; hidden
+        timesteps make it ask the text. How many are hidden differs from row to row, from none to
+        twice the mean, so that undisturbed rows occur in training too.
+        """
+        config = self.config
+        if config.code_noise > 0:
+            noise = torch.randint_like(previous, self.codes)
+            drawn = torch.rand(previous.shape, device=previous.device) < config.code_noise
+            previous = torch.where(drawn & (previous != self.begin_id), noise, previous)
+        if config.timestep_noise > 0:
+            rows, timesteps = previous.shape[:2]
+            rate = 2 * config.timestep_noise * torch.rand(rows, 1, device=previous.device)
+            hidden = torch.rand(rows, timesteps, device=previous.device) < rate
+            previous = previous.masked_fill(hidden.unsqueeze(-1), self.begin_id)
+        return previous
 
     def forward(
         self, codes: Tensor, lengths: Tensor, conditions: Conditions, alignment: bool = False

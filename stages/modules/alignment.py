@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ALIGNMENT_WIDTH = 0.2
+ALIGNMENT_WIDTH = 0.1
 """Width g of the diagonal in `diagonal_loss`, as a share of the sequences (1710.08969)."""
 
 
