@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,7 +21,7 @@ from pipeline.progress import stage_identity
 from pipeline.record import own_usage
 from pipeline.results import write_report
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
-from stages.dataset import Dataset
+from stages.dataset import Dataset, read_header
 from stages.distributed import Place, choose_device, peak_device_bytes, place
 from stages.draw import draw_codes, drawing_student, read_draws
 from stages.errors import UserError
@@ -35,6 +35,7 @@ from stages.rollout import rollout
 from stages.rollout_plan import create_store
 from stages.train import train
 from store import PredictionStore
+from store.schema import changed_fields
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -146,6 +147,7 @@ class Assembly:
     def _train(self, name: str) -> bool:
         config = self._config.students[name]
         store = PredictionStore.open(self._folders.store, cached_shards=config.buffer_shards)
+        self._require_same_dataset(store)
         with place(config.optimizer.device) as here:
             family = self._student(config, store, here)
             finished = train(
@@ -161,6 +163,18 @@ class Assembly:
             self.peak_device_bytes = peak_device_bytes(here.device)
         return finished
 
+    def _require_same_dataset(self, store: PredictionStore) -> None:
+        """Refuse a store of another dataset than the run's; a store alone needs none."""
+        folder = self._folders.dataset
+        if not (folder / "dataset.json").exists():
+            return
+        ours, stored = read_header(folder).fingerprint, store.manifest.fingerprints.dataset
+        if ours != stored:
+            raise UserError(
+                f"the store {store.path} was made from the dataset {stored}, but the dataset of "
+                f"this run ({folder}) is {ours}: roll out this dataset, or name the store's"
+            )
+
     def _student(self, config: TrainConfig, store: PredictionStore, here: Place) -> Family:
         """Build a student from the store's manifest; weights as `init` says."""
         manifest = store.manifest
@@ -171,7 +185,14 @@ class Assembly:
             )
         family_class = load_family(config.model.family)
         if config.init.kind == "checkpoint":
-            return _load(_given(config.init.path, "init.path"), here.device, "fp32")
+            student = _load(_given(config.init.path, "init.path"), here.device, "fp32")
+            different = changed_fields(student.config, config.model)
+            if different:
+                raise UserError(
+                    f"init.path {config.init.path} holds a model of another architecture than the "
+                    f"section model ({_differences(different)}): give the checkpoint's"
+                )
+            return student
         family = family_class.build(config.model, manifest.conditioning, seed=self._config.seed)
         if config.init.kind == "teacher":
             family.inherit(self._folders.teacher, config.init.layers)
@@ -262,6 +283,10 @@ def _load(folder: Path, device: torch.device, precision: str) -> Family:
     """Load a finished model of whatever family its folder says."""
     family = load_family(saved_family(folder))
     return family.load(folder, device=str(device), dtype=DTYPES[precision])
+
+
+def _differences(fields: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{name}: {saved!r}, not {ours!r}" for name, (saved, ours) in fields.items())
 
 
 def _given(section: Section | None, name: str) -> Section:

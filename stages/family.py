@@ -63,6 +63,8 @@ class Family(Protocol):
     """The bare model, whose parameters are saved."""
     network: nn.Module
     """What `score` calls, once per pass: the module, or its compiled or data-parallel form."""
+    config: ModelConfig
+    """Its architecture."""
     facts: DatasetFacts
     """What it was built for: alphabet, speakers, codes and the audio codec that makes them."""
     streams: tuple[Stream, ...]

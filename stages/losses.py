@@ -67,7 +67,7 @@ def nrmse(student: Tensor, target: DenseTarget | SparseTarget, forbidden: Sequen
     Both sides are centred first, so a constant added to a row of logits changes nothing. Over a
     sparse target the ids outside the kept ones are compared with the teacher's mean there, known
     from the stored moments; the spread of the teacher's tail is not seen, and the loss pulls the
-    student's tail towards flat. `student` is [..., V]; returns [...] float32. Raises ValueError
+    student's tail towards flat. `student` is [..., V]; returns [...] float32. Raises `UserError`
     for a sparse target without moments. Source: NeMo's MagpieTTS distillation, there uncentred.
     """
     allowed = torch.ones(student.shape[-1], dtype=torch.bool, device=student.device)
@@ -84,7 +84,7 @@ def nrmse(student: Tensor, target: DenseTarget | SparseTarget, forbidden: Sequen
 
 def _stored_moments(target: SparseTarget) -> Tensor:
     if target.moments is None:
-        raise ValueError(
+        raise UserError(
             "the nrmse loss needs the moments of the logits, and this top_k store was written "
             "without them: set loss.nrmse to 0, or roll out with target.moments: true"
         )

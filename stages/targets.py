@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.errors import UserError
 from stages.sampling import mask_forbidden
 from store.schema import Full, Target, TopK
 
@@ -45,11 +46,11 @@ class SparseTarget:
     def logprobs(self, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of the K ids [..., K] and of the tail [...] at a temperature.
 
-        Raises ValueError for a temperature whose tail was not stored: it cannot be recovered
+        Raises `UserError` for a temperature whose tail was not stored: it cannot be recovered
         from the kept ids (the tail has as many shapes as there are temperatures).
         """
         if temperature not in self.temperatures:
-            raise ValueError(
+            raise UserError(
                 f"distillation temperature {temperature} is not among those the store keeps the "
                 f"tail for, {list(self.temperatures)} (manifest.json, target.temperatures): train "
                 "at one of these, or roll out again with this temperature listed"

@@ -64,6 +64,7 @@ def require_match(family: Family, manifest: Manifest) -> None:
         "forbidden ids": (family.forbidden, manifest.forbidden),
         "end id": (family.end_id, manifest.end_id),
         "tokenizer": (family.tokenizer_fingerprint(), manifest.fingerprints.tokenizer),
+        "audio codec": (family.facts.audio_codec, manifest.fingerprints.audio_codec),
     }
     for what, (student, stored) in differences.items():
         if student != stored:

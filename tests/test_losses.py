@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stages.config import LossConfig
+from stages.errors import UserError
 from stages.losses import (
     cross_entropy,
     distillation_terms,
@@ -214,7 +215,7 @@ def test_the_error_of_the_logits_from_a_sparse_target_takes_the_tail_at_its_mean
 def test_the_error_of_the_logits_needs_moments_and_says_how_to_get_them():
     teacher, student, codes = pair()
     target = target_of(teacher, codes, TopK(k=8))
-    with pytest.raises(ValueError, match=r"target\.moments: true"):
+    with pytest.raises(UserError, match=r"target\.moments: true"):
         nrmse(masked(student), target, FORBIDDEN)
 
 

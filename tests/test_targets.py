@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from stages.errors import UserError
 from stages.targets import DenseTarget, SparseTarget, reduce, restore
 from store.schema import Full, TopK
 
@@ -126,7 +127,7 @@ def test_a_temperature_that_was_not_stored_is_refused_with_those_that_were():
     restored = restore(
         reduce(teacher_logits(), allowed_codes(), target, FORBIDDEN, END), target, "cpu"
     )
-    with pytest.raises(ValueError, match=r"temperature 1\.5 .*\[1\.0, 2\.0\].*roll out again"):
+    with pytest.raises(UserError, match=r"temperature 1\.5 .*\[1\.0, 2\.0\].*roll out again"):
         restored.logprobs(1.5)
 
 
