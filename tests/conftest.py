@@ -145,10 +145,20 @@ def write_run(document: dict[str, Any], folder: Path) -> Run:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tone_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def whole_run(tone_corpus: Path) -> Callable[..., Run]:
+    """Write the configuration of a run of all stages into a folder; keywords replace sections."""
+
+    def make(folder: Path, **sections: Any) -> Run:
+        document = tiny_document(tone_corpus, folder / "runs") | sections
+        return write_run(document, folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(whole_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run whose stages prepare, fit, rollout and train are done; only to be read."""
-    folder = tmp_path_factory.mktemp("tiny")
-    run = write_run(tiny_document(tone_corpus, folder / "runs"), folder)
+    run = whole_run(tmp_path_factory.mktemp("tiny"))
     run.do("prepare", "fit", "rollout", "train:student")
     return run
 
