@@ -226,8 +226,9 @@ def test_alignment_changes_no_logit():
     torch.testing.assert_close(aligned.logits[valid], plain.logits[valid], atol=1e-5, rtol=1e-5)
 
 
-def test_code_noise_acts_in_training_only():
-    family = family_of(code_noise=0.5, dropout=0.0)
+@pytest.mark.parametrize("noise", ["code_noise", "timestep_noise"])
+def test_noise_acts_in_training_only(noise):
+    family = family_of(**{noise: 0.5, "dropout": 0.0})
     samples = samples_of(2)
     codes = torch.stack([family.reference_codes(samples[0])] * 2)
     lengths = torch.tensor([5, 5])
