@@ -81,7 +81,14 @@ def set_level(waveform: Tensor, target_dbfs: float) -> Tensor:
     return waveform * min(gain, 0.99 / float(waveform.abs().max()))
 
 
-def write_wav(path: Path, waveform: Tensor | np.ndarray, rate_hz: int) -> None:
-    """Write a waveform [samples] in -1..1 as 16-bit WAV; samples beyond full scale are clipped."""
+def encode_wav(waveform: Tensor | np.ndarray, rate_hz: int) -> bytes:
+    """The 16-bit WAV file of a waveform [samples]; what exceeds -1..1 is clipped."""
     samples = np.asarray(waveform, dtype=np.float32).clip(-1.0, 1.0)
-    soundfile.write(path, samples, rate_hz, subtype="PCM_16", format="WAV")
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate_hz, subtype="PCM_16", format="WAV")
+    return file.getvalue()
+
+
+def write_wav(path: Path, waveform: Tensor | np.ndarray, rate_hz: int) -> None:
+    """Write a waveform [samples] as a 16-bit WAV file; what exceeds -1..1 is clipped."""
+    path.write_bytes(encode_wav(waveform, rate_hz))

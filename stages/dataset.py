@@ -140,7 +140,7 @@ class Dataset:
         return dict(zip(ids.to_pylist(), audio.to_pylist(), strict=True))
 
     def rejected(self) -> list[dict[str, str]]:
-        """What was rejected: rows of sample_id and reason, in the source's order."""
+        """What was rejected: rows of sample_id and reason, check by check."""
         rows: list[dict[str, str]] = pq.read_table(self.path / "rejected.parquet").to_pylist()
         return rows
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import soundfile
 from pydantic import JsonValue
+from torch import Tensor
 from tqdm import trange
 
+from stages.audio import encode_wav
 from stages.audio_codec import BATCH_CLIPS, AudioCodec, ResidualMel, load_audio_codec
-from stages.config import DatasetFacts, FitAudioCodecConfig, PrepareConfig
+from stages.config import AudioCodecConfig, DatasetFacts, FitAudioCodecConfig, PrepareConfig
 from stages.dataset import (
     DATASET_VERSION,
     REFERENCE,
@@ -40,6 +40,7 @@ from stages.screening import (
     strange_characters,
 )
 from stages.voices import make_corpus
+from store.errors import explain_os_errors
 
 
 def prepare(config: PrepareConfig, out: Path, corpus: Path | None = None) -> Dataset:
@@ -49,16 +50,17 @@ def prepare(config: PrepareConfig, out: Path, corpus: Path | None = None) -> Dat
     A rejected recording is listed in rejected.parquet and stops nothing. A dataset that the same
     settings made from the same table is opened as it is. The folder appears whole or not at all.
     Raises UserError when the source cannot be used, when nothing is accepted, or when `out` was
-    made otherwise.
+    made otherwise; StoreError when the disk fails.
     """
     if out.exists():
         return _reopen(config, out)
-    source = config.source
-    if config.voices is not None:
-        source = make_corpus(config.voices, corpus or out.with_name("corpus"))
-    assert source is not None
-    with publish_folder(out) as draft:
-        _write_dataset(config, find_table(source), draft)
+    with explain_os_errors(f"prepare {out}"):
+        source = config.source
+        if config.voices is not None:
+            source = make_corpus(config.voices, corpus or out.with_name("corpus"))
+        assert source is not None
+        with publish_folder(out) as draft:
+            _write_dataset(config, find_table(source), draft)
     return Dataset.open(out)
 
 
@@ -69,6 +71,9 @@ def _reopen(config: PrepareConfig, out: Path) -> Dataset:
     different = [key for key in asked if header.config.get(key) != asked[key]]
     if config.source is not None and config.source.exists():
         different += ["source"] * (header.source_sha256 != _sha256(find_table(config.source)))
+    if config.audio_codec.kind == "load" and config.audio_codec.path.exists():
+        used = load_audio_codec(config.audio_codec.path).fingerprint()
+        different += ["audio_codec"] * (used != header.facts.audio_codec)
     if different:
         raise UserError(
             f"{out} was prepared with another {', '.join(different)}; prepare into another "
@@ -91,22 +96,18 @@ def _sha256(path: Path) -> str:
 
 def _write_dataset(config: PrepareConfig, table: Path, draft: Path) -> None:
     spilled = draft / "audio.pcm"
-    asked = config.audio_codec
-    loaded = load_audio_codec(asked.path) if asked.kind == "load" else asked
-    rate_hz = loaded.sample_rate_hz
-    screened = screen(config, table, rate_hz, spilled)
+    screened = screen(config, table, _sample_rate_hz(config.audio_codec), spilled)
     splits = choose_splits([clip.text for clip in screened.clips], config)
     alphabet, speakers = _keep_trainable(screened, splits, config)
     if not any(splits[clip.text] == "train" for clip in screened.clips):
         raise UserError(_nothing_left(table, screened, config))
-    audio_codec = (
-        _fit(loaded, screened, splits) if isinstance(loaded, FitAudioCodecConfig) else loaded
-    )
+    audio_codec = _load_or_fit(config.audio_codec, screened, splits)
     samples = _encode(screened, splits, audio_codec, config)
+    references = _references(screened, splits, audio_codec.sample_rate_hz)
+    rejected = [dict(zip(REJECTED.names, pair, strict=True)) for pair in screened.rejected]
     audio_codec.save(draft / "audio_codec")
     pq.write_table(samples, draft / "samples.parquet")
-    pq.write_table(_references(screened, splits, rate_hz), draft / "reference.parquet")
-    rejected = [dict(zip(REJECTED.names, pair, strict=True)) for pair in screened.rejected]
+    pq.write_table(references, draft / "reference.parquet")
     pq.write_table(pa.Table.from_pylist(rejected, REJECTED), draft / "rejected.parquet")
     spilled.unlink()
     facts = DatasetFacts(
@@ -118,8 +119,33 @@ def _write_dataset(config: PrepareConfig, table: Path, draft: Path) -> None:
         audio_codec=audio_codec.fingerprint(),
         context_frames=round(config.context_s * audio_codec.frame_rate_hz),
     )
-    header = _header(config, table, samples, screened, facts, rate_hz)
+    header = _header(config, table, samples, screened, facts, audio_codec.sample_rate_hz)
     (draft / "dataset.json").write_text(header.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _sample_rate_hz(asked: AudioCodecConfig) -> int:
+    return (
+        asked.sample_rate_hz if asked.kind == "fit" else load_audio_codec(asked.path).sample_rate_hz
+    )
+
+
+def _load_or_fit(asked: AudioCodecConfig, screened: Screened, splits: dict[str, str]) -> AudioCodec:
+    if asked.kind == "load":
+        return load_audio_codec(asked.path)
+    train = [clip for clip in screened.clips if splits[clip.text] == "train"]
+    return ResidualMel.fit(asked, _choose_clips(train, asked, screened))
+
+
+def _choose_clips(
+    train: list[Clip], asked: FitAudioCodecConfig, screened: Screened
+) -> list[Tensor]:
+    """Waveforms of train clips, in a keyed order, up to `minutes` of audio."""
+    chosen, seconds = [], 0.0
+    for clip in sorted(train, key=lambda clip: keyed(asked.seed, "audio codec", clip.sample_id)):
+        if seconds < 60 * asked.minutes:
+            chosen.append(screened.waveform(clip))
+            seconds += clip.length / asked.sample_rate_hz
+    return chosen
 
 
 def _keep_trainable(
@@ -154,18 +180,6 @@ def _nothing_left(table: Path, screened: Screened, config: PrepareConfig) -> str
 
 def _kinds(screened: Screened) -> dict[str, int]:
     return dict(sorted(Counter(reason.split(":")[0] for _, reason in screened.rejected).items()))
-
-
-def _fit(config: FitAudioCodecConfig, screened: Screened, splits: dict[str, str]) -> ResidualMel:
-    """Fit the audio codec on train clips, in a keyed order, up to `config.minutes` of them."""
-    train = [clip for clip in screened.clips if splits[clip.text] == "train"]
-    train.sort(key=lambda clip: keyed(config.seed, "audio codec", clip.sample_id))
-    chosen, seconds = [], 0.0
-    for clip in train:
-        if seconds < 60 * config.minutes:
-            chosen.append(screened.waveform(clip))
-            seconds += clip.length / config.sample_rate_hz
-    return ResidualMel.fit(config, chosen)
 
 
 def _encode(
@@ -216,13 +230,7 @@ def _contexts(
 
 def _references(screened: Screened, splits: dict[str, str], rate_hz: int) -> pa.Table:
     held_out = [clip for clip in screened.clips if splits[clip.text] != "train"]
-    files = []
-    for clip in held_out:
-        file = io.BytesIO()
-        soundfile.write(
-            file, screened.waveform(clip).numpy(), rate_hz, subtype="PCM_16", format="WAV"
-        )
-        files.append(file.getvalue())
+    files = [encode_wav(screened.waveform(clip), rate_hz) for clip in held_out]
     ids = [clip.sample_id for clip in held_out]
     return pa.table({"sample_id": ids, "audio": files}, schema=REFERENCE)
 

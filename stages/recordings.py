@@ -49,7 +49,7 @@ def read_ids(table: Path) -> list[str]:
         ids = [row.sample_id for row in _csv_rows(table)]
     else:
         column = _open_parquet(table).read(columns=["clip_id"]).column("clip_id")
-        ids = [str(each) for each in column.to_pylist()]
+        ids = [each or "" for each in column.to_pylist()]
     if not ids:
         raise UserError(f"{table} has no rows, so there is nothing to prepare")
     return ids
@@ -82,12 +82,12 @@ def load_recording(root: Path, recording: Recording) -> tuple[Tensor, int]:
     if isinstance(recording.audio, bytes):
         return read_audio(recording.audio)
     root = root.resolve()
-    path = (root / recording.audio).resolve()
-    if not path.is_relative_to(root):
-        raise AudioError(f"audio outside the folder: {recording.audio}")
-    for candidate in [path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES)]:
-        if candidate.is_file():
-            return read_audio(candidate)
+    for suffix in ("", *SUFFIXES):
+        path = (root / f"{recording.audio}{suffix}").resolve()
+        if not path.is_relative_to(root):
+            raise AudioError(f"audio outside the folder: {recording.audio}")
+        if path.is_file():
+            return read_audio(path)
     raise AudioError(f"missing audio: {recording.audio}")
 
 
@@ -118,8 +118,8 @@ def _parquet_rows(table: Path) -> Iterator[Recording]:
     columns = ["clip_id", "text", "audio", *(["speaker"] if spoken else [])]
     for batch in file.iter_batches(batch_size=64, columns=columns):
         for row in batch.to_pylist():
-            audio, clip_id = _audio(row["audio"]), str(row["clip_id"])
-            yield Recording(clip_id, row["text"], row.get("speaker"), audio, spoken)
+            audio, sample_id = _audio(row["audio"]), row["clip_id"] or ""
+            yield Recording(sample_id, row["text"], row.get("speaker"), audio, spoken)
 
 
 def _open_parquet(table: Path) -> pq.ParquetFile:
@@ -127,10 +127,14 @@ def _open_parquet(table: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(table)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{table} cannot be read as parquet: {error}") from error
-    names = file.schema_arrow.names
-    lacking = [name for name in ("clip_id", "text", "audio") if name not in names]
+    schema = file.schema_arrow
+    lacking = [name for name in ("clip_id", "text", "audio") if name not in schema.names]
     if lacking:
-        raise UserError(f"{table} lacks the columns {lacking}; it has {names}")
+        raise UserError(f"{table} lacks the columns {lacking}; it has {schema.names}")
+    for name in {"clip_id", "text", "speaker"} & set(schema.names):
+        kind = schema.field(name).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise UserError(f"{table} has {name} of type {kind}; make it a string column")
     return file
 
 

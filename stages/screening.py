@@ -43,7 +43,7 @@ class Clip:
 
 @dataclass
 class Screened:
-    """What was accepted and what was not, both in the source's order."""
+    """What was accepted, in the source's order, and what was not, check by check."""
 
     audio: Path
     """Samples of all accepted clips end to end, 16-bit, little-endian."""

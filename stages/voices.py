@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stages.audio import AudioError, read_audio, resample, write_wav
+from stages.audio import AudioError, encode_wav, read_audio, resample
 from stages.config import VoiceConfig, VoicesConfig
 from stages.errors import UserError
+from stages.publish import replace_file
 
 SLOTS: dict[str, tuple[str, ...]] = {
     "name": ("anna", "oliver", "susan", "peter", "my brother", "the teacher"),
@@ -110,11 +111,11 @@ def make_corpus(config: VoicesConfig, out: Path) -> Path:
     for voice in config.voices:
         _check_engine(voice)
     (out / "wavs").mkdir(parents=True, exist_ok=True)
-    _write_whole(settings, made_with)
+    replace_file(settings, made_with.encode())
     clips = list(_clips(config, out))
     _speak_missing([clip for clip in clips if not _is_clip(clip.path)], config.processes)
     lines = (f"{c.path.stem}|{c.text}|{c.text}|{c.voice.speaker}\n" for c in clips)
-    _write_whole(out / "metadata.csv", "".join(lines))
+    replace_file(out / "metadata.csv", "".join(lines).encode())
     return out
 
 
@@ -156,9 +157,7 @@ def _start_worker() -> None:
 
 def _speak_clip(clip: Clip) -> None:
     waveform, rate_hz = ENGINES[clip.voice.engine](clip)
-    part = clip.path.with_suffix(".part")
-    write_wav(part, waveform, rate_hz)
-    part.replace(clip.path)
+    replace_file(clip.path, encode_wav(waveform, rate_hz))
 
 
 def _speak_hibari(clip: Clip) -> tuple[Tensor, int]:
@@ -174,9 +173,15 @@ def _speak_flite(clip: Clip) -> tuple[Tensor, int]:
     with tempfile.TemporaryDirectory() as folder:
         spoken = Path(folder) / "spoken.wav"
         arguments = ["-voice", clip.voice.voice, "--setf", f"duration_stretch={pitch}"]
-        subprocess.run(["flite", *arguments, "-t", clip.text, "-o", spoken], check=True)
+        _run_flite([*arguments, "-t", clip.text, "-o", str(spoken)])
         waveform, rate_hz = read_audio(spoken)
     return _shift(waveform, rate_hz, pitch), rate_hz
+
+
+def _run_flite(arguments: list[str]) -> None:
+    done = subprocess.run(["flite", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"flite {' '.join(arguments)} failed: {done.stderr.strip()}")
 
 
 ENGINES: dict[str, Callable[[Clip], tuple[Tensor, int]]] = {
@@ -208,9 +213,3 @@ def _check_engine(voice: VoiceConfig) -> None:
             f"speaker {voice.speaker!r} needs the package hibari-tts, which is not installed; "
             "pip install 'foretell[voices]', or name a recorded folder in prepare.source"
         )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
