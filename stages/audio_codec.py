@@ -53,7 +53,7 @@ class AudioCodec(Protocol):
 
 
 class ResidualMel:
-    """Residual vector quantiser over log-mel spectra; Griffin–Lim makes them audible.
+    """Residual vector quantiser over log-mel spectra, a decoder to finer ones, and Griffin–Lim.
 
     A codec frame is `mels_per_frame` consecutive log-mel spectra laid end to end (D features).
     Codebook i holds the k-means centroids of what codebooks 0 … i-1 left over.

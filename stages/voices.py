@@ -213,3 +213,21 @@ def _check_engine(voice: VoiceConfig) -> None:
             f"speaker {voice.speaker!r} needs the package hibari-tts, which is not installed; "
             "pip install 'foretell[voices]', or name a recorded folder in prepare.source"
         )
+    known = _hibari_voices() if voice.engine == "hibari" else _flite_voices()
+    if voice.voice not in known:
+        raise UserError(
+            f"speaker {voice.speaker!r} asks for the voice {voice.voice!r}, but {voice.engine} has "
+            f"{', '.join(known)}"
+        )
+
+
+def _hibari_voices() -> list[str]:
+    from hibari.voices import VOICES
+
+    return list(VOICES)
+
+
+def _flite_voices() -> list[str]:
+    """Asked beforehand, because flite speaks with another voice where it lacks one."""
+    listed = subprocess.run(["flite", "-lv"], capture_output=True, text=True, check=True).stdout
+    return listed.partition(":")[2].split()

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 from stages.audio import level_dbfs
-from stages.config import FitAudioCodecConfig, LoadAudioCodecConfig, PrepareConfig
+from stages.config import FitAudioCodecConfig, LoadAudioCodecConfig, PrepareConfig, VoicesConfig
 from stages.dataset import Dataset
 from stages.errors import UserError
 from stages.prepare import prepare
@@ -321,3 +321,16 @@ def test_an_unfinished_or_foreign_dataset_is_refused(config, tmp_path, change, m
     header.unlink() if change is None else header.write_text(json.dumps(content | change))
     with pytest.raises(UserError, match=message):
         Dataset.open(dataset.path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": None}, "exactly one of source"),
+        ({"voices": VoicesConfig()}, "exactly one of source"),
+        ({"max_duration_s": 0.1}, "max_duration_s=0.1 must be above min_duration_s=0.3"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)

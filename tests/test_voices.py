@@ -124,6 +124,20 @@ def test_an_absent_engine_is_named_with_its_package(monkeypatch, tmp_path):
         make_corpus(CONFIG, tmp_path / "corpus")
 
 
+def test_a_voice_that_an_engine_lacks_is_named_with_those_it_has(require, monkeypatch, tmp_path):
+    program = tmp_path / "flite"
+    program.write_text("#!/bin/sh\necho 'Voices available: kal rms slt '\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    flite = VoicesConfig(voices=(VoiceConfig(speaker="a", engine="flite", voice="rsm"),))
+    with pytest.raises(UserError, match="'rsm', but flite has kal, rms, slt"):
+        make_corpus(flite, tmp_path / "corpus")
+    require(*HIBARI)
+    hibari = VoicesConfig(voices=(VoiceConfig(speaker="a", voice="hart"),))
+    with pytest.raises(UserError, match="'hart', but hibari has heart, "):
+        make_corpus(hibari, tmp_path / "corpus")
+
+
 def test_two_voices_of_one_name_are_refused():
     with pytest.raises(ValueError, match="names a speaker twice"):
         VoicesConfig(voices=(VoiceConfig(speaker="a"), VoiceConfig(speaker="a", pitch=0.8)))
