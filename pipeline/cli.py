@@ -18,6 +18,7 @@ from pipeline.launch import FAILED, FINISHED, USAGE_ERROR
 from pipeline.progress import progress, stages_of
 from pipeline.run import do_stage, run, under_torchrun
 from stages.errors import UserError
+from stages.interruption import stop_request
 from store import StoreError
 from store import verify as check
 
@@ -49,7 +50,9 @@ def main() -> None:
 
 def _stage(stage: str, config: Path, overrides: list[str] | None, task: str | None = None) -> None:
     settings = load_config(config, overrides or [])
-    raise typer.Exit(do_stage(stage, config, overrides or [], settings, task))
+    with stop_request() as stop:
+        code = do_stage(stage, config, overrides or [], settings, stop, task)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -94,7 +97,8 @@ def train(
 
             code = worker([f"train:{name}", str(config), *(f"--set={s}" for s in set_ or [])])
         else:
-            code = do_stage(f"train:{name}", config, set_ or [], settings)
+            with stop_request() as stop:
+                code = do_stage(f"train:{name}", config, set_ or [], settings, stop)
         if code != FINISHED:
             raise typer.Exit(code)
 

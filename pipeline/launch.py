@@ -9,31 +9,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from pipeline.record import Usage
+from stages.interruption import STOP_SIGNALS, StopRequest, held_back
 
 FINISHED, FAILED, USAGE_ERROR, MORE_TO_DO = 0, 1, 2, 75
 """Exit codes of every command."""
 GRACE_S = 20.0
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def launch(arguments: Sequence[str], processes: int) -> tuple[int, float, list[Usage]]:
+def launch(
+    arguments: Sequence[str], processes: int, stop: StopRequest
+) -> tuple[int, float, list[Usage]]:
     """Run `python -m pipeline.worker ARGUMENTS` in data-parallel processes on this machine.
 
-    Signals that ask for a stop are passed on, and the workers stop where nothing is lost. When one
-    worker fails, the others are stopped. Returns the exit code, the seconds it took, and what each
-    process needed.
+    Signals that ask for a stop are noted in `stop` and passed on, and the workers stop where
+    nothing is lost. When one worker fails, the others are stopped. Returns the exit code, the
+    seconds it took, and what each process needed.
     """
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="foretell-") as scratch:
+    workers: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory(prefix="foretell-") as scratch, _passing_on(workers, stop):
         port = str(_free_port())
-        workers = [
-            _start(arguments, rank, processes, port, Path(scratch)) for rank in range(processes)
-        ]
+        # A signal waits until all workers are there, and a worker's until it can heed it.
+        with held_back():
+            workers += [
+                _start(arguments, rank, processes, port, Path(scratch)) for rank in range(processes)
+            ]
         code = _wait(workers)
         usages = [
             Usage.model_validate_json(path.read_bytes()) for path in sorted(Path(scratch).iterdir())
@@ -54,26 +60,32 @@ def _start(
         [sys.executable, "-m", "pipeline.worker", *arguments],
         env={**defaults, **os.environ, **place},
         stdin=subprocess.DEVNULL,
-        # Out of the terminal's group, so that Ctrl-C reaches a worker once, through `_wait`.
+        # Out of the terminal's group, so that Ctrl-C reaches a worker once, through `_passing_on`.
         process_group=0,
     )
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
+@contextmanager
+def _passing_on(workers: list[subprocess.Popen[bytes]], stop: StopRequest) -> Iterator[None]:
     def forward(number: int, _frame: FrameType | None) -> None:
+        stop.requested = True
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
-        while any(worker.poll() is None for worker in workers):
-            if any(worker.returncode not in (None, FINISHED, MORE_TO_DO) for worker in workers):
-                _stop(workers)
-            time.sleep(0.05)
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
+    while any(worker.poll() is None for worker in workers):
+        if any(worker.returncode not in (None, FINISHED, MORE_TO_DO) for worker in workers):
+            _stop(workers)
+        time.sleep(0.05)
     return _common_code([worker.returncode for worker in workers])
 
 

@@ -13,25 +13,32 @@ from pipeline.launch import FINISHED, MORE_TO_DO, launch
 from pipeline.progress import progress, stage_identity, stages_of
 from pipeline.record import StageRecord, read_record, write_record
 from stages.errors import UserError
+from stages.interruption import StopRequest, stop_request
 
 
 def run(path: Path, overrides: Sequence[str], config: RunConfig) -> int:
     """Do every stage that the configuration names and that is not done; return the exit code."""
-    for stage in stages_of(config):
-        code = do_stage(stage, path, overrides, config)
-        if code != FINISHED:
-            return code
+    with stop_request() as stop:
+        for stage in stages_of(config):
+            code = do_stage(stage, path, overrides, config, stop)
+            if code != FINISHED:
+                return code
     say(f"{RunFolders(config).root}: all stages are done")
     return FINISHED
 
 
 def do_stage(
-    stage: str, path: Path, overrides: Sequence[str], config: RunConfig, task: str | None = None
+    stage: str,
+    path: Path,
+    overrides: Sequence[str],
+    config: RunConfig,
+    stop: StopRequest,
+    task: str | None = None,
 ) -> int:
     """Do one stage in its own processes, unless it is done; return the exit code.
 
-    `task` is "I/N" for one job of an array. Raises `UserError` for a stage that was finished with
-    other settings: nothing that exists is overwritten.
+    Nothing is begun once `stop` is requested. `task` is "I/N" for one job of an array. Raises
+    `UserError` for a stage that was finished with other settings: nothing is overwritten.
     """
     if stage not in stages_of(config):
         raise UserError(f"{path} has no section for the stage {stage!r}")
@@ -44,26 +51,39 @@ def do_stage(
             f"{stage} of run {config.name!r} was finished with other settings or inputs than "
             f"{path} has now: change `name`, or move {RunFolders(config).root} away"
         )
-    say(f"{stage}: started")
-    if stage == "rollout" and config.rollout is not None and config.rollout.source == "student":
-        code = _attempt("draw", path, overrides, config, task)
-        if code != FINISHED:
-            return code
-    code = _attempt(stage, path, overrides, config, task)
+    if not stop.requested:
+        say(f"{stage}: started")
+    code = FINISHED
+    for part in _parts(config, stage):
+        if code == FINISHED:
+            code = _attempt(part, path, overrides, config, stop, task)
     if code == MORE_TO_DO:
         say(f"{stage}: stopped; nothing is lost. To go on: foretell run {path}")
     return code
 
 
+def _parts(config: RunConfig, stage: str) -> tuple[str, ...]:
+    """Return what a stage does one after the other, each in processes of its own."""
+    drawn = stage == "rollout" and config.rollout is not None and config.rollout.source == "student"
+    return ("draw", stage) if drawn else (stage,)
+
+
 def _attempt(
-    stage: str, path: Path, overrides: Sequence[str], config: RunConfig, task: str | None
+    stage: str,
+    path: Path,
+    overrides: Sequence[str],
+    config: RunConfig,
+    stop: StopRequest,
+    task: str | None,
 ) -> int:
+    if stop.requested:
+        return MORE_TO_DO
     folders = RunFolders(config)
     arguments = [stage, str(path), *(f"--set={override}" for override in overrides)]
     if task is not None:
         arguments.append(f"--task={task}")
     processes = 1 if task is not None else _processes(config, stage)
-    code, wall_s, usages = launch(arguments, processes)
+    code, wall_s, usages = launch(arguments, processes, stop)
     identity = stage_identity(config, "rollout" if stage == "draw" else stage)
     record = read_record(folders.stages, stage)
     if record is None or record.identity != identity:

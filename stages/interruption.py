@@ -30,11 +30,29 @@ class StopRequest:
 
 
 @contextmanager
+def held_back() -> Iterator[None]:
+    """Let signals that ask for a stop wait until the block ends.
+
+    A process that is begun in the block lets them wait too, until its own `stop_request`, however
+    long its imports take.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+@contextmanager
 def stop_request(at_once: bool = False) -> Iterator[StopRequest]:
-    """Turn SIGINT, SIGTERM and SIGUSR1 into a `StopRequest` inside the block (main thread)."""
+    """Turn SIGINT, SIGTERM and SIGUSR1 into a `StopRequest` inside the block (main thread).
+
+    Signals that were held back when this process began arrive now.
+    """
     request = StopRequest(at_once)
     previous = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         yield request
     finally:
         for number, handler in previous.items():
