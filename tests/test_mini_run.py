@@ -66,7 +66,7 @@ def test_the_report_has_every_system_with_its_metrics_and_intervals(report):
             assert system["parameters"]["value"] > 0
             assert system["rtf"]["value"] > 0
             kl, agreement = system["paired_kl"], system["agreement"]
-            assert 0 <= kl["low"] <= kl["value"] <= kl["high"]
+            assert -1e-6 < kl["low"] <= kl["value"] <= kl["high"]
             assert 0 <= agreement["low"] <= agreement["value"] <= agreement["high"] <= 1
     passes = [report[name]["passes"]["value"] for name in SYSTEMS[1:]]
     assert passes == [2, 1, 1, 1]
