@@ -170,7 +170,7 @@ class TrainingState:
             _parameter_groups(module, config.weight_decay),
             lr=config.learning_rate,
             betas=config.betas,
-            fused=device.type == "cuda",
+            fused=device.type in ("cpu", "cuda"),
         )
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._average: dict[str, Tensor] = {}
