@@ -17,6 +17,9 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 ENVELOPE_HZ = 100
 """Resolution of the level envelope that silence is measured on."""
 
+FULL_SCALE = 32768
+"""Of 16-bit samples."""
+
 
 class AudioError(Exception):
     """Audio that cannot be read or used; the message is the reason, without the file's name."""
@@ -81,11 +84,16 @@ def set_level(waveform: Tensor, target_dbfs: float) -> Tensor:
     return waveform * min(gain, 0.99 / float(waveform.abs().max()))
 
 
+def to_pcm16(waveform: Tensor | np.ndarray) -> np.ndarray:
+    """Samples [samples] in -1..1 as int16, clipped; dividing by 32768 is the way back."""
+    scaled = np.asarray(waveform, dtype=np.float32) * FULL_SCALE
+    return scaled.round().clip(-FULL_SCALE, FULL_SCALE - 1).astype("<i2")
+
+
 def encode_wav(waveform: Tensor | np.ndarray, rate_hz: int) -> bytes:
     """The 16-bit WAV file of a waveform [samples]; what exceeds -1..1 is clipped."""
-    samples = np.asarray(waveform, dtype=np.float32).clip(-1.0, 1.0)
     file = io.BytesIO()
-    soundfile.write(file, samples, rate_hz, subtype="PCM_16", format="WAV")
+    soundfile.write(file, to_pcm16(waveform), rate_hz, subtype="PCM_16", format="WAV")
     return file.getvalue()
 
 

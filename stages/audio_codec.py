@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -85,7 +85,7 @@ class ResidualMel:
 
         Raises UserError when there are fewer frames than entries of a codebook.
         """
-        features = _features(config, _mel_spectrogram(config), waveforms)
+        features = list(_features(config, _mel_spectrogram(config), waveforms))
         stacked = torch.cat(features)
         if len(stacked) < config.codes_per_codebook:
             raise UserError(
@@ -103,13 +103,9 @@ class ResidualMel:
     @torch.inference_mode()
     def encode(self, waveforms: Sequence[Tensor]) -> list[np.ndarray]:
         """Waveforms [samples] float32 → codes [F, C] uint16, F = samples / frame, rounded up."""
-        codes = []
-        for start in range(0, len(waveforms), BATCH_CLIPS):
-            for features in _features(
-                self.config, self.mel, waveforms[start : start + BATCH_CLIPS]
-            ):
-                codes.append(quantise(features - self.mean, self.centroids).numpy())
-        return [each.astype(np.uint16) for each in codes]
+        features = _features(self.config, self.mel, waveforms)
+        codes = (quantise(clip - self.mean, self.centroids) for clip in features)
+        return [each.numpy().astype(np.uint16) for each in codes]
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> Tensor:
@@ -242,13 +238,16 @@ def _mel_spectrogram(config: FitAudioCodecConfig) -> MelSpectrogram:
 
 def _features(
     config: FitAudioCodecConfig, mel: MelSpectrogram, waveforms: Sequence[Tensor]
-) -> list[Tensor]:
-    """Waveforms [samples] → features [F, mels_per_frame · mels], each apart from its batch."""
+) -> Iterator[Tensor]:
+    """Waveforms [samples] → features [F, mels_per_frame · mels] of each, batch by batch."""
     frame_samples = config.hop * config.mels_per_frame
-    frames = [-(-len(waveform) // frame_samples) for waveform in waveforms]
-    batch = torch.zeros(len(waveforms), max(frames) * frame_samples)
-    for row, waveform in zip(batch, waveforms, strict=True):
-        row[: len(waveform)] = waveform
-    spectra = mel(batch).clamp(min=config.floor).log()[..., :-1].transpose(1, 2)
-    stacked = spectra.reshape(len(batch), max(frames), -1)
-    return [each[:count] for each, count in zip(stacked, frames, strict=True)]
+    for start in range(0, len(waveforms), BATCH_CLIPS):
+        clips = waveforms[start : start + BATCH_CLIPS]
+        frames = [-(-len(clip) // frame_samples) for clip in clips]
+        batch = torch.zeros(len(clips), max(frames) * frame_samples)
+        for row, clip in zip(batch, clips, strict=True):
+            row[: len(clip)] = clip
+        spectra = mel(batch).clamp(min=config.floor).log()[..., :-1].transpose(1, 2)
+        stacked = spectra.reshape(len(batch), max(frames), -1)
+        for features, count in zip(stacked, frames, strict=True):
+            yield features[:count].clone()

@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stages.audio import AudioError, level_dbfs, resample, set_level, trim_silence
+from stages.audio import (
+    FULL_SCALE,
+    AudioError,
+    level_dbfs,
+    resample,
+    set_level,
+    to_pcm16,
+    trim_silence,
+)
 from stages.config import PrepareConfig
 from stages.recordings import Recording, load_recording, read_ids, read_recordings
 
 MAX_SAMPLE_ID_BYTES = 512
 """What a store can hold in a key."""
-
-FULL_SCALE = 32767
-"""Of the 16-bit samples that accepted audio is kept in."""
 
 
 class Rejection(Exception):
@@ -106,8 +111,7 @@ def _accept(
         raise Rejection("no speaker: the row's cell is empty")
     waveform = _condition(*load_recording(root, recording), config, sample_rate_hz)
     start = spill.tell() // 2
-    samples = (waveform * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE)
-    spill.write(samples.numpy().astype("<i2").tobytes())
+    spill.write(to_pcm16(waveform).tobytes())
     return Clip(recording.sample_id, text, recording.speaker, start, len(waveform))
 
 

@@ -220,6 +220,13 @@ def test_silence_is_trimmed_and_levels_are_evened(config, source, tmp_path):
         assert level_dbfs(speech) == pytest.approx(-23, abs=1.2)
 
 
+def test_the_reference_is_what_was_encoded(config, tmp_path):
+    dataset = prepare(config(), tmp_path / "dataset")
+    for row in dataset.samples("test"):
+        (codes,) = dataset.audio_codec().encode([dataset.reference(row["sample_id"])[0]])
+        np.testing.assert_array_equal(codes, dataset.codes(row))
+
+
 def wav_bytes(samples: np.ndarray) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, RATE_HZ, format="WAV")
