@@ -9,7 +9,7 @@ import pytest
 
 from stages import judges
 from stages.config import EvaluateConfig
-from stages.judges import JUDGES, Clip, judge, missing_package
+from stages.judges import JUDGES, Clip, judge
 from stages.metrics import cosine, word_errors
 
 TEXT = "bring the yellow book to the garden"
@@ -34,13 +34,6 @@ def require_judge(require, name):
         require(module, JUDGES[name].install)
 
 
-def skip_unless_installed(name):
-    """For a judge that no extra can install: skip on every machine that lacks it."""
-    reason = missing_package(name)
-    if reason is not None:
-        pytest.skip(reason)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["whisper", "pocketsphinx"])
 def test_a_recogniser_hears_every_clip_alike_in_any_company(require, spoken, name):
@@ -62,8 +55,8 @@ def test_quality_falls_when_noise_is_added(require, spoken):
 
 
 @pytest.mark.slow
-def test_speaker_embedding_tells_a_shifted_voice_from_a_cut_one(spoken):
-    skip_unless_installed("resemblyzer")
+def test_speaker_embedding_tells_a_shifted_voice_from_a_cut_one(require, spoken):
+    require_judge(require, "resemblyzer")
     half = len(spoken.waveform) // 2
     clips = [
         Clip(spoken.waveform[:half], spoken.rate_hz),
