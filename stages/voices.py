@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import multiprocessing
 import shutil
 import signal
@@ -99,12 +100,12 @@ def make_corpus(config: VoicesConfig, out: Path) -> Path:
     finished, clips that cannot be read are made again, and the same config gives the same bytes.
     Raises UserError when `out` was made with other settings or a voice's package is missing.
     """
-    made_with = config.model_dump_json(exclude={"processes"}, indent=1) + "\n"
+    made_with = _describe(config)
     settings = out / "voices.json"
     if settings.exists() and settings.read_text() != made_with:
         raise UserError(
-            f"{out} holds a corpus of other settings (see {settings}); remove it or choose "
-            "another folder"
+            f"{out} holds a corpus of other settings or another grammar (see {settings}); remove "
+            "it or choose another folder"
         )
     if (out / "metadata.csv").exists():
         return out
@@ -117,6 +118,13 @@ def make_corpus(config: VoicesConfig, out: Path) -> Path:
     lines = (f"{c.path.stem}|{c.text}|{c.text}|{c.voice.speaker}\n" for c in clips)
     replace_file(out / "metadata.csv", "".join(lines).encode())
     return out
+
+
+def _describe(config: VoicesConfig) -> str:
+    """What decides the bytes of a corpus: the settings, and the sentences' grammar."""
+    grammar = hashlib.sha256(json.dumps([SLOTS, PATTERNS]).encode()).hexdigest()
+    made_with = config.model_dump(mode="json", exclude={"processes"}) | {"grammar": grammar}
+    return json.dumps(made_with, indent=1) + "\n"
 
 
 def _clips(config: VoicesConfig, out: Path) -> Iterator[Clip]:

@@ -84,6 +84,14 @@ def test_a_corpus_of_other_settings_is_refused(tmp_path):
         make_corpus(CONFIG.model_copy(update={"seed": 5}), tmp_path)
 
 
+def test_a_corpus_of_another_grammar_is_refused(require, monkeypatch, tmp_path):
+    require(*HIBARI)
+    make_corpus(CONFIG, tmp_path)
+    monkeypatch.setattr(voices, "PATTERNS", (*PATTERNS, "the {object}"))
+    with pytest.raises(UserError, match="or another grammar"):
+        make_corpus(CONFIG, tmp_path)
+
+
 def test_the_table_names_every_clip_with_its_text_and_speaker(require, tmp_path):
     require(*HIBARI)
     corpus = make_corpus(CONFIG, tmp_path / "corpus")
