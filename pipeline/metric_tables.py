@@ -16,6 +16,9 @@ LABELS = {
     "student": "student",
 }
 
+ROUNDING = 1e-7
+"""Divergences below this are those of a system from itself, in float32."""
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -60,7 +63,9 @@ def short_count(value: float) -> str:
 
 
 def significant(value: float) -> str:
-    """Write a number with three significant digits."""
+    """Write a number with three significant digits; what is left of a zero by rounding is 0."""
+    if abs(value) < ROUNDING:
+        return "0"
     return f"{value:.3g}".replace("-", "−")
 
 
