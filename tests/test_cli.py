@@ -8,8 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +28,7 @@ COMMAND = [sys.executable, "-m", "pipeline"]
 ENVIRONMENT = os.environ | {"PYTHONWARNINGS": "error", "PYTHONPATH": str(ROOT)}
 
 
-def foretell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def in_a_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command in a process of its own; a traceback is never an answer."""
     command = [*COMMAND, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
@@ -33,11 +36,28 @@ def foretell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def foretell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which is faster: the same entry point, output and code."""
+    from pipeline.cli import main
+
+    command = ["foretell", *map(str, arguments)]
+    with (
+        patch.object(sys, "argv", command),
+        redirect_stdout(StringIO()) as out,
+        redirect_stderr(StringIO()) as err,
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    code = ended.value.code
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
 # ---- reports: no model is loaded, so they are quick
 
 
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, tiny_run):
-    done = foretell("status", tiny_run.path, "--set", "rollout.sampler.temperature=0")
+    done = in_a_process("status", tiny_run.path, "--set", "rollout.sampler.temperature=0")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"foretell: {tiny_run.path} is not a valid configuration:\n")
@@ -62,7 +82,7 @@ def test_misuse_of_a_command_is_exit_code_2(tiny_run):
 
 def test_status_of_a_run_that_has_not_begun(run_of, tiny_run):
     run = run_of("new", evaluate=tiny_run.document["evaluate"])
-    done = foretell("status", run.path, "--json")
+    done = in_a_process("status", run.path, "--json")
     assert done.returncode == 1
     stages = json.loads(done.stdout)["stages"]
     assert list(stages) == ["fit", "rollout", "train:student", "evaluate"]
@@ -118,7 +138,7 @@ def test_inspect_shows_a_rollout_and_a_timestep_as_the_store_has_them(tiny_run):
 
 
 def test_verify_calls_a_sound_store_sound(tiny_run):
-    done = foretell("verify", tiny_run.root / "store", "--json")
+    done = in_a_process("verify", tiny_run.root / "store", "--json")
     assert done.returncode == 0
     found = json.loads(done.stdout)
     assert {"ok": True, "shards": 5, "rollouts": 40, "bad": []}.items() <= found.items()

@@ -279,7 +279,7 @@ def checkpointed(folder: Path, step: int) -> bool:
     return bool(names) and names[-1] >= f"step_{step:08d}"
 
 
-@pytest.mark.parametrize("stage", ["fit", "train:student"])
+@pytest.mark.parametrize("stage", ["fit", pytest.param("train:student", marks=pytest.mark.slow)])
 def test_a_run_killed_in_the_middle_goes_on_to_the_same_bytes(
     stage, run_of, start_worker, tiny_run
 ):
@@ -335,7 +335,7 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("stage", ["fit", "train:student"])
+@pytest.mark.parametrize("stage", [pytest.param("fit", marks=pytest.mark.slow), "train:student"])
 def test_micro_batches_and_processes_share_a_batch_without_changing_its_gradient(
     stage, run_of, start_worker, tiny_run
 ):

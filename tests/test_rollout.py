@@ -229,25 +229,27 @@ def test_a_sample_of_the_same_run_draws_other_codes_in_every_variation(tmp_path)
 def test_every_rollout_has_its_stop_reason_and_weight(tmp_path):
     family, samples = teacher_of(), samples_of(12)
     sampler = {
-        "min_timesteps": 2, "max_timesteps": 9, "temperature": 1.5, "end_on": "majority",
-        "reference_multiple": 1.0, "truncated_weight": 0.25, "too_short_multiple": 0.4,
+        "min_timesteps": 5, "max_timesteps": 9, "temperature": 1.5,
+        "reference_multiple": 1.0, "truncated_weight": 0.25, "too_short_multiple": 0.6,
     }  # fmt: skip
-    store = written(tmp_path / "a", family, samples, sampler=sampler, variations=4)
-    lengths = {s["sample_id"]: family.timesteps(s) for s in samples}
+    store = written(tmp_path / "a", family, samples, sampler=sampler, variations=8)
+    references = {s["sample_id"]: family.timesteps(s) for s in samples}
     found = set()
     for key in store:
-        one, reference = store[key], lengths[key[0]]
-        found.add(one.stop_reason)
-        if one.stop_reason != "end":
-            assert not ((one.codes == family.end_id).sum(-1) > 1).any()
-            assert len(one) == min(reference, 9)
+        one, reference = store[key], references[key[0]]
+        ends = (one.codes == family.end_id).any(-1)
+        rejected = len(one) < 0.6 * reference
+        found.add((one.stop_reason, rejected))
+        assert not ends[:5].any()
+        if one.stop_reason == "end":
+            assert not ends[:-1].any()
+        else:
+            assert not ends.any()
+            assert len(one) == min(max(reference, 5), 9)
             assert one.stop_reason == ("max_timesteps" if reference >= 9 else "truncated")
-        rejected = len(one) < 0.4 * reference
-        expected = 0.0 if rejected else {"end": 1.0}.get(one.stop_reason, 0.25)
-        assert one.weight == expected
-        assert not (one.codes[:2] == family.end_id).any()
-        assert len(one) <= 9
-    assert found == {"end", "truncated", "max_timesteps"}
+        assert one.weight == (0.0 if rejected else {"end": 1.0}.get(one.stop_reason, 0.25))
+    assert {reason for reason, _ in found} == {"end", "truncated", "max_timesteps"}
+    assert {rejected for _, rejected in found} == {True, False}
 
 
 @pytest.mark.parametrize("source", ["teacher", "dataset"])

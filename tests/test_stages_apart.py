@@ -30,6 +30,7 @@ def tensors_of(folder: Path) -> set[str]:
         return set(file.keys())
 
 
+@pytest.mark.slow
 def test_the_observer_sees_a_model_that_is_built_and_loaded(tiny_run, run_of, observe):
     # Control: evaluation builds the teacher twice and the student, so the other tests can see.
     run = run_of("both", fitted=True, evaluate=tiny_run.document["evaluate"])
