@@ -214,6 +214,7 @@ class Assembly:
             dataset,
             config,
             self._folders.report,
+            identity=stage_identity(self._config, "evaluate"),
             stop=self._stop,
         )
         self.peak_device_bytes = peak_device_bytes(device)

@@ -11,6 +11,7 @@ from pathlib import Path
 from stages import verdict
 from stages.config import EvaluateConfig
 from stages.dataset import Dataset
+from stages.errors import UserError
 from stages.family import Sample
 from stages.interruption import StopRequest
 from stages.measure import (
@@ -22,6 +23,7 @@ from stages.measure import (
     write_recordings,
 )
 from stages.metrics import Bootstrap, Ratio
+from stages.publish import replace_file
 from stages.report_schema import AudioSample, Comparison, JudgeUse, System
 from store import PredictionStore
 
@@ -49,14 +51,17 @@ def evaluate(
     config: EvaluateConfig,
     folder: Path,
     *,
+    identity: str,
     stop: StopRequest,
 ) -> Evaluation | None:
     """Measure every system against the reference store, let judges hear it, and sum up.
 
     `reference` holds the guided teacher's rollouts of the held-out samples. One model is in memory
-    at a time. A system that was measured, and a judge that has listened, are not asked again.
+    at a time. A system that was measured, and a judge that has listened, are not asked again;
+    `identity` names what their answers depend on, and `UserError` refuses a folder of another.
     Returns None when `stop` was requested first.
     """
+    _claim(folder / "identity", identity)
     chosen = [samples[sample_id] for sample_id, _ in reference]
     audio_codec = dataset.audio_codec()
     write_recordings(dataset, chosen, folder / AUDIO / verdict.RECORDING)
@@ -83,6 +88,17 @@ def evaluate(
     if stop.requested:
         return None
     return _sum_up(config, measures, chosen, folder)
+
+
+def _claim(path: Path, identity: str) -> None:
+    """Mark a folder as belonging to one evaluation; refuse what another one left half done."""
+    if not path.exists():
+        replace_file(path, identity.encode())
+    if path.read_text(encoding="utf-8") != identity:
+        raise UserError(
+            f"{path.parent} holds parts of an evaluation of other models or settings: move it "
+            "away, then evaluate again"
+        )
 
 
 def _measure_once(folder: Path, name: str, work: Callable[[Path], Measure]) -> Measure:
