@@ -30,9 +30,9 @@ def publish_file(path: Path) -> Iterator[Path]:
         yield draft
         _sync_file(draft)
         os.replace(draft, path)
-    except BaseException:
+    finally:
+        # Gone already where the draft became `path`.
         draft.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 
@@ -49,9 +49,8 @@ def publish_folder(path: Path) -> Iterator[Path]:
         yield draft
         _sync_tree(draft)
         os.rename(draft, path)
-    except BaseException:
+    finally:
         shutil.rmtree(draft, ignore_errors=True)
-        raise
     sync_folder(path.parent)
 
 
