@@ -75,6 +75,10 @@ def rollout(
     rollouts = sum(len(store.plan[shard]) for shard in shards)
     with tqdm(total=rollouts, unit="rollout", desc="rollout", disable=None) as bar:
         for shard in shards:
+            if store.is_committed(shard):
+                # By another worker, since the store was opened.
+                bar.update(len(store.plan[shard]))
+                continue
             with store.writer(shard) as writer:
                 for keys in split(store.plan[shard], batch_size):
                     if stop.requested:

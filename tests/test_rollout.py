@@ -185,6 +185,18 @@ def test_the_filters_of_the_sampler_choose_codes_and_leave_the_targets_whole(tmp
             assert (store[key].codes == logits.argmax(-1)).mean() > 0.8
 
 
+def test_a_shard_that_another_worker_has_committed_costs_the_teacher_nothing(tmp_path, monkeypatch):
+    family, samples = teacher_of(), samples_of()
+    late, config = store_of(tmp_path / "store", family, samples)
+    written(tmp_path / "store", family, samples)
+    monkeypatch.setattr(family, "rollout", lambda *_: pytest.fail("the teacher ran again"))
+    by_id = {sample["sample_id"]: sample for sample in samples}
+    assert late.missing() == [0, 1, 2]
+    assert rollout(
+        family, late, by_id, late.missing(), batch_size=config.batch_size, stop=StopRequest()
+    )
+
+
 def test_the_recordings_own_codes_are_scored_when_the_dataset_is_the_source(tmp_path):
     family, samples = teacher_of(frames_per_step=2), samples_of()
     store = written(tmp_path / "store", family, samples, source="dataset", variations=1)
