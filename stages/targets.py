@@ -33,7 +33,7 @@ class SparseTarget:
     """The teacher's likeliest ids, and the mass that lies outside them."""
 
     ids: Tensor
-    """[..., K] int64, by falling logit."""
+    """[..., K] int64, rising."""
     logits: Tensor
     """[..., K] float32, relative to the row maximum."""
     tail_logmass: Tensor
@@ -99,8 +99,8 @@ def _reduce_top_k(
     if end_id is not None:
         bonus[..., end_id] = float("inf")
     selected = (relative + bonus).topk(target.k, dim=-1).indices
-    values, order = relative.gather(-1, selected).sort(dim=-1, descending=True, stable=True)
-    ids = selected.gather(-1, order)
+    ids = selected.sort(dim=-1).values
+    values = relative.gather(-1, ids)
 
     outside = relative.scatter(-1, ids, float("-inf"))
     tails = [

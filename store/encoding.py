@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from store.schema import Full, Manifest, TopK
+from store.schema import Dense, Full, Hidden, Latent, Manifest, Sampled, TopK
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -52,25 +52,52 @@ class Fault:
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     """Arrays of every shard of a store by name, in the order in which they are written.
 
-    `codes` [N, C] and, for `top_k`, `top_k.ids` [N, C, K], `top_k.logits` [N, C, K],
-    `top_k.tail_logmass` [N, C, temperatures] and, with moments, `top_k.moments` [N, C, 2];
-    for `full`, `full.logits` [N, C, V].
+    `codes` [N, C] (categorical streams only), then those of the target:
+
+    - `top_k`: `top_k.ids` [N, C, K] rising, `top_k.logits` [N, C, K] in the order of the ids,
+      `top_k.tail_logmass` [N, C, temperatures], and where asked for `top_k.tail_ids` [N, C, M]
+      rising with repeats and `top_k.moments` [N, C, 2];
+    - `full`: `full.logits` [N, C, V], or `full.cond` and `full.uncond`;
+    - `sampled`: `sampled.ids` [N, C, draws] rising with repeats;
+    - `hidden`: per group `hidden.GROUP` [N, H, D], or `hidden.cond.GROUP`, `hidden.uncond.GROUP`;
+    - `dense`: `dense.guided` [N, C, *shape], or `dense.cond` and `dense.delta`.
     """
-    streams, ids = len(manifest.streams), ids_dtype(manifest.vocabulary)
-    target = manifest.target
-    specs = [ArraySpec("codes", ids, (streams,))]
-    logits = np.dtype(target.dtype)
-    match target:
-        case TopK():
-            tail = (streams, len(target.temperatures))
-            specs.append(ArraySpec("top_k.ids", ids, (streams, target.k)))
-            specs.append(ArraySpec("top_k.logits", logits, (streams, target.k)))
-            specs.append(ArraySpec("top_k.tail_logmass", np.dtype(np.float32), tail))
-            if target.moments:
-                specs.append(ArraySpec("top_k.moments", np.dtype(np.float32), (streams, 2)))
-        case Full():
-            specs.append(ArraySpec("full.logits", logits, (streams, manifest.vocabulary)))
+    specs = list(_target_specs(manifest))
+    if not isinstance(manifest.target, Dense):
+        ids = ids_dtype(manifest.vocabulary)
+        specs.insert(0, ArraySpec("codes", ids, (len(manifest.streams),)))
     return {spec.name: spec for spec in specs}
+
+
+def _target_specs(manifest: Manifest) -> Iterator[ArraySpec]:
+    streams, ids = len(manifest.streams), ids_dtype(manifest.vocabulary)
+    single = np.dtype(np.float32)
+    match manifest.target:
+        case TopK() as target:
+            tail = (streams, len(target.temperatures))
+            yield ArraySpec("top_k.ids", ids, (streams, target.k))
+            yield ArraySpec("top_k.logits", np.dtype(target.dtype), (streams, target.k))
+            yield ArraySpec("top_k.tail_logmass", single, tail)
+            if target.tail_samples:
+                yield ArraySpec("top_k.tail_ids", ids, (streams, target.tail_samples))
+            if target.moments:
+                yield ArraySpec("top_k.moments", single, (streams, 2))
+        case Full() as target:
+            for part in ("logits",) if target.branches == "guided" else ("cond", "uncond"):
+                shape = (streams, manifest.vocabulary)
+                yield ArraySpec(f"full.{part}", np.dtype(target.dtype), shape)
+        case Sampled() as target:
+            yield ArraySpec("sampled.ids", ids, (streams, target.draws))
+        case Hidden() as target:
+            for head in manifest.heads:
+                for part in ("",) if target.branches == "guided" else ("cond.", "uncond."):
+                    states = (head.vectors, head.width)
+                    yield ArraySpec(f"hidden.{part}{head.group}", np.dtype(target.dtype), states)
+        case Dense() as target:
+            stream = manifest.streams[0]
+            one = stream.shape if isinstance(stream, Latent) else ()
+            for part in ("guided",) if target.branches == "guided" else ("cond", "delta"):
+                yield ArraySpec(f"dense.{part}", np.dtype(target.dtype), (streams, *one))
 
 
 def ids_dtype(vocabulary: int) -> np.dtype[Any]:
@@ -81,20 +108,21 @@ def ids_dtype(vocabulary: int) -> np.dtype[Any]:
 def find_fault(manifest: Manifest, arrays: Mapping[str, Array]) -> Fault | None:
     """First fault of the arrays of one rollout or one shard, each [T, *trailing]; None if sound.
 
-    Names, types, shapes, then values: ids in range and allowed, no NaN, logits relative to the
-    row maximum, masses at most 1.
+    Names, types, shapes, then values: ids in range, allowed and in order, no NaN, logits relative
+    to the row maximum, masses at most 1.
     """
     fault = _shape_fault(array_specs(manifest), arrays)
     return fault or next(_value_faults(manifest, arrays), None)
 
 
 def _shape_fault(specs: Mapping[str, ArraySpec], arrays: Mapping[str, Array]) -> Fault | None:
+    first = next(iter(specs))
     if set(arrays) != set(specs):
         missing, extra = sorted(set(specs) - set(arrays)), sorted(set(arrays) - set(specs))
-        return Fault("codes", f"the arrays {missing} are missing and {extra} are not of this store")
-    timesteps = arrays["codes"].shape[:1]
+        return Fault(first, f"the arrays {missing} are missing and {extra} are not of this store")
+    timesteps = arrays[first].shape[:1]
     if timesteps in ((), (0,)):
-        return Fault("codes", "it has no timestep")
+        return Fault(first, "it has no timestep")
     for name, spec in specs.items():
         expected = (*timesteps, *spec.trailing)
         if arrays[name].shape != expected:
@@ -105,41 +133,61 @@ def _shape_fault(specs: Mapping[str, ArraySpec], arrays: Mapping[str, Array]) ->
 
 
 def _value_faults(manifest: Manifest, arrays: Mapping[str, Array]) -> Iterator[Fault]:
-    codes = arrays["codes"]
-    yield from _id_faults(manifest, "codes", codes[..., None])
+    if "codes" in arrays:
+        yield from _id_faults(manifest, "codes", arrays["codes"][..., None])
     match manifest.target:
         case TopK():
-            ids = arrays["top_k.ids"]
-            yield from _id_faults(manifest, "top_k.ids", ids)
-            ranked = np.sort(ids, axis=-1)
-            yield from _faults("top_k.ids", "an id twice", ranked[..., 1:] == ranked[..., :-1])
-            dropped = ~(ids == codes[..., None]).any(-1)
-            yield from _faults("top_k.ids", "no place for the drawn code", dropped)
-            yield from _top_k_logit_faults(arrays["top_k.logits"])
-            yield from _mass_faults(arrays["top_k.tail_logmass"])
-            if manifest.target.moments:
-                moments = arrays["top_k.moments"]
-                yield from _faults("top_k.moments", "NaN or infinity", ~np.isfinite(moments))
+            yield from _top_k_faults(manifest, arrays)
         case Full():
-            yield from _full_logit_faults(manifest, arrays["full.logits"])
+            for name in sorted(arrays.keys() - {"codes"}):
+                yield from _full_logit_faults(manifest, name, arrays[name])
+        case Sampled():
+            yield from _id_faults(manifest, "sampled.ids", arrays["sampled.ids"])
+            yield from _order_faults("sampled.ids", arrays["sampled.ids"])
+        case Hidden() | Dense():
+            for name in sorted(arrays.keys() - {"codes"}):
+                yield from _faults(name, "NaN or infinity", ~np.isfinite(arrays[name]))
+
+
+def _top_k_faults(manifest: Manifest, arrays: Mapping[str, Array]) -> Iterator[Fault]:
+    ids, codes = arrays["top_k.ids"], arrays["codes"]
+    yield from _id_faults(manifest, "top_k.ids", ids)
+    yield from _faults("top_k.ids", "ids that do not rise", ids[..., 1:] <= ids[..., :-1])
+    dropped = ~(ids == codes[..., None]).any(-1)
+    yield from _faults("top_k.ids", "no place for the drawn code", dropped)
+    yield from _relative_faults("top_k.logits", arrays["top_k.logits"])
+    yield from _mass_faults(arrays["top_k.tail_logmass"])
+    if "top_k.tail_ids" in arrays:
+        drawn = arrays["top_k.tail_ids"]
+        yield from _id_faults(manifest, "top_k.tail_ids", drawn)
+        yield from _order_faults("top_k.tail_ids", drawn)
+        for place in range(drawn.shape[-1]):
+            kept = (ids == drawn[..., place, None]).any(-1)
+            yield from _faults("top_k.tail_ids", "an id that is kept, not in the tail", kept)
+    if "top_k.moments" in arrays:
+        moments = arrays["top_k.moments"]
+        yield from _faults("top_k.moments", "NaN or infinity", ~np.isfinite(moments))
 
 
 def _id_faults(manifest: Manifest, name: str, ids: Array) -> Iterator[Fault]:
     sizes = _vocabularies(manifest)[:, None]
     yield from _faults(name, "an id beyond the vocabulary of its stream", ids >= sizes)
-    forbidden = np.isin(ids, np.array(manifest.forbidden, ids.dtype))
-    yield from _faults(name, "an id that the manifest forbids", forbidden)
+    if manifest.forbidden:
+        forbidden = np.isin(ids, np.array(manifest.forbidden, ids.dtype))
+        yield from _faults(name, "an id that the manifest forbids", forbidden)
+
+
+def _order_faults(name: str, ids: Array) -> Iterator[Fault]:
+    yield from _faults(name, "ids that fall", ids[..., 1:] < ids[..., :-1])
 
 
 def _vocabularies(manifest: Manifest) -> Array:
-    return np.array([stream.vocabulary for stream in manifest.streams])  # [C]
+    return np.array(manifest.vocabularies)  # [C]
 
 
-def _top_k_logit_faults(logits: Array) -> Iterator[Fault]:
-    name = "top_k.logits"
+def _relative_faults(name: str, logits: Array) -> Iterator[Fault]:
     yield from _faults(name, "NaN", np.isnan(logits))
-    yield from _faults(name, "a first logit that is not 0", logits[..., 0] != 0)
-    yield from _faults(name, "logits that do not fall", logits[..., 1:] > logits[..., :-1])
+    yield from _faults(name, "a largest logit that is not 0", logits.max(-1) != 0)
 
 
 def _mass_faults(logmass: Array) -> Iterator[Fault]:
@@ -148,10 +196,8 @@ def _mass_faults(logmass: Array) -> Iterator[Fault]:
     yield from _faults(name, "a probability mass over 1", logmass > LOGMASS_TOLERANCE)
 
 
-def _full_logit_faults(manifest: Manifest, logits: Array) -> Iterator[Fault]:
-    name = "full.logits"
-    yield from _faults(name, "NaN", np.isnan(logits))
-    yield from _faults(name, "a row maximum that is not 0", logits.max(-1) != 0)
+def _full_logit_faults(manifest: Manifest, name: str, logits: Array) -> Iterator[Fault]:
+    yield from _relative_faults(name, logits)
     banned = np.arange(manifest.vocabulary) >= _vocabularies(manifest)[:, None]  # [C, V]
     banned[:, list(manifest.forbidden)] = True
     finite = logits[:, banned] != -np.inf

@@ -32,6 +32,7 @@ def require(valid: bool, name: str, value: object, limit: str, advice: str) -> N
 class Stream(Record):
     """One categorical output of the teacher per timestep."""
 
+    kind: Literal["categorical"] = "categorical"
     name: str
     """Name of the stream, unique in a manifest, e.g. `backbone.3`."""
     group: str
@@ -52,6 +53,23 @@ class Stream(Record):
         return self
 
 
+class Latent(Record):
+    """One continuous output of the teacher per timestep."""
+
+    kind: Literal["continuous"] = "continuous"
+    name: str
+    """Name of the stream, unique in a manifest, e.g. `noise`."""
+    group: str
+    """Streams of one group are weighted together."""
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    """Shape of one prediction, e.g. channels, height, width."""
+
+
+AnyStream = Annotated[Stream | Latent, Field(discriminator="kind")]
+Branches = Literal["guided", "both"]
+FloatType = Literal["float16", "float32"]
+
+
 class TopK(Record):
     """The k most probable ids per (timestep, stream) and the log mass of all the others."""
 
@@ -62,7 +80,9 @@ class TopK(Record):
     """Distillation temperatures at which the tail log-mass is stored, rising."""
     moments: bool = False
     """Also store mean and standard deviation of the guided logits (needed by NRMSE)."""
-    dtype: Literal["float16", "float32"] = "float16"
+    tail_samples: int = Field(0, ge=0, le=1024)
+    """Extra ids drawn from the tail at temperature 1, so that its shape is learned; 0 for none."""
+    dtype: FloatType = "float16"
     """Type of the stored logits, relative to the row maximum."""
 
     @field_validator("k")
@@ -89,11 +109,71 @@ class Full(Record):
     """All V logits per (timestep, stream); for small vocabularies and for reference."""
 
     kind: Literal["full"] = "full"
-    dtype: Literal["float16", "float32"] = "float16"
+    branches: Branches = "guided"
+    """`both` keeps the branches apart, so that stage two chooses the guidance scale."""
+    dtype: FloatType = "float16"
     """Type of the stored logits, relative to the row maximum."""
 
 
-Target = Annotated[TopK | Full, Field(discriminator="kind")]
+class Sampled(Record):
+    """Ids drawn from the guided distribution at temperature 1, without filters (2503.16870)."""
+
+    kind: Literal["sampled"] = "sampled"
+    draws: int = Field(50, ge=1, le=4096)
+    """N: independent draws per (timestep, stream), with replacement."""
+
+
+class Hidden(Record):
+    """The states that the linear output heads read; the heads are stored once."""
+
+    kind: Literal["hidden"] = "hidden"
+    branches: Branches = "guided"
+    """`both` keeps the branches apart, so that stage two chooses the guidance scale."""
+    dtype: FloatType = "float16"
+    """Type of the stored states."""
+
+
+class Dense(Record):
+    """Continuous predictions, of streams of the kind `continuous`."""
+
+    kind: Literal["dense"] = "dense"
+    branches: Branches = "both"
+    """`both` stores the conditional prediction and its difference to the unconditional one."""
+    dtype: FloatType = "float16"
+    """Type of the stored predictions."""
+
+
+Target = Annotated[TopK | Full | Sampled | Hidden | Dense, Field(discriminator="kind")]
+
+
+class Head(Record):
+    """A linear output head whose input states a `hidden` target stores."""
+
+    group: str
+    """The group of streams that it predicts."""
+    vectors: Annotated[int, Field(ge=1)]
+    """H: states per timestep: 1 that all streams of the group share, or one for each stream."""
+    width: Annotated[int, Field(ge=1)]
+    """D: features of a state."""
+
+
+class Fast(Record):
+    """Uncompressed arrays, which a reader maps into memory."""
+
+    kind: Literal["fast"] = "fast"
+
+
+class Compact(Record):
+    """The fewest bytes at a stated loss."""
+
+    kind: Literal["compact"] = "compact"
+    loss_nats: float = Field(3e-4, gt=0, le=1)
+    """Bound on what rounding the logits costs, as KL per (timestep, stream) in nats."""
+    hidden_step: float = Field(1 / 192, gt=0, le=1)
+    """Step of rounded hidden states, as a share of the root mean square of each state."""
+
+
+Profile = Annotated[Fast | Compact, Field(discriminator="kind")]
 
 
 class Guidance(Record):
@@ -206,16 +286,20 @@ class Manifest(Record):
     """Version of the bytes on disk (docs/format.md)."""
     family: str
     """Name of the model family that knows teacher and student."""
-    streams: tuple[Stream, ...]
-    """C streams per timestep, in the order of the axis C."""
+    streams: tuple[AnyStream, ...]
+    """C streams per timestep, in the order of the axis C; all of one kind."""
     forbidden: tuple[int, ...] = ()
     """Ids masked on the teacher's and the student's side, in every stream, rising."""
     end_id: int | None = None
     """Id that ends a rollout; null where the length is given."""
     target: Target
     """What is stored per (timestep, stream)."""
+    heads: tuple[Head, ...] = ()
+    """The output heads in heads/, where the target is `hidden`."""
+    profile: Profile = Fast()
+    """How the arrays are encoded."""
     guidance: Guidance
-    """Guidance of the stored targets."""
+    """Guidance of the drawn codes, and of the stored targets unless they keep both branches."""
     sampler: Sampler
     """How the codes were drawn."""
     source: Literal["teacher", "dataset", "student"]
@@ -233,12 +317,22 @@ class Manifest(Record):
     conditioning: dict[str, JsonValue] = Field(default_factory=dict)
     """Facts of the dataset needed to build a student: alphabet, speakers and the like."""
     files: dict[str, FileSum] = Field(default_factory=dict)
-    """plan.parquet and samples.parquet; filled in when the store is created."""
+    """plan.parquet, samples.parquet and heads; filled in when the store is created."""
+
+    @property
+    def vocabularies(self) -> tuple[int, ...]:
+        """Vocabulary of each stream; 0 for a continuous one."""
+        return tuple(s.vocabulary if isinstance(s, Stream) else 0 for s in self.streams)
 
     @property
     def vocabulary(self) -> int:
-        """V: the largest vocabulary of the streams."""
-        return max(stream.vocabulary for stream in self.streams)
+        """V: the largest vocabulary of the streams; 0 where they are continuous."""
+        return max(self.vocabularies)
+
+    @property
+    def branches(self) -> Branches:
+        """Whether the targets are guided, or both branches apart."""
+        return getattr(self.target, "branches", "guided")
 
     @model_validator(mode="after")
     def _check_streams(self) -> Self:
@@ -265,12 +359,38 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:
+        continuous = {isinstance(stream, Latent) for stream in self.streams}
+        kinds = sorted({stream.kind for stream in self.streams})
+        require(len(continuous) == 1, "kinds of streams", kinds, "one", "use two stores")
+        dense = isinstance(self.target, Dense)
+        advice = "use `dense` for continuous streams, and only for them"
+        require(continuous == {dense}, "target", self.target.kind, f"one for {kinds}", advice)
+        if dense:
+            shapes = sorted({s.shape for s in self.streams if isinstance(s, Latent)})
+            require(len(shapes) == 1, "shapes of the streams", shapes, "equal", "use two stores")
         if isinstance(self.target, TopK):
-            for stream in self.streams:
-                allowed = stream.vocabulary - sum(i < stream.vocabulary for i in self.forbidden)
+            for stream, vocabulary in zip(self.streams, self.vocabularies, strict=True):
+                allowed = vocabulary - sum(i < vocabulary for i in self.forbidden)
                 limit = f"<= {allowed}, the allowed ids of stream {stream.name!r}"
                 advice = "lower k, or use the target `full`"
                 require(self.target.k <= allowed, "k", self.target.k, limit, advice)
+                tail = bool(self.target.tail_samples)
+                advice = "set it to 0: with every allowed id kept there is no tail to draw from"
+                valid = not tail or self.target.k < allowed
+                require(valid, "tail_samples", self.target.tail_samples, "0", advice)
+        return self
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        groups = Counter(stream.group for stream in self.streams)
+        given = [head.group for head in self.heads]
+        expected = sorted(groups) if isinstance(self.target, Hidden) else []
+        advice = "give one head per group of streams with a `hidden` target, else none"
+        require(sorted(given) == expected, "groups of the heads", given, f"{expected}", advice)
+        for head in self.heads:
+            limit = f"1 or {groups[head.group]}, the streams of group {head.group!r}"
+            valid = head.vectors in (1, groups[head.group])
+            require(valid, "vectors of a head", head.vectors, limit, "correct the head")
         return self
 
     @model_validator(mode="after")

@@ -7,26 +7,51 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from store.encoding import Array, ids_dtype
+from store.encoding import Array, array_specs, ids_dtype
 from store.plan import Key, Plan
 from store.reader import PredictionStore
-from store.schema import Fingerprints, Guidance, Manifest, Sampler, Stream, Target, TopK
+from store.schema import (
+    Dense,
+    Fast,
+    Fingerprints,
+    Full,
+    Guidance,
+    Head,
+    Hidden,
+    Latent,
+    Manifest,
+    Profile,
+    Sampled,
+    Sampler,
+    Stream,
+    Target,
+    TopK,
+)
+
+WIDTH = 16
 
 
-def synthetic_manifest(target: Target, streams: int = 2, vocabulary: int = 34) -> Manifest:
+def synthetic_manifest(
+    target: Target, streams: int = 2, vocabulary: int = 34, profile: Profile | None = None
+) -> Manifest:
     """Manifest of C streams of V ids: the last id ends a rollout, the one before it is forbidden.
 
-    Raises ValueError as `Manifest` does.
+    For the target `dense` the streams are continuous, of shape [4, 3]. Raises ValueError as
+    `Manifest` does.
     """
+    dense = isinstance(target, Dense)
+    names = [f"backbone.{stream}" for stream in range(streams)]
+    categorical = [Stream(name=n, group="backbone", vocabulary=vocabulary) for n in names]
+    continuous = [Latent(name=n, group="backbone", shape=(4, 3)) for n in names]
+    head = Head(group="backbone", vectors=1, width=WIDTH)
     return Manifest(
         family="synthetic",
-        streams=tuple(
-            Stream(name=f"backbone.{stream}", group="backbone", vocabulary=vocabulary)
-            for stream in range(streams)
-        ),
-        forbidden=(vocabulary - 2,),
-        end_id=vocabulary - 1,
+        streams=tuple(continuous if dense else categorical),
+        forbidden=() if dense else (vocabulary - 2,),
+        end_id=None if dense else vocabulary - 1,
         target=target,
+        heads=(head,) if isinstance(target, Hidden) else (),
+        profile=profile or Fast(),
         guidance=Guidance(scale=2.5),
         sampler=Sampler(temperature=0.7, top_k=80),
         source="teacher",
@@ -38,33 +63,83 @@ def synthetic_manifest(target: Target, streams: int = 2, vocabulary: int = 34) -
     )
 
 
+def synthetic_heads(manifest: Manifest) -> dict[str, Array]:
+    """`GROUP.weight` [C, V, D] and `GROUP.bias` [C, V] float32 for the heads of a manifest."""
+    random = np.random.default_rng(manifest.seed)
+    shape = (len(manifest.streams), manifest.vocabulary)
+    heads: dict[str, Array] = {}
+    for head in manifest.heads:
+        heads[f"{head.group}.weight"] = random.standard_normal((*shape, head.width), np.float32)
+        heads[f"{head.group}.bias"] = random.standard_normal(shape, np.float32)
+    return heads
+
+
 def synthetic_arrays(manifest: Manifest, key: Key, timesteps: int) -> dict[str, Array]:
     """Arrays [T, …] of one rollout, depending on the key alone."""
     sample_id, variation = key
     random = np.random.default_rng([manifest.seed, variation, *sample_id.encode()])
+    target = manifest.target
+    if isinstance(target, Dense | Hidden):
+        continuous: dict[str, Array] = {
+            name: random.standard_normal((timesteps, *spec.trailing), np.float32).astype(spec.dtype)
+            for name, spec in array_specs(manifest).items()
+            if name != "codes"
+        }
+        if isinstance(target, Dense):
+            return continuous
+        return {"codes": _ranked_ids(manifest, random, timesteps)[1][..., 0]} | continuous
+    logits, ranked = _ranked_ids(manifest, random, timesteps)
+    codes = ranked[..., 0]
+    match target:
+        case Full():
+            parts = ["logits"] if target.branches == "guided" else ["cond", "uncond"]
+            full = {f"full.{part}": logits.astype(target.dtype) for part in parts}
+            return {"codes": codes} | full
+        case Sampled():
+            return {"codes": codes, "sampled.ids": _drawn(logits, random, target.draws)}
+        case TopK():
+            return {"codes": codes} | _top_k(manifest, target, logits, ranked, random)
+
+
+def _ranked_ids(
+    manifest: Manifest, random: np.random.Generator, timesteps: int
+) -> tuple[Array, Array]:
+    """Logits [T, C, V] relative to the row maximum, and the ids by falling logit."""
     shape = (timesteps, len(manifest.streams), manifest.vocabulary)
     logits = random.normal(scale=3, size=shape).astype(np.float32)
     logits[..., list(manifest.forbidden)] = -np.inf
     logits -= logits.max(-1, keepdims=True)
-    ranked = np.argsort(-logits, axis=-1, kind="stable")  # [T, C, V]
-    ids = ids_dtype(manifest.vocabulary)
-    codes = ranked[..., 0].astype(ids)
-    if not isinstance(manifest.target, TopK):
-        return {"codes": codes, "full.logits": logits.astype(manifest.target.dtype)}
-    k, temperatures = manifest.target.k, manifest.target.temperatures
-    kept = np.take_along_axis(logits, ranked[..., :k], -1)
+    ranked = np.argsort(-logits, axis=-1, kind="stable")
+    return logits, ranked.astype(ids_dtype(manifest.vocabulary))
+
+
+def _top_k(
+    manifest: Manifest, target: TopK, logits: Array, ranked: Array, random: np.random.Generator
+) -> dict[str, Array]:
+    ids, dropped = np.sort(ranked[..., : target.k], -1), ranked[..., target.k :]
     arrays = {
-        "codes": codes,
-        "top_k.ids": ranked[..., :k].astype(ids),
-        "top_k.logits": kept.astype(manifest.target.dtype),
+        "top_k.ids": ids,
+        "top_k.logits": np.take_along_axis(logits, ids.astype(np.int64), -1).astype(target.dtype),
         "top_k.tail_logmass": np.stack(
-            [_tail_logmass(logits, ranked[..., k:], t) for t in temperatures], -1
+            [_tail_logmass(logits, dropped, t) for t in target.temperatures], -1
         ),
     }
-    if manifest.target.moments:
+    if target.tail_samples:
+        tail = logits.copy()
+        np.put_along_axis(tail, ids.astype(np.int64), -np.inf, -1)
+        arrays["top_k.tail_ids"] = _drawn(tail, random, target.tail_samples)
+    if target.moments:
         allowed = np.delete(logits, manifest.forbidden, axis=-1)
         arrays["top_k.moments"] = np.stack([allowed.mean(-1), allowed.std(-1)], -1)
     return arrays
+
+
+def _drawn(logits: Array, random: np.random.Generator, draws: int) -> Array:
+    """[T, C, draws] ids drawn with replacement from softmax(logits), rising."""
+    cumulative = np.exp(logits.astype(np.float64)).cumsum(-1)
+    uniforms = random.random((*logits.shape[:-1], draws, 1)) * cumulative[..., None, -1:]
+    ids: Array = (cumulative[..., None, :] <= uniforms).sum(-1)
+    return np.sort(ids, -1).astype(ids_dtype(logits.shape[-1]))
 
 
 def synthetic_store(
@@ -91,7 +166,7 @@ def write_synthetic_shard(store: PredictionStore, shard: int, mean_timesteps: in
 def _tail_logmass(logits: Array, dropped: Array, temperature: float) -> Array:
     """[T, C] float32 log of the probability mass of the ids `dropped` [T, C, V − K]."""
     scaled = np.exp(logits.astype(np.float64) / temperature)
-    mass = np.take_along_axis(scaled, dropped, -1).sum(-1) / scaled.sum(-1)
+    mass = np.take_along_axis(scaled, dropped.astype(np.int64), -1).sum(-1) / scaled.sum(-1)
     with np.errstate(divide="ignore"):
         logmass: Array = np.log(mass).astype(np.float32)
     return logmass
