@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The engines that benchmarks compare with pin other versions (numpy < 2.2), so they live apart.
+BENCH_VENV := .venv-bench
+BENCH_READY := $(BENCH_VENV)/.ready
+BENCHMARKS := $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py))
 
 # Two processes of one thread do about twice the work of one process with two threads, and spinning
 # OpenMP threads would take that away again.
@@ -31,20 +35,23 @@ format: $(READY) ## apply the formatter and the linter's safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## one decision per script; the last line of each is JSON
-	@for script in benchmarks/*.py; do \
-	  echo "== $$script"; $(BIN)/python $$script || exit 1; \
+bench: $(BENCH_READY) ## one decision per script; the last line of each is JSON
+	@for script in $(BENCHMARKS); do \
+	  echo "== $$script"; $(BENCH_VENV)/bin/python $$script || exit 1; \
 	done
 
 # The stamp is written last: an interrupted installation is finished by the next call.
-$(READY): pyproject.toml
+$(READY): VENV_EXTRA := dev
+$(BENCH_READY): VENV_EXTRA := bench
+$(READY) $(BENCH_READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "foretell needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
 	    echo "Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV): several minutes the first time (torch alone is large)"
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[dev]'
-	@touch $(READY)
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "Installing into $(@D): several minutes the first time (torch alone is large)"
+	$(@D)/bin/python -m pip install --disable-pip-version-check --progress-bar on \
+	  -e '.[$(VENV_EXTRA)]'
+	@touch $@
 
 clean: ## remove the venv and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

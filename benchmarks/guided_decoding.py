@@ -9,13 +9,11 @@ same random weights, on one thread.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from measure import report
 
 from stages.config import CodecLMConfig, DatasetFacts
 from stages.families.codec_lm import CodecLM
@@ -118,18 +116,7 @@ def main() -> None:
         "one_pass_over_guided": rates["one_pass"] / rates["incremental"],
         "half_depth_over_guided": rates["one_pass_half_depth"] / rates["incremental"],
     }
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    command = f"python benchmarks/guided_decoding.py --batch-size {options.batch_size}"
-    print(
-        json.dumps(
-            {
-                "benchmark": "guided_decoding",
-                "ratios": ratios,
-                "machine": machine,
-                "command": command,
-            }
-        )
-    )
+    report(__file__, ratios, packages=["torch"])
 
 
 if __name__ == "__main__":

@@ -10,12 +10,43 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SHARED = {"measure"}
+"""Modules of benchmarks/ that the scripts import; they are no benchmarks themselves."""
 SMALL = {"guided_decoding": ["--batch-size", "2", "--timesteps", "3", "--repeats", "1"]}
 """Arguments that make each benchmark short; a new one must be named here."""
+REQUIRED = {
+    "guided_decoding": {
+        "incremental_over_recompute",
+        "one_pass_over_guided",
+        "half_depth_over_guided",
+    },
+    "read_rate": {
+        "fast_vs_memmap",
+        "compact_vs_memmap",
+        "compact_bytes_vs_fast",
+        "random_p50_vs_memmap",
+        "random_p95_ms",
+    },
+    "write_rate": set(),
+    "bytes_per_position": {
+        "compact_k50_v2048_bytes",
+        "compact_k64_v2048_bytes",
+        "compact_k128_v2048_bytes",
+        "compact_k50_v152k_bytes",
+        "compact_k128_v152k_bytes",
+        "sampled_n50_v152k_bytes",
+        "hidden_d768_bytes",
+    },
+    "loss_overhead": {"step_over_ce", "memory_over_ce"},
+    "capture_overhead": {"rollout_over_generation"},
+}
+"""Names that each benchmark must measure, whatever is installed."""
 
 
 def test_every_benchmark_is_tried():
-    assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == set(SMALL)
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - SHARED
+    assert scripts == set(SMALL)
+    assert scripts <= set(REQUIRED)
 
 
 @pytest.mark.slow
@@ -24,7 +55,10 @@ def test_the_last_line_names_benchmark_ratios_machine_and_command(name):
     script = ROOT / "benchmarks" / f"{name}.py"
     command = [sys.executable, "-W", "error", str(script), "--json", *SMALL[name]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    last = json.loads(done.stdout.splitlines()[-1])
+    (line,) = done.stdout.splitlines()
+    last = json.loads(line)
     assert last["benchmark"] == name
     assert set(last) == {"benchmark", "ratios", "machine", "command"}
+    assert last["command"] == " ".join(["python", f"benchmarks/{name}.py", *SMALL[name]])
+    assert REQUIRED[name] <= set(last["ratios"])
     assert all(ratio > 0 for ratio in last["ratios"].values())

@@ -1,0 +1,90 @@
+"""What the benchmarks share: timing in turns, and the line of JSON that each of them ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How long one way took, and how long the reference took right before, turn by turn."""
+
+    seconds: Sequence[float]
+    reference: Sequence[float]
+
+    @property
+    def median_s(self) -> float:
+        """Median seconds of one turn."""
+        return statistics.median(self.seconds)
+
+    @property
+    def speedup(self) -> float:
+        """Median over the turns of reference / this: above 1 where this is faster."""
+        pairs = zip(self.reference, self.seconds, strict=True)
+        return statistics.median(reference / seconds for reference, seconds in pairs)
+
+    @property
+    def slowdown(self) -> float:
+        """Median over the turns of this / reference: 1.05 where this takes 5 % longer."""
+        return 1 / self.speedup
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Seconds of wall clock that `work` takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def interleaved(
+    ways: Mapping[str, Callable[[], object]], reference: str, repeats: int
+) -> dict[str, Turns]:
+    """Time every way `repeats` times in turns, each right after a turn of the way `reference`.
+
+    What else the machine does then falls on both sides of a ratio. The first turn of every way is
+    run before, untimed, so that caches are warm. The reference's own turns are the pairs of its
+    neighbouring turns, so that its `speedup` shows the noise around 1.
+    """
+    for work in ways.values():
+        work()
+    others = [name for name in ways if name != reference]
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
+    anchors: list[float] = []
+    for _ in range(repeats):
+        for name in others:
+            anchors.append(seconds(ways[reference]))
+            pairs[name].append((anchors[-1], seconds(ways[name])))
+    anchors.append(seconds(ways[reference]))
+    turns = {
+        name: Turns([after for _, after in pair], [before for before, _ in pair])
+        for name, pair in pairs.items()
+    }
+    return turns | {reference: Turns(anchors[1:], anchors[:-1])}
+
+
+def report(script: str, ratios: Mapping[str, float], packages: Sequence[str] = ()) -> None:
+    """Print the last line of a benchmark: one JSON object for machines to read.
+
+    `script` is the `__file__` of the benchmark, `ratios` its results by name (each a positive
+    number, with its unit at the end of the name where it has one), `packages` those whose version
+    matters.
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
+    versions = [f"{name} {version(name)}" for name in packages]
+    machine = [platform.machine(), f"{os.cpu_count()} cores", *versions]
+    line = {
+        "benchmark": Path(script).stem,
+        "ratios": {name: float(f"{value:.4g}") for name, value in ratios.items()},
+        "machine": ", ".join(machine),
+        "command": " ".join(["python", f"benchmarks/{Path(script).name}", *arguments]),
+    }
+    print(json.dumps(line))
