@@ -12,9 +12,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.candidates import describe_stream
 from stages.errors import UserError
 from store import PredictionStore, Rollout, Timestep
-from store.schema import TopK
 from store.verify import Verification
 
 Document = dict[str, Any]
@@ -41,6 +41,7 @@ def describe_store(path: Path) -> Document:
         "stop_reasons": dict(Counter(reason for table in tables for reason in table.stop_reasons)),
         "streams": [stream.model_dump() for stream in manifest.streams],
         "targets": manifest.target.model_dump(mode="json"),
+        "profile": manifest.profile.model_dump(mode="json"),
         "teacher": manifest.fingerprints.teacher,
         "cfg_scale": manifest.guidance.scale,
         "family": manifest.family,
@@ -100,7 +101,7 @@ def _rollout(store: PredictionStore, rollout: Rollout) -> Document:
         "stop_reason": rollout.stop_reason,
         "weight": rollout.weight,
         "seed": rollout.seed,
-        "codes": rollout.codes.tolist(),
+        "codes": rollout.codes.tolist() if "codes" in rollout.arrays else None,
     }
 
 
@@ -110,31 +111,10 @@ def _timestep(store: PredictionStore, timestep: Timestep) -> Document:
         "variation": timestep.variation,
         "timestep": timestep.timestep,
         "streams": [
-            {"stream": stream.name, **_stream(store, timestep, index)}
+            {"stream": stream.name, **describe_stream(store, timestep, index)}
             for index, stream in enumerate(store.manifest.streams)
         ],
     }
-
-
-def _stream(store: PredictionStore, timestep: Timestep, stream: int) -> Document:
-    """Return the drawn code and the candidates of one stream, most probable first."""
-    arrays = {name: array[stream] for name, array in timestep.arrays.items()}
-    if isinstance(store.manifest.target, TopK):
-        ids, tail = arrays["top_k.ids"], float(np.exp(arrays["top_k.tail_logmass"][0]))
-        kept = _softmax(arrays["top_k.logits"]) * (1 - tail)
-    else:
-        probabilities = _softmax(arrays["full.logits"])
-        ids, tail = np.argsort(-probabilities, kind="stable"), 0.0
-        kept = probabilities[ids]
-    candidates = [
-        {"id": int(i), "probability": float(p)} for i, p in zip(ids, kept, strict=True) if p > 0
-    ]
-    return {"code": int(arrays["codes"]), "tail_mass": tail, "candidates": candidates}
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    return np.asarray(exponentials / exponentials.sum())
 
 
 def store_text(document: Document) -> str:
@@ -159,26 +139,53 @@ def _value_table(document: Document) -> Table:
 
 def _text(name: str, value: Any) -> str:
     if name == "streams":
-        groups = Counter((s["group"], s["vocabulary"]) for s in value)
-        return ", ".join(f"{n} × {group} (V={size})" for (group, size), n in groups.items())
+        groups = Counter((s["group"], _size(s)) for s in value)
+        return ", ".join(f"{n} × {group} ({size})" for (group, size), n in groups.items())
     if name == "bytes":
         total = sum(value.values())
         return f"{total:,} ({', '.join(f'{array} {size:,}' for array, size in value.items())})"
-    if name == "codes":
+    if name == "codes" and value is not None:
         return "\n".join(" ".join(f"{code:>5}" for code in row) for row in value)
     if isinstance(value, dict):
         return ", ".join(f"{key} {inner}" for key, inner in value.items())
     return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
 
 
+def _size(stream: Document) -> str:
+    if stream["kind"] == "categorical":
+        return f"V={stream['vocabulary']}"
+    return " × ".join(map(str, stream["shape"]))
+
+
 def _candidate_table(document: Document) -> Table:
     title = f"{document['sample_id']}, variation {document['variation']}, "
     table = Table(title=title + f"timestep {document['timestep']}")
+    if "code" not in document["streams"][0]:
+        return _latent_table(table, document["streams"])
     for column in ("stream", "code", "most probable (id: probability)", "tail mass"):
         table.add_column(column)
     for stream in document["streams"]:
-        best = ", ".join(f"{c['id']}: {c['probability']:.3f}" for c in stream["candidates"][:6])
-        table.add_row(stream["stream"], str(stream["code"]), best, f"{stream['tail_mass']:.2g}")
+        best = ", ".join(_candidate(candidate) for candidate in stream["candidates"][:6])
+        tail = "not stored" if stream["tail_mass"] is None else f"{stream['tail_mass']:.2g}"
+        table.add_row(stream["stream"], str(stream["code"]), best, tail)
+    return table
+
+
+def _candidate(candidate: Document) -> str:
+    text = f"{candidate['id']}: {candidate['probability']:.3f}"
+    if "cond" not in candidate:
+        return text
+    return f"{text} (cond {candidate['cond']:.3f}, uncond {candidate['uncond']:.3f})"
+
+
+def _latent_table(table: Table, streams: list[Document]) -> Table:
+    for column in ("stream", "array", "mean", "rms", "least", "most"):
+        table.add_column(column)
+    for stream in streams:
+        for name, values in stream.items():
+            if name != "stream":
+                numbers = (f"{number:.4g}" for number in values.values())
+                table.add_row(stream["stream"], name, *numbers)
     return table
 
 

@@ -1,0 +1,113 @@
+"""`foretell inspect` shows one timestep of every kind of target as the target defines it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.inspection import describe_key, store_text
+from store import PredictionStore
+from store.schema import Dense, Full, Hidden, Sampled, Target, TopK
+from store.synthetic import (
+    synthetic_heads,
+    synthetic_manifest,
+    synthetic_store,
+    write_synthetic_shard,
+)
+
+SCALE = 2.5
+FORBIDDEN = 32
+
+
+def inspected(path: Path, target: Target) -> tuple[PredictionStore, dict[str, Any], str]:
+    store = synthetic_store(path, synthetic_manifest(target), 2, 1, 2)
+    write_synthetic_shard(store, 0, 5)
+    document = describe_key(path, "sample-1/0/3")
+    json.dumps(document, allow_nan=False)
+    return PredictionStore.open(path), document, store_text(document)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits.astype(np.float64))
+    return exponentials / exponentials.sum()
+
+
+def probabilities(stream: dict[str, Any], name: str = "probability") -> dict[int, float]:
+    return {candidate["id"]: candidate[name] for candidate in stream["candidates"]}
+
+
+def test_top_k_shows_the_kept_ids_by_falling_probability_and_the_tail(tmp_path: Path) -> None:
+    store, document, text = inspected(tmp_path / "s", TopK(k=8))
+    arrays = store["sample-1", 0, 3].arrays
+    for stream, shown in enumerate(document["streams"]):
+        tail = np.exp(arrays["top_k.tail_logmass"][stream, 0].astype(np.float64))
+        kept = softmax(arrays["top_k.logits"][stream]) * (1 - tail)
+        expected = dict(zip(arrays["top_k.ids"][stream].tolist(), kept.tolist(), strict=True))
+        assert probabilities(shown) == pytest.approx(expected)
+        assert sorted(probabilities(shown).values(), reverse=True) == list(
+            probabilities(shown).values()
+        )
+        assert shown["tail_mass"] == pytest.approx(tail)
+        assert shown["code"] == arrays["codes"][stream]
+    assert "backbone.1" in text
+
+
+def test_sampled_shows_each_id_with_its_share_of_the_draws(tmp_path: Path) -> None:
+    store, document, text = inspected(tmp_path / "s", Sampled(draws=20))
+    drawn = store["sample-1", 0, 3].arrays["sampled.ids"]
+    for stream, shown in enumerate(document["streams"]):
+        expected = {i: n / 20 for i, n in Counter(drawn[stream].tolist()).items()}
+        assert probabilities(shown) == pytest.approx(expected)
+        assert shown["tail_mass"] is None
+    assert "not stored" in text
+
+
+@pytest.mark.parametrize("target", [Full(branches="both"), Hidden(branches="both")])
+def test_both_branches_are_shown_apart_and_guided_at_the_scale_of_the_codes(
+    tmp_path: Path, target: Target
+) -> None:
+    store, document, text = inspected(tmp_path / "s", target)
+    arrays = store["sample-1", 0, 3].arrays
+    heads = synthetic_heads(store.manifest)
+    for stream, shown in enumerate(document["streams"]):
+        logits = {}
+        for part in ("cond", "uncond"):
+            if isinstance(target, Full):
+                logits[part] = arrays[f"full.{part}"][stream].astype(np.float64)
+            else:
+                state = arrays[f"hidden.{part}.backbone"][0].astype(np.float64)
+                logits[part] = heads["backbone.weight"][stream] @ state
+                logits[part] = logits[part] + heads["backbone.bias"][stream]
+        logits = {part: np.delete(values, FORBIDDEN) for part, values in logits.items()}
+        ids = np.delete(np.arange(34), FORBIDDEN).tolist()
+        guided = softmax((1 - SCALE) * logits["uncond"] + SCALE * logits["cond"])
+        expected = dict(zip(ids, guided, strict=True))
+        assert probabilities(shown) == pytest.approx(expected, rel=1e-4)
+        assert probabilities(shown, "cond") == pytest.approx(
+            dict(zip(ids, softmax(logits["cond"]), strict=True)), rel=1e-4
+        )
+    assert "uncond 0." in text
+
+
+@pytest.mark.parametrize("target", [Full(), Hidden()])
+def test_whole_distributions_leave_out_only_the_forbidden_id(
+    tmp_path: Path, target: Target
+) -> None:
+    _, document, _ = inspected(tmp_path / "s", target)
+    for shown in document["streams"]:
+        assert set(probabilities(shown)) == set(range(34)) - {FORBIDDEN}
+        assert sum(probabilities(shown).values()) == pytest.approx(1)
+
+
+def test_continuous_predictions_are_summed_up(tmp_path: Path) -> None:
+    store, document, text = inspected(tmp_path / "s", Dense())
+    values = store["sample-1", 0, 3].arrays["dense.delta"].astype(np.float64)
+    for stream, shown in enumerate(document["streams"]):
+        assert shown["dense.delta"]["rms"] == pytest.approx(np.sqrt((values[stream] ** 2).mean()))
+        assert shown["dense.delta"]["most"] == values[stream].max()
+    assert "dense.cond" in text
