@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.targets import reduce
+from stages.reduction import reduce
 from store.encoding import array_specs
 from store.schema import Manifest
 

@@ -15,8 +15,9 @@ from torch.nn import functional
 from stages.config import LossConfig
 from stages.errors import UserError
 from stages.family import Family
+from stages.reduction import moments
 from stages.sampling import mask_forbidden
-from stages.targets import DenseTarget, SparseTarget, moments
+from stages.targets import DenseTarget, SparseTarget
 
 # Stands in for -inf where a whole row may be masked: the gradient of logsumexp stays finite.
 MASKED = -1e30

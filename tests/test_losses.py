@@ -15,8 +15,9 @@ from stages.losses import (
     kl_divergence,
     nrmse,
 )
+from stages.reduction import reduce
 from stages.sampling import mask_forbidden
-from stages.targets import DenseTarget, SparseTarget, reduce, restore
+from stages.targets import DenseTarget, SparseTarget, restore
 from store.schema import Full, TopK
 
 VOCABULARY, FORBIDDEN, END = 40, (5, 38), 39
