@@ -1,0 +1,463 @@
+"""The codecs of the profile `compact`: how one chunk of an array becomes bytes, and back.
+
+Each is a small frozen value with its JSON form, an array->bytes codec of Zarr v3: stock zarr calls
+it through the entry points of this package, our own reader and writer call `encode_chunk` and
+`decode_into`. The entropy coder is Pco (https://github.com/pcodec/pcodec, its standalone files);
+the transforms before it are here. A chunk is an array of any shape whose last axis is the row;
+nothing loops over rows in Python, and decoding leaves the interpreter free for other threads.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import abstractmethod
+from dataclasses import asdict, dataclass
+from functools import cache
+from math import sqrt
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+
+import numpy as np
+from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, standalone
+from zarr.abc.codec import ArrayBytesCodec
+from zarr.core.common import parse_named_configuration
+from zarr.registry import register_codec
+
+from store.encoding import Array, ArraySpec
+from store.errors import StoreError
+from store.schema import Compact
+
+if TYPE_CHECKING:
+    from zarr.core.array_spec import ArraySpec as ChunkSpec
+    from zarr.core.buffer import Buffer, NDBuffer
+    from zarr.core.common import JSON
+
+PCO_LEVEL = 8
+"""Effort of the entropy coder, 0 to 12; above 8 it finds nothing more in these arrays."""
+
+PAGE_NUMBERS = 2**18
+"""Numbers per page of a Pco file."""
+
+
+class DamagedChunk(StoreError, ValueError):
+    """Bytes that a codec cannot have written."""
+
+
+@dataclass(frozen=True)
+class ChunkCodec(ArrayBytesCodec):
+    """An array->bytes codec of Zarr v3 that also works without Zarr's event loop."""
+
+    name: ClassVar[str]
+    is_fixed_size = False
+
+    @abstractmethod
+    def encode_chunk(self, values: Array) -> bytes:
+        """Bytes of a chunk; raises ValueError for values that the codec cannot hold."""
+
+    @abstractmethod
+    def decode_into(self, content: bytes, out: Array) -> None:
+        """Fill `out`, C-contiguous and of the chunk's shape and type, from a chunk's bytes.
+
+        Memory is bounded by the size of `out`. Raises DamagedChunk, a ValueError; what `out`
+        then holds is undefined.
+        """
+
+    def decode_chunk(self, content: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """A chunk as a new array; raises as `decode_into` does."""
+        out: Array = np.empty(shape, dtype)
+        self.decode_into(content, out)
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, JSON]) -> Self:
+        """The codec from its JSON form in zarr.json."""
+        _, configuration = parse_named_configuration(data, cls.name, require_configuration=False)
+        return cls(**cast(dict[str, Any], configuration or {}))
+
+    def to_dict(self) -> dict[str, JSON]:
+        """The codec's JSON form in zarr.json."""
+        return {"name": self.name, "configuration": asdict(self)}
+
+    def compute_encoded_size(self, input_byte_length: int, chunk_spec: ChunkSpec) -> int:
+        """Not known before the chunk is encoded: raises NotImplementedError."""
+        raise NotImplementedError
+
+    async def _encode_single(self, chunk_data: NDBuffer, chunk_spec: ChunkSpec) -> Buffer:
+        content = self.encode_chunk(chunk_data.as_numpy_array())
+        return chunk_spec.prototype.buffer.from_bytes(content)
+
+    async def _decode_single(self, chunk_data: Buffer, chunk_spec: ChunkSpec) -> NDBuffer:
+        dtype = chunk_spec.dtype.to_native_dtype()
+        values = self.decode_chunk(chunk_data.to_bytes(), chunk_spec.shape, dtype)
+        return chunk_spec.prototype.nd_buffer.from_numpy_array(values)
+
+
+@dataclass(frozen=True)
+class Pco(ChunkCodec):
+    """Numbers of 16 to 64 bits as they are: one Pco file, bit-exact for any content.
+
+    With `delta` the differences of consecutive numbers are coded, over the whole chunk: best for
+    rows of rising ids. Taking them within Pco costs 1 byte per row more than taking them per row
+    before it, and decodes twice as fast.
+    """
+
+    name = "foretell.pco"
+    delta: bool = False
+    level: int = PCO_LEVEL
+
+    def encode_chunk(self, values: Array) -> bytes:
+        """Bytes of integers or floats of any shape."""
+        return _compress(values, self.level, self.delta)
+
+    def decode_into(self, content: bytes, out: Array) -> None:
+        """Exactly the encoded bits."""
+        _decompress_into(content, _flat(out))
+
+
+@dataclass(frozen=True)
+class SortedDraws(ChunkCodec):
+    """Rows of sorted ids with repeats, as runs: bit-exact for any content, small for such rows.
+
+    The runs of all rows end to end, a run never longer than a row: `number of runs (u32), bytes of
+    the first file (u32)`, the ids of the runs (Pco with differences), their lengths (Pco).
+    """
+
+    name = "foretell.sorted_draws"
+    level: int = PCO_LEVEL
+
+    def encode_chunk(self, values: Array) -> bytes:
+        """Bytes of ids [..., draws], uint16 or uint32."""
+        starts = np.ones(values.shape, bool)
+        np.not_equal(values[..., 1:], values[..., :-1], out=starts[..., 1:])
+        places = np.flatnonzero(starts)
+        lengths = np.diff(places, append=values.size).astype(np.uint32)
+        ids = _compress(values[starts], self.level, delta=True)
+        return struct.pack("<II", len(places), len(ids)) + ids + _compress(lengths, self.level)
+
+    def decode_into(self, content: bytes, out: Array) -> None:
+        """Exactly the encoded bits."""
+        runs, (first, second) = _split(content)
+        if runs > out.size:
+            raise DamagedChunk(f"{runs} runs are more than the {out.size} ids of the chunk")
+        ids, lengths = np.empty(runs, out.dtype), np.empty(runs, np.uint32)
+        _decompress_into(first, ids)
+        _decompress_into(second, lengths)
+        if int(lengths.sum(dtype=np.uint64)) != out.size:
+            raise DamagedChunk(f"its runs do not add up to the {out.size} ids of the chunk")
+        _flat(out)[:] = np.repeat(ids, lengths)
+
+
+DEEPEST = 126
+"""Nats below the least level at which rounding ends: the probability is 0 in fp32 long before."""
+
+SPECIALS = 2
+"""Levels below all others: minus infinity, and below it NaN."""
+
+LEVEL_OF_NAN = 2 - DEEPEST - SPECIALS
+LEVEL_OF_MINUS_INFINITY = LEVEL_OF_NAN + 1
+
+
+@dataclass(frozen=True)
+class Logits(ChunkCodec):
+    """Logits rounded where it costs least: evenly in the square root of the probability.
+
+    A row is read as p = softmax(row), and each p as `top·sqrt(p / max p)`, rounded to a whole
+    level; below level 2 whole nats are counted down. With rounding error e, |e| <= 1/2, a level
+    costs about (2e)²·max p/top²/2 nats, whatever p is, so for an even e all K together cost
+    K·max p/(6·top²). `top`, the level of the row's largest logit, is taken per row from `TOPS`: the
+    least, from where that formula gives `loss_nats`, whose measured KL(p, rounded p) is at most
+    `loss_nats`. Layout: `number of rows (u32), bytes of the first file (u32)`, the places in `TOPS`
+    [rows] (Pco of u16), the levels (Pco of i64).
+
+    Decoded rows are relative to their maximum, which is exactly 0, in the order of the encoded
+    ones; minus infinity and NaN stay in their places. Encoding decoded rows again may cost
+    `loss_nats` again.
+    """
+
+    name = "foretell.logits"
+    loss_nats: float
+    level: int = PCO_LEVEL
+
+    def encode_chunk(self, values: Array) -> bytes:
+        """Bytes of logits [..., K], float16 or float32, any row offset.
+
+        Raises ValueError for plus infinity, and where no level is fine enough for `loss_nats`.
+        """
+        rows = np.reshape(values, (-1, values.shape[-1]))
+        tops, levels = _round_logits(rows, self.loss_nats)
+        places = _compress(tops.astype(np.uint16), self.level)
+        header = struct.pack("<II", len(tops), len(places))
+        return header + places + _compress(levels, self.level)
+
+    def decode_into(self, content: bytes, out: Array) -> None:
+        """Logits relative to the row maximum, each the nearest of its type to its level's."""
+        count, (first, second) = _split(content)
+        rows = out.reshape(-1, out.shape[-1])
+        if count != len(rows):
+            raise DamagedChunk(f"it holds {count} rows where {len(rows)} are expected")
+        tops, levels = np.empty(count, np.uint16), np.empty(rows.shape, np.int64)
+        _decompress_into(first, tops)
+        if count and tops.max() >= len(TOPS):
+            raise DamagedChunk(f"a row has the scale {tops.max()} of {len(TOPS)}")
+        _decompress_into(second, _flat(levels))
+        levels += ORIGINS[tops][:, None]
+        # A level beyond its row's top can only be damage; clipping keeps it within the table.
+        np.take(_decoded_levels(out.dtype.char), levels, out=rows, mode="clip")
+
+
+TOPS = np.unique(np.round(2.0 ** np.arange(1, 15.01, 0.25)).astype(np.int64))
+"""Levels that the largest logit of a row may have."""
+
+_WIDTHS = TOPS - LEVEL_OF_NAN + 1
+ORIGINS = np.cumsum(_WIDTHS) - _WIDTHS - LEVEL_OF_NAN
+"""Where level 0 of each of `TOPS` lies in the table of decoded levels."""
+
+
+@cache
+def _decoded_levels(kind: str) -> Array:
+    """Logits relative to the row maximum of all levels under each of `TOPS`, one after another."""
+    tables = []
+    for top in TOPS:
+        levels = np.arange(2, top + 1)
+        nats = np.arange(-DEEPEST, 0) + 2 * np.log(2 / top)
+        tables += [[np.nan, -np.inf], nats, 2 * np.log(levels / top)]
+    table: Array = np.concatenate(tables).astype(kind)
+    table.setflags(write=False)
+    return table
+
+
+def _round_logits(rows: Array, loss_nats: float) -> tuple[Array, Array]:
+    """Place in `TOPS` [rows] and levels [rows, K] int64."""
+    if np.isposinf(rows).any():
+        raise ValueError("a logit is infinite: correct the family that made it")
+    logits = rows.astype(np.float64)
+    finite = np.isfinite(logits)
+    logits[~finite] = -np.inf
+    highest = logits.max(-1, keepdims=True, initial=-np.inf)
+    logits -= np.where(np.isfinite(highest), highest, 0.0)
+    places = np.searchsorted(TOPS, _tops_by_formula(logits, loss_nats)).clip(max=len(TOPS) - 1)
+    levels = np.empty(rows.shape, np.int64)
+    open_rows = np.arange(len(rows))
+    while len(open_rows):
+        part, place = logits[open_rows], places[open_rows]
+        rounded = _levels(part, TOPS[place])
+        levels[open_rows] = rounded
+        decoded = _decoded_levels(rows.dtype.char)[rounded + ORIGINS[place][:, None]]
+        wrong: Array = _divergence(part, decoded.astype(np.float64)) > loss_nats
+        open_rows = open_rows[wrong]
+        if (places[open_rows] == len(TOPS) - 1).any():
+            raise ValueError(
+                f"rounding to {loss_nats} nats needs finer levels than there are: "
+                "raise loss_nats, or use the profile `fast`"
+            )
+        places[open_rows] += 1
+    levels[np.isnan(rows)] = LEVEL_OF_NAN
+    return places, levels
+
+
+def _tops_by_formula(logits: Array, loss_nats: float) -> Array:
+    """Top [rows] at which even rounding errors cost `loss_nats`; logits relative to the max."""
+    kept = np.exp(logits).sum(-1)  # 1 / max p
+    width: int = logits.shape[-1]
+    top: Array = sqrt(width / (6 * loss_nats)) / np.sqrt(np.maximum(kept, 1))
+    return top
+
+
+def _levels(logits: Array, tops: Array) -> Array:
+    """Levels [rows, K] int64 of logits relative to the row maximum, all finite or -inf."""
+    top = tops[:, None]
+    roots = top * np.exp(logits / 2)
+    with np.errstate(invalid="ignore"):
+        nats = np.round(logits + 2 * np.log(top / 2))
+    below = 2 + np.clip(nats, -DEEPEST, -1)
+    levels = np.where(roots >= 2, np.round(roots), below)
+    levels[np.isneginf(logits)] = LEVEL_OF_MINUS_INFINITY
+    return cast(Array, levels.astype(np.int64))
+
+
+def _divergence(logits: Array, decoded: Array) -> Array:
+    """KL(softmax(logits), softmax(decoded)) [rows] in nats; 0 for a row that holds nothing."""
+    p, q = np.exp(logits), np.exp(decoded)
+    total = p.sum(-1)
+    gap = np.where(p > 0, logits - np.where(p > 0, decoded, 0), 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kl = (p * gap).sum(-1) / total + np.log(q.sum(-1) / total)
+    return cast(Array, np.where(total > 0, kl, 0.0))
+
+
+@dataclass(frozen=True)
+class States(ChunkCodec):
+    """States rounded to whole multiples of `step` times the root mean square of each row.
+
+    Layout: `number of rows (u32), bytes of the first file (u32)`, the multiple's value per row
+    (Pco of f32), the multiples (Pco of i32). A row that is not finite, or too wide for it, is
+    refused but for rows that are NaN throughout, which stay so.
+    """
+
+    name = "foretell.states"
+    step: float
+    level: int = PCO_LEVEL
+
+    def encode_chunk(self, values: Array) -> bytes:
+        """Bytes of states [..., D], float16 or float32.
+
+        Raises ValueError for a row that mixes finite and other values.
+        """
+        rows = np.reshape(values, (-1, values.shape[-1])).astype(np.float64)
+        scales = (self.step * np.sqrt((rows**2).mean(-1))).astype(np.float32)
+        empty = np.isnan(rows).all(-1)
+        if not np.isfinite(scales[~empty]).all():
+            raise ValueError("a state is NaN or infinite: correct the family that made it")
+        divisors = np.where(scales > 0, scales, 1)[:, None]
+        multiples = np.round(np.where(empty[:, None], 0, rows / divisors)).astype(np.int32)
+        first = _compress(scales, self.level)
+        header = struct.pack("<II", len(scales), len(first))
+        return header + first + _compress(multiples, self.level)
+
+    def decode_into(self, content: bytes, out: Array) -> None:
+        """The rounded states in the type of `out`."""
+        count, (first, second) = _split(content)
+        rows = out.reshape(-1, out.shape[-1])
+        if count != len(rows):
+            raise DamagedChunk(f"it holds {count} rows where {len(rows)} are expected")
+        scales, multiples = np.empty(count, np.float32), np.empty(rows.shape, np.int32)
+        _decompress_into(first, scales)
+        _decompress_into(second, _flat(multiples))
+        with np.errstate(over="ignore", invalid="ignore"):  # only damage overflows
+            np.multiply(multiples, scales[:, None], out=rows, dtype=np.float32, casting="unsafe")
+
+
+@dataclass(frozen=True)
+class LogMass(ChunkCodec):
+    """Log masses rounded to multiples of `step` in their log odds, ln m − ln(1 − m).
+
+    Both the mass and the rest keep their relative precision: rounding costs at most step²/32 nats.
+    A mass of 1 (0 or above, by the rounding of the sum), minus infinity and NaN are kept. Layout:
+    the multiples (Pco of i64).
+    """
+
+    name = "foretell.log_mass"
+    step: float = 1 / 64
+    level: int = PCO_LEVEL
+
+    def encode_chunk(self, values: Array) -> bytes:
+        """Bytes of log masses of any shape, float16 or float32."""
+        masses = values.astype(np.float64)
+        inside = (masses < 0) & (masses > -np.inf)
+        known = np.where(inside, masses, -1.0)
+        odds = np.round((known - np.log(-np.expm1(known))) / self.step)
+        multiples = np.clip(odds, -HIGHEST_ODDS, HIGHEST_ODDS)
+        multiples[masses >= 0] = HIGHEST_ODDS + 1
+        multiples[np.isneginf(masses)] = -HIGHEST_ODDS - 1
+        multiples[np.isnan(masses)] = -HIGHEST_ODDS - 2
+        return _compress(multiples.astype(np.int64), self.level)
+
+    def decode_into(self, content: bytes, out: Array) -> None:
+        """Log masses in the type of `out`, at most 0."""
+        multiples = np.empty(out.shape, np.int64)
+        _decompress_into(content, _flat(multiples))
+        multiples += HIGHEST_ODDS + 2
+        np.take(_decoded_odds(self.step, out.dtype.char), multiples, out=out, mode="clip")
+
+
+HIGHEST_ODDS = 2**14
+"""Largest multiple of a step of log odds."""
+
+
+@cache
+def _decoded_odds(step: float, kind: str) -> Array:
+    """Log masses of all multiples, NaN and minus infinity first, the mass 1 last."""
+    odds = np.arange(-HIGHEST_ODDS, HIGHEST_ODDS + 1) * step
+    table: Array = np.concatenate([[np.nan, -np.inf], -np.logaddexp(0, -odds), [0.0]]).astype(kind)
+    table.setflags(write=False)
+    return table
+
+
+@dataclass(frozen=True)
+class Rounded(ChunkCodec):
+    """Floats rounded to `bits` explicit bits of mantissa, ties to even: one Pco file.
+
+    Encoding decoded values again changes nothing.
+    """
+
+    name = "foretell.rounded"
+    bits: int
+    level: int = PCO_LEVEL
+
+    def encode_chunk(self, values: Array) -> bytes:
+        """Bytes of float32 of any shape; NaN and infinities are kept."""
+        if values.dtype != np.float32:
+            raise ValueError(f"only float32 can be rounded, not {values.dtype}")
+        drop = 23 - self.bits
+        words = values.view(np.uint32)
+        half = (words >> drop & 1) + np.uint32((1 << (drop - 1)) - 1)
+        rounded = (words + half) & np.uint32(2**32 - (1 << drop))
+        kept = np.where(np.isfinite(values), rounded, words)
+        return _compress(kept.view(np.float32), self.level)
+
+    def decode_into(self, content: bytes, out: Array) -> None:
+        """The rounded values."""
+        _decompress_into(content, _flat(out))
+
+
+def compact_codec(spec: ArraySpec, profile: Compact) -> ChunkCodec:
+    """The codec of an array of `store.encoding.array_specs` under the profile `compact`.
+
+    Lossless but for the logits of `top_k` and `full`, tail log-masses, moments and hidden states.
+    Branches of `full` stay exact too: guidance would multiply their rounding.
+    """
+    codecs: dict[str, ChunkCodec] = {
+        "codes": Pco(),
+        "top_k.ids": Pco(delta=True),
+        "top_k.logits": Logits(profile.loss_nats),
+        "top_k.tail_logmass": LogMass(),
+        "top_k.tail_ids": SortedDraws(),
+        "top_k.moments": Rounded(bits=12),
+        "full.logits": Logits(profile.loss_nats),
+        "full.cond": Pco(),
+        "full.uncond": Pco(),
+        "sampled.ids": SortedDraws(),
+        "hidden": States(profile.hidden_step),
+        "dense": Pco(),
+    }
+    kind = spec.name.split(".")[0]
+    return codecs[kind if kind in ("hidden", "dense") else spec.name]
+
+
+def _compress(values: Array, level: int, delta: bool = False) -> bytes:
+    flat = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).reshape(-1)
+    config = ChunkConfig(
+        compression_level=level,
+        mode_spec=ModeSpec.classic(),
+        delta_spec=DeltaSpec.try_consecutive(1) if delta else DeltaSpec.no_op(),
+        paging_spec=PagingSpec.equal_pages_up_to(PAGE_NUMBERS),
+    )
+    return cast(bytes, standalone.simple_compress(flat, config))
+
+
+def _decompress_into(content: bytes, out: Array) -> None:
+    """Fill `out` [n] from a Pco file that must hold exactly n numbers of its type."""
+    try:
+        progress = standalone.simple_decompress_into(content, out)
+    except (RuntimeError, TypeError) as error:
+        raise DamagedChunk(f"Pco cannot decode it ({error})") from error
+    if progress.n_processed != len(out) or not progress.finished:
+        raise DamagedChunk(f"it does not hold the {len(out)} numbers that are expected")
+
+
+def _flat(out: Array) -> Array:
+    """The numbers of a C-contiguous array [n], sharing its memory."""
+    if not out.flags.c_contiguous:
+        raise ValueError("a chunk can only be decoded into a C-contiguous array")
+    return out.reshape(-1)
+
+
+def _split(content: bytes) -> tuple[int, tuple[bytes, bytes]]:
+    """The count and the two Pco files of a chunk `count (u32), bytes of the first file (u32)`."""
+    if len(content) < 8:
+        raise DamagedChunk(f"it has {len(content)} bytes where a header has 8")
+    count, length = struct.unpack_from("<II", content)
+    return count, (content[8 : 8 + length], content[8 + length :])
+
+
+for codec in (Pco, SortedDraws, Logits, States, LogMass, Rounded):
+    register_codec(codec.name, codec)
