@@ -169,7 +169,7 @@ class Compact(Record):
     kind: Literal["compact"] = "compact"
     loss_nats: float = Field(3e-4, gt=0, le=1)
     """Bound on what rounding the logits costs, as KL per (timestep, stream) in nats."""
-    hidden_step: float = Field(1 / 192, gt=0, le=1)
+    hidden_step: float = Field(1 / 256, gt=0, le=1)
     """Step of rounded hidden states, as a share of the root mean square of each state."""
 
 
