@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from store.durable import sync_folder, write_file
 from store.errors import StoreError, explain_os_errors
 from store.layout import Layout, refuse_nesting, refuse_strangers
-from store.plan import Plan, check_sample_id
+from store.plan import Plan, check_sample_ids
 from store.schema import Manifest
 from store.sealed import seal, unseal
 from store.sums import file_sum
@@ -57,15 +59,18 @@ def check_samples(samples: pa.Table, manifest: Manifest, plan: Plan, source: str
             f"{source} lack the columns {lacking} (they have {samples.column_names}): "
             "add what the manifest lists as conditions"
         )
-    known: set[str] = set()
-    for sample_id in samples["sample_id"].to_pylist():
-        check_sample_id(sample_id)
-        if sample_id in known:
-            raise StoreError(f"{source} name {sample_id!r} twice: make sample ids unique")
-        known.add(sample_id)
-    unknown = next((key[0] for key in plan.keys if key[0] not in known), None)
-    if unknown is not None:
-        raise StoreError(f"{source} lack the planned sample {unknown!r}: plan from them")
+    sample_ids = samples["sample_id"].combine_chunks()
+    check_sample_ids(sample_ids)
+    sample_ids = sample_ids.cast(pa.string())
+    first_seen = sample_ids.dictionary_encode().indices.to_numpy()
+    again = np.flatnonzero(first_seen != np.arange(len(first_seen)))
+    if len(again):
+        twice = sample_ids[again[0]].as_py()
+        raise StoreError(f"{source} name {twice!r} twice: make sample ids unique")
+    unknown = pc.index(pc.is_in(plan.sample_ids, sample_ids), False).as_py()
+    if unknown >= 0:
+        sample_id = plan.sample_ids[unknown].as_py()
+        raise StoreError(f"{source} lack the planned sample {sample_id!r}: plan from them")
 
 
 def _place(layout: Layout, contents: dict[str, bytes]) -> None:

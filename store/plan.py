@@ -6,14 +6,19 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from store.errors import StoreError
 from store.schema import MAX_SAMPLE_ID_BYTES
+from store.text_index import TextIndex
 
 Key = tuple[str, int]
+Integers = np.ndarray[Any, np.dtype[np.int32]]
+Offsets = np.ndarray[Any, np.dtype[np.int64]]
 
 SCHEMA = pa.schema(
     [
@@ -25,16 +30,24 @@ SCHEMA = pa.schema(
 MAX_VARIATION = 2**31
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+RE2_CONTROL_CHARACTER = r"[\x00-\x1f\x7f-\x{9f}]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """Planned rollouts, shard by shard: `plan[shard]` lists its keys, `len(plan)` counts shards."""
+    """Planned rollouts, shard by shard: `plan[shard]` lists its keys, `len(plan)` counts shards.
 
-    keys: tuple[Key, ...]
-    """(sample_id, variation) of every planned rollout, in the order of the shards."""
-    starts: tuple[int, ...]
-    """[shards + 1] index into `keys` of the first rollout of each shard, then their number."""
+    It holds columns, not keys: a million rollouts take some tens of megabytes.
+    """
+
+    sample_ids: pa.StringArray
+    """[S] the planned samples, each once, by first appearance."""
+    samples: Integers
+    """[R] int32 index into `sample_ids` of every rollout, in the order of the shards."""
+    variations: Integers
+    """[R] int32."""
+    starts: Offsets
+    """[shards + 1] int64 index of the first rollout of each shard, then their number."""
 
     @classmethod
     def of(cls, shards: Iterable[Iterable[Key]]) -> Plan:
@@ -42,14 +55,20 @@ class Plan:
 
         Raises StoreError for a duplicate key, an empty shard, an invalid sample id or variation.
         """
-        keys: list[Key] = []
+        sample_ids: list[str] = []
+        variations: list[int] = []
         starts = [0]
         for shard in shards:
-            keys.extend(shard)
-            starts.append(len(keys))
-        plan = cls(tuple(keys), tuple(starts))
-        plan._check()
-        return plan
+            for sample_id, variation in shard:
+                sample_ids.append(sample_id)
+                variations.append(variation)
+            starts.append(len(sample_ids))
+        _check_variations(sample_ids, variations)
+        return cls._encoded(
+            _sample_column(sample_ids),
+            np.array(variations, np.int32),
+            np.array(starts, np.int64),
+        )
 
     @classmethod
     def lay_out(cls, sample_ids: Sequence[str], variations: int, rollouts_per_shard: int) -> Plan:
@@ -61,9 +80,15 @@ class Plan:
         for name, value in (("variations", variations), ("rollouts_per_shard", rollouts_per_shard)):
             if value < 1:
                 raise StoreError(f"{name} is {value} but must be >= 1: correct it in the plan")
-        keys = [(sample_id, v) for v in range(variations) for sample_id in sample_ids]
-        cuts = range(0, len(keys), rollouts_per_shard)
-        return cls.of(keys[cut : cut + rollouts_per_shard] for cut in cuts)
+        column = _sample_column(sample_ids).dictionary_encode()
+        count = len(column) * variations
+        plan = cls(
+            column.dictionary,
+            np.tile(column.indices.to_numpy(), variations),
+            np.repeat(np.arange(variations, dtype=np.int32), len(column)),
+            np.append(np.arange(0, count, rollouts_per_shard), count),
+        )
+        return plan._checked()
 
     @classmethod
     def from_table(cls, table: pa.Table, source: str) -> Plan:
@@ -76,19 +101,37 @@ class Plan:
         steps = np.diff(shard, prepend=-1)
         if not np.isin(steps, (0, 1)).all() or shard[:1].tolist() != [0]:
             raise StoreError(f"{source} does not count its shards 0, 1, 2, …: restore it")
-        keys = zip(table["sample_id"].to_pylist(), table["variation"].to_pylist(), strict=True)
-        plan = cls(tuple(keys), (*map(int, np.flatnonzero(steps)), len(shard)))
+        ids, variations = table["sample_id"].combine_chunks(), table["variation"].to_numpy()
         try:
-            plan._check()
+            _check_range(ids, variations)
+            starts = np.append(np.flatnonzero(steps), len(shard))
+            return cls._encoded(ids, variations.astype(np.int32), starts)
         except StoreError as error:
             raise StoreError(f"{source}: {error}") from error
-        return plan
+
+    @classmethod
+    def _encoded(cls, sample_ids: pa.StringArray, variations: Integers, starts: Offsets) -> Self:
+        column = sample_ids.dictionary_encode()
+        samples = column.indices.to_numpy()
+        return cls(column.dictionary, samples, variations, starts)._checked()
 
     def to_table(self) -> pa.Table:
         """The content of plan.parquet: sample_id, variation, shard, one row per rollout."""
-        shard = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        columns = [[key[0] for key in self.keys], [key[1] for key in self.keys], shard]
-        return pa.table(columns, schema=SCHEMA)
+        shard = np.repeat(np.arange(len(self)), self.sizes)
+        columns = [self.sample_ids.take(pa.array(self.samples)), self.variations, shard]
+        return pa.table(
+            [pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA
+        )
+
+    @property
+    def rollouts(self) -> int:
+        """R: planned rollouts."""
+        return len(self.samples)
+
+    @property
+    def sizes(self) -> Offsets:
+        """[shards] int64 rollouts of each shard."""
+        return np.diff(self.starts)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -98,44 +141,128 @@ class Plan:
             raise IndexError(
                 f"shard {shard} is not planned: the plan has shards 0 to {len(self) - 1}"
             )
-        return self.keys[self.starts[shard] : self.starts[shard + 1]]
+        rows = slice(self.starts[shard], self.starts[shard + 1])
+        sample_ids = self.sample_ids.take(pa.array(self.samples[rows])).to_pylist()
+        return tuple(zip(sample_ids, self.variations[rows].tolist(), strict=True))
 
     def __iter__(self) -> Iterator[tuple[Key, ...]]:
         return (self[shard] for shard in range(len(self)))
 
-    @cached_property
-    def positions(self) -> dict[Key, int]:
-        """Index into `keys` of every key."""
-        return {key: position for position, key in enumerate(self.keys)}
+    def __eq__(self, other: object) -> bool:
+        """Whether both plan the same rollouts in the same shards and order."""
+        if not isinstance(other, Plan):
+            return NotImplemented
+        columns = ("samples", "variations", "starts")
+        same = all(np.array_equal(getattr(self, c), getattr(other, c)) for c in columns)
+        return same and bool(self.sample_ids.equals(other.sample_ids))
+
+    __hash__ = None  # type: ignore[assignment]
 
     def locate(self, key: Key) -> tuple[int, int] | None:
         """(shard, row in the shard) of a key; None when it is not planned."""
-        position = self.positions.get(key)
-        if position is None:
+        match key:
+            case (str() as sample_id, int() | np.integer() as variation):
+                sample = self._index.find(sample_id)
+            case _:
+                return None
+        if sample is None or not 0 <= variation < MAX_VARIATION:
             return None
+        pairs, order = self._pairs
+        pair = _pair(sample, int(variation))
+        at = int(np.searchsorted(pairs, pair))
+        if at == len(pairs) or pairs[at] != pair:
+            return None
+        position = int(order[at])
         shard = int(np.searchsorted(self.starts, position, side="right")) - 1
-        return shard, position - self.starts[shard]
+        return shard, position - int(self.starts[shard])
 
-    def _check(self) -> None:
-        if not self.keys:
+    @cached_property
+    def _index(self) -> TextIndex:
+        return TextIndex(self.sample_ids)
+
+    @cached_property
+    def _pairs(self) -> tuple[Offsets, Integers]:
+        """[R] sample and variation of every rollout in one number, rising; and whose they are."""
+        pairs = _pair(self.samples.astype(np.int64), self.variations)
+        order = np.argsort(pairs, kind="stable")
+        return pairs[order], order.astype(np.int32)
+
+    def _checked(self) -> Self:
+        if not self.rollouts:
             raise StoreError("the plan holds no rollout: give at least one sample and variation")
-        empty = np.flatnonzero(np.diff(self.starts) == 0)
+        empty = np.flatnonzero(self.sizes == 0)
         if len(empty):
             raise StoreError(f"shard {empty[0]} of the plan is empty: leave it out")
-        for sample_id in dict.fromkeys(key[0] for key in self.keys):
-            check_sample_id(sample_id)
-        for sample_id, variation in self.keys:
-            if type(variation) is not int or not 0 <= variation < MAX_VARIATION:
-                raise StoreError(
-                    f"variation {variation!r} of sample {sample_id!r} must be an integer in "
-                    f"[0, {MAX_VARIATION}): number the variations from 0"
-                )
-        if len(self.positions) != len(self.keys):
-            twice = next(key for at, key in enumerate(self.keys) if self.positions[key] != at)
+        check_sample_ids(self.sample_ids)
+        pairs, order = self._pairs
+        again = order[1:][pairs[1:] == pairs[:-1]]
+        if len(again):
+            at = again.min()
+            sample_id, variation = self.sample_ids[self.samples[at]].as_py(), self.variations[at]
             raise StoreError(
-                f"the plan holds the key (sample {twice[0]!r}, variation {twice[1]}) twice: "
+                f"the plan holds the key (sample {sample_id!r}, variation {variation}) twice: "
                 "a store with colliding keys is refused; make sample ids unique"
             )
+        return self
+
+
+def _pair(sample: Any, variation: Any) -> Any:
+    return sample * MAX_VARIATION + variation
+
+
+def _sample_column(sample_ids: Sequence[str]) -> pa.StringArray:
+    """Column of sample ids; raises StoreError for what is no string or no Unicode."""
+    for sample_id in sample_ids:
+        if not isinstance(sample_id, str):
+            check_sample_id(sample_id)
+    try:
+        return pa.array(sample_ids, pa.string())
+    except UnicodeEncodeError:
+        for sample_id in sample_ids:
+            check_sample_id(sample_id)
+        raise
+
+
+def _check_variations(sample_ids: Sequence[str], variations: Sequence[int]) -> None:
+    for sample_id, variation in zip(sample_ids, variations, strict=True):
+        if type(variation) is not int or not 0 <= variation < MAX_VARIATION:
+            raise _bad_variation(sample_id, variation)
+
+
+def _check_range(sample_ids: pa.StringArray, variations: Offsets) -> None:
+    bad = np.flatnonzero((variations < 0) | (variations >= MAX_VARIATION))
+    if len(bad):
+        raise _bad_variation(sample_ids[bad[0]].as_py(), int(variations[bad[0]]))
+
+
+def _bad_variation(sample_id: str, variation: object) -> StoreError:
+    return StoreError(
+        f"variation {variation!r} of sample {sample_id!r} must be an integer in "
+        f"[0, {MAX_VARIATION}): number the variations from 0"
+    )
+
+
+def check_sample_ids(column: pa.Array) -> None:
+    """Refuse a column of sample ids for the first value that `check_sample_id` refuses.
+
+    Raises StoreError.
+    """
+    if column.type != pa.string():
+        for value in column.to_pylist():
+            check_sample_id(value)
+        return
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise StoreError(
+            f"a sample id is no valid Unicode ({error}): rename it in the dataset"
+        ) from error
+    sizes = pc.binary_length(column)
+    odd_sizes = pc.or_(pc.less(sizes, 1), pc.greater(sizes, MAX_SAMPLE_ID_BYTES))
+    odd = pc.or_(odd_sizes, pc.match_substring_regex(column, RE2_CONTROL_CHARACTER))
+    first = pc.index(pc.fill_null(odd, True), True).as_py()
+    if first >= 0:
+        check_sample_id(column[first].as_py())
 
 
 def check_sample_id(sample_id: object) -> None:

@@ -108,7 +108,7 @@ class PredictionStore:
         )
 
     def __len__(self) -> int:
-        return sum(len(self.plan[shard]) for shard in self.committed)
+        return int(self.plan.sizes[self.committed].sum())
 
     def __iter__(self) -> Iterator[Key]:
         return self.keys()
@@ -192,7 +192,7 @@ class PredictionStore:
         place = self.plan.locate((sample_id, variation))
         if place is None:
             raise RolloutNotFound(
-                f"{where} is not planned in {self.path}: its plan has {len(self.plan.keys)} "
+                f"{where} is not planned in {self.path}: its plan has {self.plan.rollouts} "
                 "rollouts; take a key from keys()"
             )
         if place[0] not in self._pinned:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from store import Plan, StoreError
-from store.plan import SCHEMA, check_sample_id
+from store import Plan, PredictionStore, StoreError
+from store.plan import SCHEMA, check_sample_id, check_sample_ids
+from store.schema import TopK
+from store.synthetic import synthetic_manifest
 
 
 def test_colliding_keys_are_refused_and_named() -> None:
     with pytest.raises(StoreError, match=r"key \(sample 'a', variation 1\) twice.*colliding keys"):
         Plan.of([[("a", 0), ("a", 1)], [("b", 0), ("a", 1)]])
+
+
+def test_a_sample_that_is_laid_out_twice_is_refused() -> None:
+    with pytest.raises(StoreError, match=r"key \(sample 'b', variation 0\) twice"):
+        Plan.lay_out(["a", "b", "b"], 2, 3)
 
 
 def test_colliding_keys_in_a_stored_plan_are_refused_with_the_file() -> None:
@@ -36,7 +54,45 @@ def test_a_key_is_found_where_it_was_planned() -> None:
     for shard, keys in enumerate(plan):
         for row, key in enumerate(keys):
             assert plan.locate(key) == (shard, row)
-    assert plan.locate(("s0", 3)) is None
+    for absent in [("s0", 3), ("s7", 0), ("s0", -1), ("s0", 2**31), ("", 0), ("s\ud800", 0)]:
+        assert plan.locate(absent) is None
+
+
+@pytest.mark.parametrize("key", ["s0", ("s0",), ("s0", 0, 0), (7, 0), ("s0", "0"), ("s0", 0.0)])
+def test_what_is_no_key_is_not_planned(key: object) -> None:
+    assert Plan.lay_out(["s0"], 1, 1).locate(key) is None  # type: ignore[arg-type]
+
+
+def test_a_key_may_hold_an_integer_of_numpy() -> None:
+    assert Plan.lay_out(["s0", "s1"], 2, 4).locate(("s1", np.int16(1))) == (0, 3)
+
+
+SHARDS = st.lists(
+    st.lists(st.tuples(st.sampled_from("abcdü日"), st.integers(0, 2**31 - 1)), min_size=1),
+    min_size=1,
+).filter(lambda shards: len(keys := list(chain.from_iterable(shards))) == len(set(keys)))
+
+
+@given(SHARDS)
+def test_any_plan_lists_and_finds_its_keys_as_they_were_given(shards: list[list[tuple[str, int]]]):
+    plan = Plan.of(shards)
+    assert [list(keys) for keys in plan] == shards
+    assert plan.rollouts == sum(plan.sizes) == sum(map(len, shards))
+    assert Plan.from_table(plan.to_table(), "plan.parquet") == plan
+    for shard, keys in enumerate(shards):
+        assert [plan.locate(key) for key in keys] == [(shard, row) for row in range(len(keys))]
+
+
+def test_plans_that_differ_in_one_place_are_not_equal() -> None:
+    plan = Plan.of([[("a", 0), ("b", 0)], [("c", 1)]])
+    others = [
+        [[("a", 0), ("b", 0)], [("c", 2)]],
+        [[("a", 0), ("b", 0)], [("d", 1)]],
+        [[("b", 0), ("a", 0)], [("c", 1)]],
+        [[("a", 0)], [("b", 0), ("c", 1)]],
+    ]
+    assert all(plan != Plan.of(other) for other in others)
+    assert plan != "plan"
 
 
 def test_a_plan_survives_its_table() -> None:
@@ -88,6 +144,93 @@ def test_a_sample_id_that_cannot_name_a_sample_is_refused(sample_id: object, mes
         check_sample_id(sample_id)
 
 
+@given(st.lists(st.text("ab\n\x00\x1f \x7f\x80\x9f\xa0é日", max_size=4), min_size=1))
+def test_a_column_of_sample_ids_is_refused_as_its_first_bad_one(sample_ids: list[str]) -> None:
+    assert refusal(check_sample_ids, pa.array(sample_ids)) == next(
+        filter(None, (refusal(check_sample_id, sample_id) for sample_id in sample_ids)), None
+    )
+
+
+@pytest.mark.parametrize("last", ["", "ü" * 257, None])
+def test_a_column_with_a_bad_size_or_nothing_is_refused(last: str | None) -> None:
+    column = pa.array(["ü" * 256, last])
+    assert refusal(check_sample_ids, column) == refusal(check_sample_id, last) is not None
+
+
+def refusal(check: Callable[[Any], None], value: object) -> str | None:
+    try:
+        check(value)
+    except StoreError as error:
+        return str(error)
+    return None
+
+
+def test_a_column_of_another_type_or_of_no_unicode_is_refused() -> None:
+    with pytest.raises(StoreError, match="sample id 7 must be a non-empty string"):
+        check_sample_ids(pa.array([7]))
+    broken = pa.StringArray.from_buffers(
+        1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")
+    )
+    with pytest.raises(StoreError, match="no valid Unicode"):
+        check_sample_ids(broken)
+    check_sample_ids(pa.array(["a"], pa.large_string()))
+
+
+@pytest.mark.parametrize("bad", ["a\ud800", b"a", None, 7])
+def test_a_plan_refuses_a_sample_id_that_is_no_text(bad: object) -> None:
+    for make in (lambda: Plan.of([[("a", 0), (bad, 0)]]), lambda: Plan.lay_out(["a", bad], 1, 2)):
+        with pytest.raises(StoreError, match=r"non-empty string|no valid Unicode"):
+            make()
+
+
 @pytest.mark.parametrize("sample_id", ["a b", "../up", "😀", "ü" * 256, ".", "C:\\x"])
 def test_any_other_text_is_a_sample_id(sample_id: str) -> None:
     check_sample_id(sample_id)
+
+
+def test_a_plan_travels_to_other_processes() -> None:
+    plan = Plan.lay_out(["a", "b"], 2, 3)
+    copy = pickle.loads(pickle.dumps(plan))
+    assert copy == plan
+    assert copy.locate(("b", 1)) == (1, 0)
+
+
+MEASURE = """
+import sys
+from store import PredictionStore
+
+def resident_mib(name):
+    status = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(status[name].split()[0]) / 1024
+
+before = resident_mib("VmRSS")
+store = PredictionStore.open(sys.argv[1])
+found = [store.plan.locate((f"sample-{n:07d}", v)) for n, v in [(0, 0), (249_999, 3)]]
+print(resident_mib("VmHWM") - before, resident_mib("VmRSS") - before, len(store), *found)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
+def test_a_million_rollouts_in_ten_thousand_shards_are_indexed_in_little_memory(
+    tmp_path: Path,
+) -> None:
+    sample_ids = [f"sample-{n:07d}" for n in range(250_000)]
+    samples = pa.table({"sample_id": sample_ids, "text": sample_ids})
+    plan = Plan.lay_out(sample_ids, variations=4, rollouts_per_shard=100)
+    made = PredictionStore.create(tmp_path / "store", synthetic_manifest(TopK(k=4)), plan, samples)
+    for shard in range(len(plan)):
+        (made.path / f"shards/{shard:05d}").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", MEASURE, str(made.path)],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak, held, rollouts, *_ = done.stdout.split()
+    assert done.stdout.split(maxsplit=3)[3].split("\n")[0] == "(0, 0) (9999, 99)"
+    assert int(rollouts) == 1_000_000
+    assert float(held) < 200  # the issue allows 300 MiB in all
+    assert float(peak) < 270
