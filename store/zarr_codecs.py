@@ -9,11 +9,11 @@ nothing loops over rows in Python, and decoding leaves the interpreter free for 
 
 from __future__ import annotations
 
+import math
 import struct
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from functools import cache
-from math import sqrt
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
@@ -36,6 +36,9 @@ PCO_LEVEL = 8
 
 PAGE_NUMBERS = 2**18
 """Numbers per page of a Pco file."""
+
+BLOCK_NUMBERS = 2**15
+"""Logits that are rounded at once: a few double-precision copies of them fit into a cache."""
 
 
 class DamagedChunk(StoreError, ValueError):
@@ -86,27 +89,21 @@ class ChunkCodec(ArrayBytesCodec):
         return chunk_spec.prototype.buffer.from_bytes(content)
 
     async def _decode_single(self, chunk_data: Buffer, chunk_spec: ChunkSpec) -> NDBuffer:
-        dtype = chunk_spec.dtype.to_native_dtype()
+        dtype = chunk_spec.dtype.to_native_dtype().newbyteorder("=")
         values = self.decode_chunk(chunk_data.to_bytes(), chunk_spec.shape, dtype)
         return chunk_spec.prototype.nd_buffer.from_numpy_array(values)
 
 
 @dataclass(frozen=True)
 class Pco(ChunkCodec):
-    """Numbers of 16 to 64 bits as they are: one Pco file, bit-exact for any content.
-
-    With `delta` the differences of consecutive numbers are coded, over the whole chunk: best for
-    rows of rising ids. Taking them within Pco costs 1 byte per row more than taking them per row
-    before it, and decodes twice as fast.
-    """
+    """Numbers of 16 to 64 bits as they are: one Pco file, bit-exact for any content."""
 
     name = "foretell.pco"
-    delta: bool = False
     level: int = PCO_LEVEL
 
     def encode_chunk(self, values: Array) -> bytes:
         """Bytes of integers or floats of any shape."""
-        return _compress(values, self.level, self.delta)
+        return _compress(values, self.level)
 
     def decode_into(self, content: bytes, out: Array) -> None:
         """Exactly the encoded bits."""
@@ -114,11 +111,49 @@ class Pco(ChunkCodec):
 
 
 @dataclass(frozen=True)
+class RisingIds(ChunkCodec):
+    """Rows of rising ids: bit-exact for any content, small for such rows.
+
+    The ids of the whole chunk end to end as one Pco file of their differences. Differences within
+    rows alone would save 1 byte per row and take twice as long to sum up again. Of a large
+    vocabulary a chunk uses few ids, many of them often; if that is shorter, the file holds places
+    (i64) in a dictionary of the chunk's ids. Layout: `size of the dictionary, 0 for none (u32),
+    bytes of the first file (u32)`, dictionary, ids or places, all Pco with differences.
+    """
+
+    name = "foretell.rising_ids"
+    level: int = PCO_LEVEL
+
+    def encode_chunk(self, values: Array) -> bytes:
+        """Bytes of ids of any shape, uint16 or uint32."""
+        if values.dtype.kind != "u":
+            raise ValueError(f"ids must be unsigned integers, not {values.dtype}")
+        plain = _join(0, b"", _compress(values, self.level, delta=True))
+        if values.dtype.itemsize < 4 or not values.size:
+            return plain
+        ids, places = np.unique(values, return_inverse=True)
+        first, second = (_compress(part, self.level, delta=True) for part in (ids, places))
+        return min(plain, _join(len(ids), first, second), key=len)
+
+    def decode_into(self, content: bytes, out: Array) -> None:
+        """Exactly the encoded bits."""
+        count, (first, second) = _split(content)
+        if not count:
+            return _decompress_into(second, _flat(out))
+        if count > out.size:
+            raise DamagedChunk(f"{count} different ids are more than the {out.size} of the chunk")
+        ids, places = np.empty(count, out.dtype), np.empty(out.shape, np.int64)
+        _decompress_into(first, ids)
+        _decompress_into(second, _flat(places))
+        np.take(ids, places, out=out, mode="clip")  # only damage is beyond the dictionary
+
+
+@dataclass(frozen=True)
 class SortedDraws(ChunkCodec):
     """Rows of sorted ids with repeats, as runs: bit-exact for any content, small for such rows.
 
-    The runs of all rows end to end, a run never longer than a row: `number of runs (u32), bytes of
-    the first file (u32)`, the ids of the runs (Pco with differences), their lengths (Pco).
+    The runs of all rows end to end, a run never longer than a row. Layout: `number of runs (u32),
+    bytes of the first part (u32)`, the ids of the runs as `RisingIds`, their lengths (Pco of u32).
     """
 
     name = "foretell.sorted_draws"
@@ -130,8 +165,8 @@ class SortedDraws(ChunkCodec):
         np.not_equal(values[..., 1:], values[..., :-1], out=starts[..., 1:])
         places = np.flatnonzero(starts)
         lengths = np.diff(places, append=values.size).astype(np.uint32)
-        ids = _compress(values[starts], self.level, delta=True)
-        return struct.pack("<II", len(places), len(ids)) + ids + _compress(lengths, self.level)
+        ids = RisingIds(self.level).encode_chunk(values[starts])
+        return _join(len(places), ids, _compress(lengths, self.level))
 
     def decode_into(self, content: bytes, out: Array) -> None:
         """Exactly the encoded bits."""
@@ -139,7 +174,7 @@ class SortedDraws(ChunkCodec):
         if runs > out.size:
             raise DamagedChunk(f"{runs} runs are more than the {out.size} ids of the chunk")
         ids, lengths = np.empty(runs, out.dtype), np.empty(runs, np.uint32)
-        _decompress_into(first, ids)
+        RisingIds(self.level).decode_into(first, ids)
         _decompress_into(second, lengths)
         if int(lengths.sum(dtype=np.uint64)) != out.size:
             raise DamagedChunk(f"its runs do not add up to the {out.size} ids of the chunk")
@@ -164,9 +199,9 @@ class Logits(ChunkCodec):
     level; below level 2 whole nats are counted down. With rounding error e, |e| <= 1/2, a level
     costs about (2e)²·max p/top²/2 nats, whatever p is, so for an even e all K together cost
     K·max p/(6·top²). `top`, the level of the row's largest logit, is taken per row from `TOPS`: the
-    least, from where that formula gives `loss_nats`, whose measured KL(p, rounded p) is at most
-    `loss_nats`. Layout: `number of rows (u32), bytes of the first file (u32)`, the places in `TOPS`
-    [rows] (Pco of u16), the levels (Pco of i64).
+    least, from where that formula gives `loss_nats`, whose KL(p, rounded p) as measured on the
+    decoded logits is at most `loss_nats`. Layout: `number of rows (u32), bytes of the first file
+    (u32)`, the places in `TOPS` [rows] (Pco of u16), the levels (Pco of i64).
 
     Decoded rows are relative to their maximum, which is exactly 0, in the order of the encoded
     ones; minus infinity and NaN stay in their places. Encoding decoded rows again may cost
@@ -182,16 +217,19 @@ class Logits(ChunkCodec):
 
         Raises ValueError for plus infinity, and where no level is fine enough for `loss_nats`.
         """
-        rows = np.reshape(values, (-1, values.shape[-1]))
-        tops, levels = _round_logits(rows, self.loss_nats)
-        places = _compress(tops.astype(np.uint16), self.level)
-        header = struct.pack("<II", len(tops), len(places))
-        return header + places + _compress(levels, self.level)
+        rows = _rows(values)
+        tops, levels = np.empty(len(rows), np.int64), np.empty(rows.shape, np.int64)
+        height = max(1, BLOCK_NUMBERS // max(1, rows.shape[1]))
+        for start in range(0, len(rows), height):
+            block = slice(start, start + height)
+            tops[block], levels[block] = _round_logits(rows[block], self.loss_nats)
+        first, second = (_compress(part, self.level) for part in (tops.astype(np.uint16), levels))
+        return _join(len(tops), first, second)
 
     def decode_into(self, content: bytes, out: Array) -> None:
         """Logits relative to the row maximum, each the nearest of its type to its level's."""
         count, (first, second) = _split(content)
-        rows = out.reshape(-1, out.shape[-1])
+        rows = _rows(out)
         if count != len(rows):
             raise DamagedChunk(f"it holds {count} rows where {len(rows)} are expected")
         tops, levels = np.empty(count, np.uint16), np.empty(rows.shape, np.int64)
@@ -204,7 +242,7 @@ class Logits(ChunkCodec):
         np.take(_decoded_levels(out.dtype.char), levels, out=rows, mode="clip")
 
 
-TOPS = np.unique(np.round(2.0 ** np.arange(1, 15.01, 0.25)).astype(np.int64))
+TOPS = np.unique(np.round(2.0 ** np.arange(1, 15.01, 1 / 8)).astype(np.int64))
 """Levels that the largest logit of a row may have."""
 
 _WIDTHS = TOPS - LEVEL_OF_NAN + 1
@@ -226,62 +264,66 @@ def _decoded_levels(kind: str) -> Array:
 
 
 def _round_logits(rows: Array, loss_nats: float) -> tuple[Array, Array]:
-    """Place in `TOPS` [rows] and levels [rows, K] int64."""
-    if np.isposinf(rows).any():
-        raise ValueError("a logit is infinite: correct the family that made it")
-    logits = rows.astype(np.float64)
-    finite = np.isfinite(logits)
-    logits[~finite] = -np.inf
-    highest = logits.max(-1, keepdims=True, initial=-np.inf)
-    logits -= np.where(np.isfinite(highest), highest, 0.0)
-    places = np.searchsorted(TOPS, _tops_by_formula(logits, loss_nats)).clip(max=len(TOPS) - 1)
+    """Place in `TOPS` [rows] and levels [rows, K] int64 of logits [rows, K]."""
+    logits = _relative(rows)
+    weights = np.exp(logits)
+    places = np.searchsorted(TOPS[:-1], _tops_by_formula(weights, loss_nats))
     levels = np.empty(rows.shape, np.int64)
-    open_rows = np.arange(len(rows))
-    while len(open_rows):
-        part, place = logits[open_rows], places[open_rows]
-        rounded = _levels(part, TOPS[place])
-        levels[open_rows] = rounded
-        decoded = _decoded_levels(rows.dtype.char)[rounded + ORIGINS[place][:, None]]
-        wrong: Array = _divergence(part, decoded.astype(np.float64)) > loss_nats
-        open_rows = open_rows[wrong]
-        if (places[open_rows] == len(TOPS) - 1).any():
+    table, pending = _decoded_levels(rows.dtype.char), np.arange(len(rows))
+    while len(pending):
+        part, place = logits[pending], places[pending]
+        levels[pending] = rounded = _levels(part, TOPS[place])
+        decoded = table[rounded + ORIGINS[place][:, None]].astype(np.float64)
+        pending = pending[_divergence(weights[pending], part, decoded) > loss_nats]
+        if (places[pending] == len(TOPS) - 1).any():
             raise ValueError(
                 f"rounding to {loss_nats} nats needs finer levels than there are: "
                 "raise loss_nats, or use the profile `fast`"
             )
-        places[open_rows] += 1
+        places[pending] += 1
     levels[np.isnan(rows)] = LEVEL_OF_NAN
     return places, levels
 
 
-def _tops_by_formula(logits: Array, loss_nats: float) -> Array:
-    """Top [rows] at which even rounding errors cost `loss_nats`; logits relative to the max."""
-    kept = np.exp(logits).sum(-1)  # 1 / max p
-    width: int = logits.shape[-1]
-    top: Array = sqrt(width / (6 * loss_nats)) / np.sqrt(np.maximum(kept, 1))
-    return top
+def _relative(rows: Array) -> Array:
+    """Logits [rows, K] float64 relative to the row maximum, minus infinity for NaN."""
+    logits = rows.astype(np.float64)
+    logits[np.isnan(logits)] = -np.inf
+    highest = logits.max(-1, keepdims=True, initial=-np.inf)
+    if (highest == np.inf).any():
+        raise ValueError("a logit is infinite: correct the family that made it")
+    logits -= np.where(highest == -np.inf, 0.0, highest)
+    return logits
+
+
+def _tops_by_formula(weights: Array, loss_nats: float) -> Array:
+    """Top [rows] at which even rounding errors cost `loss_nats`; weights are p / max p."""
+    total = np.maximum(weights.sum(-1), 1)  # 1 / max p, and 1 for a row that holds nothing
+    tops: Array = np.sqrt(weights.shape[-1] / (6 * loss_nats) / total)
+    return tops
 
 
 def _levels(logits: Array, tops: Array) -> Array:
-    """Levels [rows, K] int64 of logits relative to the row maximum, all finite or -inf."""
-    top = tops[:, None]
-    roots = top * np.exp(logits / 2)
-    with np.errstate(invalid="ignore"):
-        nats = np.round(logits + 2 * np.log(top / 2))
-    below = 2 + np.clip(nats, -DEEPEST, -1)
-    levels = np.where(roots >= 2, np.round(roots), below)
+    """Levels [rows, K] int64 of logits relative to the row maximum, none of them NaN."""
+    levels: Array = np.rint(np.exp(logits / 2) * tops[:, None]).astype(np.int64)
+    low = np.nonzero(levels < 2)
+    nats = np.rint(-logits[low] - 2 * np.log(tops / 2)[low[0]]).clip(1, DEEPEST)
+    levels[low] = 2 - nats.astype(np.int64)
     levels[np.isneginf(logits)] = LEVEL_OF_MINUS_INFINITY
-    return cast(Array, levels.astype(np.int64))
+    return levels
 
 
-def _divergence(logits: Array, decoded: Array) -> Array:
-    """KL(softmax(logits), softmax(decoded)) [rows] in nats; 0 for a row that holds nothing."""
-    p, q = np.exp(logits), np.exp(decoded)
-    total = p.sum(-1)
-    gap = np.where(p > 0, logits - np.where(p > 0, decoded, 0), 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        kl = (p * gap).sum(-1) / total + np.log(q.sum(-1) / total)
-    return cast(Array, np.where(total > 0, kl, 0.0))
+def _divergence(weights: Array, logits: Array, decoded: Array) -> Array:
+    """KL(softmax(logits), softmax(decoded)) [rows] in nats, at weights exp(logits).
+
+    Minus infinity for a row that holds nothing.
+    """
+    total = np.maximum(weights.sum(-1), 1)
+    gaps = np.subtract(logits, decoded, out=np.zeros_like(logits), where=weights > 0)
+    with np.errstate(divide="ignore"):
+        divergence: Array = np.log(np.exp(decoded).sum(-1) / total)
+    divergence += np.einsum("rk,rk->r", weights, gaps) / total
+    return divergence
 
 
 @dataclass(frozen=True)
@@ -302,21 +344,24 @@ class States(ChunkCodec):
 
         Raises ValueError for a row that mixes finite and other values.
         """
-        rows = np.reshape(values, (-1, values.shape[-1])).astype(np.float64)
-        scales = (self.step * np.sqrt((rows**2).mean(-1))).astype(np.float32)
-        empty = np.isnan(rows).all(-1)
-        if not np.isfinite(scales[~empty]).all():
+        rows = _rows(values).astype(np.float64)
+        empty = np.flatnonzero(np.isnan(rows).all(-1))
+        rows[empty] = 0
+        if not np.isfinite(rows).all():
             raise ValueError("a state is NaN or infinite: correct the family that made it")
-        divisors = np.where(scales > 0, scales, 1)[:, None]
-        multiples = np.round(np.where(empty[:, None], 0, rows / divisors)).astype(np.int32)
-        first = _compress(scales, self.level)
-        header = struct.pack("<II", len(scales), len(first))
-        return header + first + _compress(multiples, self.level)
+        scales = (self.step * np.sqrt((rows**2).mean(-1))).astype(np.float32)
+        multiples = np.rint(rows / np.where(scales > 0, scales, 1)[:, None])
+        beyond = np.abs(multiples * scales[:, None]) > np.finfo(values.dtype).max
+        multiples -= np.sign(multiples) * beyond  # toward 0 where rounding would overflow
+        scales[empty] = np.nan
+        multiples = multiples.astype(np.int32)
+        first, second = (_compress(part, self.level) for part in (scales, multiples))
+        return _join(len(scales), first, second)
 
     def decode_into(self, content: bytes, out: Array) -> None:
         """The rounded states in the type of `out`."""
         count, (first, second) = _split(content)
-        rows = out.reshape(-1, out.shape[-1])
+        rows = _rows(out)
         if count != len(rows):
             raise DamagedChunk(f"it holds {count} rows where {len(rows)} are expected")
         scales, multiples = np.empty(count, np.float32), np.empty(rows.shape, np.int32)
@@ -388,6 +433,7 @@ class Rounded(ChunkCodec):
         if values.dtype != np.float32:
             raise ValueError(f"only float32 can be rounded, not {values.dtype}")
         drop = 23 - self.bits
+        values = _native(values)
         words = values.view(np.uint32)
         half = (words >> drop & 1) + np.uint32((1 << (drop - 1)) - 1)
         rounded = (words + half) & np.uint32(2**32 - (1 << drop))
@@ -407,7 +453,7 @@ def compact_codec(spec: ArraySpec, profile: Compact) -> ChunkCodec:
     """
     codecs: dict[str, ChunkCodec] = {
         "codes": Pco(),
-        "top_k.ids": Pco(delta=True),
+        "top_k.ids": RisingIds(),
         "top_k.logits": Logits(profile.loss_nats),
         "top_k.tail_logmass": LogMass(),
         "top_k.tail_ids": SortedDraws(),
@@ -424,7 +470,7 @@ def compact_codec(spec: ArraySpec, profile: Compact) -> ChunkCodec:
 
 
 def _compress(values: Array, level: int, delta: bool = False) -> bytes:
-    flat = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).reshape(-1)
+    flat = _native(values).reshape(-1)
     config = ChunkConfig(
         compression_level=level,
         mode_spec=ModeSpec.classic(),
@@ -432,6 +478,16 @@ def _compress(values: Array, level: int, delta: bool = False) -> bytes:
         paging_spec=PagingSpec.equal_pages_up_to(PAGE_NUMBERS),
     )
     return cast(bytes, standalone.simple_compress(flat, config))
+
+
+def _native(values: Array) -> Array:
+    """The same values, C-contiguous and in the byte order of this machine."""
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+
+
+def _rows(values: Array) -> Array:
+    """Values [..., K] as [rows, K]; shares the memory of a C-contiguous array."""
+    return values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
 
 
 def _decompress_into(content: bytes, out: Array) -> None:
@@ -451,13 +507,18 @@ def _flat(out: Array) -> Array:
     return out.reshape(-1)
 
 
+def _join(count: int, first: bytes, second: bytes) -> bytes:
+    """A chunk of two parts: `count (u32), bytes of the first part (u32)`, both parts."""
+    return struct.pack("<II", count, len(first)) + first + second
+
+
 def _split(content: bytes) -> tuple[int, tuple[bytes, bytes]]:
-    """The count and the two Pco files of a chunk `count (u32), bytes of the first file (u32)`."""
+    """The count and the two parts of a chunk that `_join` made."""
     if len(content) < 8:
         raise DamagedChunk(f"it has {len(content)} bytes where a header has 8")
     count, length = struct.unpack_from("<II", content)
     return count, (content[8 : 8 + length], content[8 + length :])
 
 
-for codec in (Pco, SortedDraws, Logits, States, LogMass, Rounded):
+for codec in (Pco, RisingIds, SortedDraws, Logits, States, LogMass, Rounded):
     register_codec(codec.name, codec)
