@@ -46,6 +46,7 @@ class PredictionStore:
         self.plan = Plan.from_table(read_table(layout.plan, self.manifest), str(layout.plan))
         self.samples = read_table(layout.samples, self.manifest)
         check_samples(self.samples, self.manifest, self.plan, str(layout.samples))
+        pa.default_memory_pool().release_unused()  # what decoding and checking the tables took
         self.committed = layout.committed()
         unplanned = [shard for shard in self.committed if shard >= len(self.plan)]
         if unplanned:

@@ -232,5 +232,5 @@ def test_a_million_rollouts_in_ten_thousand_shards_are_indexed_in_little_memory(
     peak, held, rollouts, *_ = done.stdout.split()
     assert done.stdout.split(maxsplit=3)[3].split("\n")[0] == "(0, 0) (9999, 99)"
     assert int(rollouts) == 1_000_000
-    assert float(held) < 200  # the issue allows 300 MiB in all
-    assert float(peak) < 270
+    assert float(held) < 180  # measured: 106
+    assert float(peak) < 270  # measured: 185
