@@ -15,16 +15,39 @@ from stages.config import DatasetFacts, FamilyName, ModelConfig
 from stages.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
     from stages.sampling import RolloutPolicy
-    from store.schema import Stream
+    from store.schema import Head, Stream
 
 CONFIGS: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 
 Sample = Mapping[str, Any]
 """One row of samples.parquet: `sample_id` and the conditioning columns that a family reads."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a model predicts with the conditions, or without them: references, no copies.
+
+    Parts are joined along their second last axis, and only by who needs them whole.
+    """
+
+    logits: tuple[Tensor, ...]
+    """Parts [..., c, V] of the streams in order, in the type of the model."""
+    hidden: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """By group, parts [..., h, D] of what the group's linear head reads, `Family.heads` in all."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The two branches of guidance, before they are mixed."""
+
+    cond: Branch
+    uncond: Branch | None
+    """None where it was not computed: at scale 1, unless both branches were asked for."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,8 @@ class Step:
     """[b, C] int64: the codes drawn."""
     logits: Tensor
     """[b, C, V] float32: guided, before forbidden ids are masked and before any filter."""
+    branches: Branches | None = None
+    """What `logits` were mixed from, [b, ...]."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,8 @@ class Scores:
     """[B, T, C, V]: `logits[:, t]` predicts `codes[:, t]`."""
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     """Auxiliary losses of the model itself, already weighted (mixture-of-experts balance, ...)."""
+    branches: Branches | None = None
+    """What `logits` were mixed from, [B, T, ...]."""
 
 
 class Family(Protocol):
@@ -68,6 +95,8 @@ class Family(Protocol):
     facts: DatasetFacts
     """What it was built for: alphabet, speakers, codes and the audio codec that makes them."""
     streams: tuple[Stream, ...]
+    heads: tuple[Head, ...]
+    """Its linear output heads, one per group of streams; none where a group's is not linear."""
     forbidden: tuple[int, ...]
     end_id: int | None
     timestep_s: float
@@ -117,10 +146,26 @@ class Family(Protocol):
         """[F, codebooks] int64: the audio codec's frames of `codes` [T, C], without the end."""
         ...
 
+    def head_weights(self) -> dict[str, np.ndarray]:
+        """Return `GROUP.weight` [C, V, D] and `GROUP.bias` [C, V], float32, of every head.
+
+        The logits of a stream are its weight times the state that `Branch.hidden` holds, plus its
+        bias, which is 0 where the head has none.
+        """
+        ...
+
     def rollout(
-        self, samples: Sequence[Sample], policy: RolloutPolicy, cfg_scale: float
+        self,
+        samples: Sequence[Sample],
+        policy: RolloutPolicy,
+        cfg_scale: float,
+        *,
+        both_branches: bool = False,
     ) -> Iterator[Step]:
-        """Generate under guidance, one `Step` per timestep; finished rows leave the batch."""
+        """Generate under guidance, one `Step` per timestep; finished rows leave the batch.
+
+        `both_branches` computes the unconditional branch at scale 1 too, for who keeps it.
+        """
         ...
 
     def score(
@@ -130,15 +175,16 @@ class Family(Protocol):
         lengths: Tensor,
         *,
         cfg_scale: float = 1.0,
+        both_branches: bool = False,
         unconditional: Tensor | None = None,
         alignment: bool = False,
     ) -> Scores:
         """Predict every timestep of given codes in one parallel pass.
 
         `codes` [B, T, C] int64, `lengths` [B] int64; what lies beyond a length is never read.
-        With `cfg_scale` other than 1 both branches are computed and mixed (no gradients wanted);
-        `unconditional` [B] bool drops the conditions of the marked samples (condition dropout);
-        `alignment` asks for the loss "alignment", where the family has one.
+        With `cfg_scale` other than 1, or `both_branches`, both are computed and mixed (no
+        gradients wanted); `unconditional` [B] bool drops the conditions of the marked samples
+        (condition dropout); `alignment` asks for the loss "alignment", where the family has one.
         """
         ...
 

@@ -1,71 +1,246 @@
 """From what a teacher predicts to what the store keeps, on whatever device the logits are on.
 
 What is stored is the guided distribution before any sampling filter: forbidden ids masked,
-normalised per stream, then reduced.
+normalised per stream, then reduced. Nothing here waits for the device, so a value that is not
+finite is reported as a flag (`all_finite`) and refused by who reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from stages.sampling import mask_forbidden
-from store.schema import Full, Target, TopK
+from stages.family import Branches
+from stages.guidance import guide
+from stages.sampling import draw_many, index_of, mask_forbidden
+from store.encoding import array_specs
+from store.schema import Dense, Full, Hidden, Manifest, Sampled, Target, TopK
 
 Arrays = dict[str, Tensor]
 
+DRAW_VALUES = 4 * 2**20
+"""Weights whose cumulative sums are held at once (32 MiB of float64)."""
+
+
+def ingredients(target: Target, logits: Tensor, branches: Branches | None) -> Arrays:
+    """Return what a target is made of, by name and without copying whole predictions.
+
+    `logits` [..., C, V] are the guided ones, `branches` what they were mixed from. The names are
+    `logits`, or `cond` and `uncond`, or for hidden states `cond.GROUP` and `uncond.GROUP`.
+    """
+    if isinstance(target, TopK | Sampled) or (isinstance(target, Full) and not _both(target)):
+        return {"logits": logits}
+    if branches is None:
+        raise ValueError(
+            f"target {target.kind!r} needs the branches, which the family gave none of"
+        )
+    parts = {"cond": branches.cond, "uncond": branches.uncond}
+    given = {name: branch for name, branch in parts.items() if branch is not None}
+    if isinstance(target, Full):
+        return {name: _joined(branch.logits) for name, branch in given.items()}
+    return {
+        f"{name}.{group}": _joined(states)
+        for name, branch in given.items()
+        for group, states in branch.hidden.items()
+    }
+
+
+def _both(target: Full | Hidden | Dense) -> bool:
+    return target.branches == "both"
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)
+
+
+def all_finite(values: Mapping[str, Tensor], forbidden: Sequence[int]) -> Tensor:
+    """Return whether all ingredients are finite, as bool [] on their device.
+
+    Forbidden ids, which logits [..., V] have and hidden states have not, may hold anything.
+    """
+    sums = []
+    for name, x in values.items():
+        allowed = x.float()
+        if forbidden and "." not in name:
+            allowed = allowed.index_fill(-1, index_of(tuple(forbidden), x.device), 0.0)
+        # A sum shows every NaN and infinity among its terms, at a tenth of the price of isfinite.
+        sums.append(allowed.sum(-1).isfinite().all())
+    return torch.stack(sums).all()
+
 
 def reduce(
-    logits: Tensor, codes: Tensor, target: Target, forbidden: Sequence[int], end_id: int | None
+    logits: Tensor,
+    codes: Tensor,
+    target: TopK | Full | Sampled,
+    forbidden: Sequence[int],
+    end_id: int | None,
+    uniforms: Tensor | None = None,
 ) -> Arrays:
     """Reduce guided logits to the arrays of a target.
 
     `logits` is [..., V] of any floating dtype, `codes` [...] int64 the drawn ids, which are always
-    kept, as is the end id. Returns the arrays of `store.encoding` without their target prefix, on
-    the device of `logits`. Raises FloatingPointError when an allowed logit is not finite.
+    kept, as is the end id; `uniforms` [..., draws] float64 in [0, 1) for targets that draw. Returns
+    the arrays of `store.encoding` without their target prefix, on the device of `logits`.
     """
     masked = mask_forbidden(logits.float(), forbidden)
-    _require_finite(masked, forbidden)
     relative = masked - masked.amax(-1, keepdim=True)
     match target:
         case Full():
             return {"logits": relative}
+        case Sampled():
+            return {"ids": _draw_ids(relative, uniforms)}
         case TopK():
-            return _reduce_top_k(relative, codes, target, forbidden, end_id)
+            return _reduce_top_k(relative, codes, target, forbidden, end_id, uniforms)
 
 
-def _require_finite(masked: Tensor, forbidden: Sequence[int]) -> None:
-    finite = masked.isfinite().sum(-1)
-    if not bool((finite == masked.shape[-1] - len(set(forbidden))).all()):
-        raise FloatingPointError("the teacher's guided logits hold NaN or infinity")
+def reduce_branches(branches: Mapping[str, Tensor], forbidden: Sequence[int]) -> Arrays:
+    """Reduce the logits `cond` and `uncond` [..., V] for `full`, each relative to its maximum.
+
+    Constants of a row cancel when they are mixed, whatever the scale.
+    """
+    masked = {name: mask_forbidden(x.float(), forbidden) for name, x in branches.items()}
+    return {name: x - x.amax(-1, keepdim=True) for name, x in masked.items()}
+
+
+def reduce_hidden(states: Mapping[str, Tensor], target: Hidden, scale: float) -> Arrays:
+    """Reduce the states `cond.GROUP` and `uncond.GROUP` [..., H, D], in float32.
+
+    A linear head commutes with guidance, so states are mixed as their logits would be; without
+    unconditional ones the conditional are what is taught.
+    """
+    if _both(target):
+        return {name: x.float() for name, x in states.items()}
+    groups = [name.removeprefix("cond.") for name in states if name.startswith("cond.")]
+    return {
+        group: guide(states[f"cond.{group}"], states[f"uncond.{group}"], scale)
+        if f"uncond.{group}" in states
+        else states[f"cond.{group}"].float()
+        for group in groups
+    }
+
+
+def reduce_dense(cond: Tensor, uncond: Tensor | None, target: Dense, scale: float) -> Arrays:
+    """Reduce continuous predictions [..., C, *shape] in float32: guided, or `cond` and `delta`.
+
+    The delta is conditional less unconditional, so the prediction at scale s is
+    cond + (s − 1)·delta. Without an unconditional prediction there is no guidance to apply; both
+    branches then cannot be kept, which raises ValueError.
+    """
+    if not _both(target):
+        return {"guided": cond.float() if uncond is None else guide(cond, uncond, scale)}
+    if uncond is None:
+        raise ValueError("branches: both needs the unconditional prediction, which is missing")
+    return {"cond": cond.float(), "delta": cond.float() - uncond.float()}
+
+
+def _draw_ids(logits: Tensor, uniforms: Tensor | None) -> Tensor:
+    """Draw ids [..., draws], rising with repeats, from softmax(logits) of [..., V]."""
+    if uniforms is None:
+        raise ValueError("this target draws ids, so it needs uniform numbers")
+    vocabulary, draws = logits.shape[-1], uniforms.shape[-1]
+    rows = max(1, DRAW_VALUES // vocabulary)
+    blocks = zip(
+        torch.split(logits.reshape(-1, vocabulary), rows),
+        torch.split(uniforms.reshape(-1, draws), rows),
+        strict=True,
+    )
+    # Relative to the maximum some weight is 1, however little mass the row has beside others.
+    drawn = [draw_many((x - x.amax(-1, keepdim=True)).exp(), u) for x, u in blocks]
+    return torch.cat(drawn).view(uniforms.shape)
 
 
 def _reduce_top_k(
-    relative: Tensor, codes: Tensor, target: TopK, forbidden: Sequence[int], end_id: int | None
+    relative: Tensor,
+    codes: Tensor,
+    target: TopK,
+    forbidden: Sequence[int],
+    end_id: int | None,
+    uniforms: Tensor | None,
 ) -> Arrays:
-    # Adding a bonus to the ids that must be kept makes one top-k select them with the rest.
-    bonus = relative.new_zeros(relative.shape).scatter(-1, codes.unsqueeze(-1), float("inf"))
-    if end_id is not None:
-        bonus[..., end_id] = float("inf")
-    selected = (relative + bonus).topk(target.k, dim=-1).indices
-    ids = selected.sort(dim=-1).values
+    ids = _kept_ids(relative, codes, target.k, end_id)
     values = relative.gather(-1, ids)
-
     outside = relative.scatter(-1, ids, float("-inf"))
-    tails = [
-        (outside / t).logsumexp(-1) - (relative / t).logsumexp(-1) for t in target.temperatures
-    ]
-    arrays = {"ids": ids, "logits": values, "tail_logmass": torch.stack(tails, -1)}
+    arrays = {
+        "ids": ids,
+        "logits": values,
+        "tail_logmass": torch.stack(
+            [_logmass(outside, values, temperature) for temperature in target.temperatures], -1
+        ),
+    }
+    if target.tail_samples:
+        arrays["tail_ids"] = _draw_ids(outside, uniforms)
     if target.moments:
         arrays["moments"] = moments(relative, forbidden)
     return arrays
 
 
+def _kept_ids(relative: Tensor, codes: Tensor, k: int, end_id: int | None) -> Tensor:
+    """Rising ids [..., k] of the largest logits, the codes and the end id always among them."""
+    forced = relative.scatter(-1, codes.unsqueeze(-1), float("inf"))
+    if end_id is not None:
+        forced[..., end_id] = float("inf")
+    return forced.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def _logmass(outside: Tensor, kept: Tensor, temperature: float) -> Tensor:
+    """Log of the probability of `outside` [..., V] among itself and `kept` [..., K], [...].
+
+    Both are logits, -inf where there is none. By logsumexp over the complement: one less the mass
+    of what is kept would lose all digits of a small tail.
+    """
+    if temperature != 1.0:
+        outside, kept = outside / temperature, kept / temperature
+    tail = outside.logsumexp(-1)
+    return tail - torch.logaddexp(tail, kept.logsumexp(-1))
+
+
 def moments(relative: Tensor, forbidden: Sequence[int]) -> Tensor:
     """Return mean and population standard deviation [..., 2] over the allowed ids of [..., V]."""
-    allowed = torch.ones(relative.shape[-1], dtype=torch.bool, device=relative.device)
-    allowed[list(forbidden)] = False
-    values = relative[..., allowed]
-    return torch.stack([values.mean(-1), values.std(-1, correction=0)], -1)
+    index = index_of(tuple(forbidden), relative.device)
+    count = relative.shape[-1] - len(set(forbidden))
+    mean = relative.index_fill(-1, index, 0.0).sum(-1, keepdim=True) / count
+    centred = (relative - mean).index_fill(-1, index, 0.0)
+    std = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    return torch.cat([mean, std], -1)
+
+
+def stored_arrays(
+    manifest: Manifest, codes: Tensor, values: Mapping[str, Tensor], uniforms: Tensor | None
+) -> Arrays:
+    """Return the arrays of a store, named and typed as it wants them, for n timesteps.
+
+    `codes` [n, C], `values` what `ingredients` names, [n, ...], `uniforms` [n, C, draws] where the
+    target draws. Narrowed here, on the device: an id takes a quarter of its int64 in the store.
+    """
+    target, scale, forbidden = manifest.target, manifest.guidance.scale, manifest.forbidden
+    match target:
+        case TopK() | Sampled():
+            logits = values["logits"]
+            reduced = reduce(logits, codes, target, forbidden, manifest.end_id, uniforms)
+        case Full():
+            if _both(target):
+                reduced = reduce_branches(values, forbidden)
+            else:
+                reduced = reduce(values["logits"], codes, target, forbidden, manifest.end_id)
+        case Hidden():
+            reduced = reduce_hidden(values, target, scale)
+        case Dense():
+            reduced = reduce_dense(values["cond"], values.get("uncond"), target, scale)
+    named = {f"{target.kind}.{name}": array for name, array in reduced.items()} | {"codes": codes}
+    return {
+        name: named[name].to(getattr(torch, spec.dtype.name))
+        for name, spec in array_specs(manifest).items()
+    }
+
+
+def draws_of(target: Target) -> int:
+    """Return how many uniform numbers a target takes per timestep and stream."""
+    match target:
+        case Sampled():
+            return target.draws
+        case TopK():
+            return target.tail_samples
+        case _:
+            return 0

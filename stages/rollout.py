@@ -8,38 +8,29 @@ bytes.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from stages.background_writer import BackgroundWriter, Drawn
 from stages.capture import Capture
-from stages.family import Family, Sample
+from stages.family import Branch, Branches, Family, Sample
 from stages.interruption import StopRequest
 from stages.sampling import RolloutPolicy, keyed_seed
 from store import PredictionStore
 from store.schema import Manifest
 
-logger = logging.getLogger(__name__)
-
 Key = tuple[str, int]
-Arrays = dict[str, np.ndarray]
+Collect = Callable[[], list[Drawn]]
 
-
-@dataclass(frozen=True)
-class Drawn:
-    """One finished rollout, ready to be stored."""
-
-    key: Key
-    arrays: Arrays
-    """`codes` [T, C] and the target's arrays [T, C, ...]."""
-    stop_reason: str
-    weight: float
+SCORED_TIMESTEPS = 4096
+"""Timesteps whose scores are copied out of a padded batch at once."""
 
 
 @dataclass(frozen=True)
@@ -67,33 +58,29 @@ def rollout(
 
     `samples` are the dataset's rows by sample_id. What is drawn, how, and what is kept follows
     from the store's manifest. With source `student`, `draws` holds what that student drew, by
-    key. A shard that another worker commits first is left to it. Raises
-    FloatingPointError, naming the batch, when the teacher predicts NaN.
+    key. A shard is encoded and committed in a thread of its own while the next one is generated;
+    the thread has ended when this returns, and a shard that was generated whole is committed. A
+    shard that another worker commits first is left to it. Raises FloatingPointError, naming the
+    batch, when the teacher predicts NaN, and what the store raises.
     """
     manifest = store.manifest
     family.module.eval()
     rollouts = sum(len(store.plan[shard]) for shard in shards)
-    with tqdm(total=rollouts, unit="rollout", desc="rollout", disable=None) as bar:
+    with (
+        tqdm(total=rollouts, unit="rollout", desc="rollout", disable=None) as bar,
+        BackgroundWriter(store) as writer,
+    ):
         for shard in shards:
             if store.is_committed(shard):
                 # By another worker, since the store was opened.
                 bar.update(len(store.plan[shard]))
                 continue
-            with store.writer(shard) as writer:
-                for keys in split(store.plan[shard], batch_size):
-                    if stop.requested:
-                        return False
-                    for drawn in predict(family, manifest, keys, samples, draws):
-                        writer.append(
-                            *drawn.key,
-                            drawn.arrays,
-                            stop_reason=drawn.stop_reason,
-                            weight=drawn.weight,
-                            seed=keyed_seed(manifest.seed, *drawn.key),
-                        )
-                    bar.update(len(keys))
-                if not writer.commit():
-                    logger.info("shard %d was committed by another worker first", shard)
+            for keys in split(store.plan[shard], batch_size):
+                if stop.requested:
+                    return False
+                writer.append(shard, begin(family, manifest, keys, samples, draws, writer))
+                bar.update(len(keys))
+            writer.commit(shard)
     return True
 
 
@@ -111,16 +98,47 @@ def predict(
     draws: Mapping[Key, GivenCodes] | None = None,
 ) -> list[Drawn]:
     """Return the rollouts of one batch of keys, with their targets, as the manifest says."""
+    return begin(family, manifest, keys, samples, draws)()
+
+
+def begin(
+    family: Family,
+    manifest: Manifest,
+    keys: Sequence[Key],
+    samples: Mapping[str, Sample],
+    draws: Mapping[Key, GivenCodes] | None = None,
+    writer: BackgroundWriter | None = None,
+) -> Collect:
+    """Let the teacher predict one batch of keys; return what waits for its targets.
+
+    What is returned may be called once, in the thread of the `writer`. Both raise
+    FloatingPointError, naming the batch, when the teacher predicts NaN.
+    """
     batch = [samples[sample_id] for sample_id, _ in keys]
-    try:
+    device = next(family.module.parameters()).device
+    capture = Capture(manifest, keys, device, writer)
+    with _naming(keys):
         match manifest.source:
             case "teacher":
-                return _generate(family, manifest, keys, batch)
+                collect = _generate(family, manifest, keys, batch, capture)
             case "dataset":
                 codes = [GivenCodes(family.reference_codes(row), "end", 1.0) for row in batch]
-                return _score(family, manifest, keys, batch, codes)
+                collect = _score(family, manifest, keys, batch, codes, capture)
             case "student":
-                return _score(family, manifest, keys, batch, [(draws or {})[key] for key in keys])
+                codes = [(draws or {})[key] for key in keys]
+                collect = _score(family, manifest, keys, batch, codes, capture)
+    return partial(_collect, keys, collect)
+
+
+def _collect(keys: Sequence[Key], collect: Collect) -> list[Drawn]:
+    with _naming(keys):
+        return collect()
+
+
+@contextmanager
+def _naming(keys: Sequence[Key]) -> Iterator[None]:
+    try:
+        yield
     except FloatingPointError as error:
         raise FloatingPointError(
             f"{error} while scoring {keys[0][0]!r} variation {keys[0][1]} and the "
@@ -130,22 +148,34 @@ def predict(
 
 
 def _generate(
-    family: Family, manifest: Manifest, keys: Sequence[Key], batch: Sequence[Sample]
-) -> list[Drawn]:
+    family: Family,
+    manifest: Manifest,
+    keys: Sequence[Key],
+    batch: Sequence[Sample],
+    capture: Capture,
+) -> Collect:
     references = [family.timesteps(sample) for sample in batch]
     policy = policy_for(family, manifest, keys, references)
-    capture = Capture(manifest)
-    for step in family.rollout(batch, policy, manifest.guidance.scale):
-        capture.add(step.rows, step.codes, step.logits)
-    return [
-        Drawn(
-            key,
-            arrays,
-            policy.stop_reason(row),
-            policy.weight(row, len(arrays["codes"]), references[row]),
-        )
-        for row, (key, arrays) in enumerate(zip(keys, capture.rollouts(), strict=True))
-    ]
+    both = manifest.branches == "both"
+    for step in family.rollout(batch, policy, manifest.guidance.scale, both_branches=both):
+        capture.add(step.rows, step.timestep, step.codes, step.logits, step.branches)
+    # Decoding has just waited for the device, so that this copy waits for nothing.
+    policy.stop = policy.stop.cpu()
+    arrays = capture.finish()
+
+    def collect() -> list[Drawn]:
+        return [
+            Drawn(
+                key,
+                rollout,
+                policy.stop_reason(row),
+                policy.weight(row, len(rollout["codes"]), references[row]),
+                keyed_seed(manifest.seed, *key),
+            )
+            for row, (key, rollout) in enumerate(zip(keys, arrays(), strict=True))
+        ]
+
+    return collect
 
 
 def policy_for(
@@ -170,17 +200,41 @@ def _score(
     keys: Sequence[Key],
     batch: Sequence[Sample],
     draws: Sequence[GivenCodes],
-) -> list[Drawn]:
+    capture: Capture,
+) -> Collect:
     device = next(family.module.parameters()).device
     lengths = torch.tensor([len(draw.codes) for draw in draws], device=device)
     padded = pad_sequence([draw.codes for draw in draws], batch_first=True).to(device)
-    logits = family.score(batch, padded, lengths, cfg_scale=manifest.guidance.scale).logits
-    capture = Capture(manifest)
-    rows, timesteps = torch.nonzero(
-        torch.arange(padded.shape[1], device=device) < lengths.unsqueeze(1), as_tuple=True
+    both = manifest.branches == "both"
+    scores = family.score(
+        batch, padded, lengths, cfg_scale=manifest.guidance.scale, both_branches=both
     )
-    capture.add(rows, padded[rows, timesteps], logits[rows, timesteps])
-    return [
-        Drawn(key, arrays, draw.stop_reason, draw.weight)
-        for key, draw, arrays in zip(keys, draws, capture.rollouts(), strict=True)
-    ]
+    valid = torch.arange(padded.shape[1], device=device) < lengths.unsqueeze(1)
+    for place in torch.split(valid.nonzero(), SCORED_TIMESTEPS):
+        rows, timesteps = place.unbind(-1)
+        branches = _taken(scores.branches, rows, timesteps)
+        logits = scores.logits[rows, timesteps]
+        capture.add(rows, timesteps, padded[rows, timesteps], logits, branches)
+    arrays = capture.finish()
+
+    def collect() -> list[Drawn]:
+        return [
+            Drawn(key, rollout, draw.stop_reason, draw.weight, keyed_seed(manifest.seed, *key))
+            for key, draw, rollout in zip(keys, draws, arrays(), strict=True)
+        ]
+
+    return collect
+
+
+def _taken(branches: Branches | None, rows: Tensor, timesteps: Tensor) -> Branches | None:
+    """Predictions [n, ...] at n places of a batch [B, T, ...]."""
+    if branches is None:
+        return None
+
+    def at(branch: Branch) -> Branch:
+        return Branch(
+            tuple(x[rows, timesteps] for x in branch.logits),
+            {g: tuple(x[rows, timesteps] for x in parts) for g, parts in branch.hidden.items()},
+        )
+
+    return Branches(at(branches.cond), None if branches.uncond is None else at(branches.uncond))

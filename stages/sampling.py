@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -36,8 +37,17 @@ def mask_forbidden(logits: Tensor, forbidden: Sequence[int]) -> Tensor:
     """Return `logits` [..., V] with -inf at the forbidden ids, which both models mask alike."""
     if not forbidden:
         return logits
-    index = torch.as_tensor(forbidden, device=logits.device)
-    return logits.index_fill(-1, index, float("-inf"))
+    return logits.index_fill(-1, index_of(tuple(forbidden), logits.device), float("-inf"))
+
+
+@cache
+def index_of(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return ids as a tensor [len(ids)] int64 on `device`, copied there once per process.
+
+    A copy per decoding step would wait for the device every time.
+    """
+    with torch.inference_mode(False):  # so that training may use it too
+        return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def candidates(
@@ -68,14 +78,29 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     `probabilities` is [..., k] in any order, `uniforms` [...] in [0, 1). Returns [...] int64; a
     place of probability 0 is never drawn.
     """
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[..., -1]
+    return _invert(probabilities.cumsum(-1), uniforms.unsqueeze(-1)).squeeze(-1)
+
+
+def draw_many(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw m places per row, with replacement, in the order of the places.
+
+    `weights` [..., V] are probabilities times any factor of the row, `uniforms` [..., m] float64 in
+    [0, 1). The cumulative distribution is float64, exact to 1e-10 for any vocabulary. Returns
+    [..., m] int64, rising with repeats; a place of weight 0 is never drawn.
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    return _invert(cumulative, uniforms.sort(-1).values)
+
+
+def _invert(cumulative: Tensor, uniforms: Tensor) -> Tensor:
+    """Places [..., m] of `uniforms` [..., m] in rows of cumulative weights [..., V]."""
+    total = cumulative[..., -1:]
     # Rounding may lift the product to the total, which no place exceeds.
     below = torch.nextafter(total, torch.zeros_like(total))
-    threshold = torch.minimum(uniforms * total, below).unsqueeze(-1)
-    place = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    # A row of NaN has no place; an index beyond the end would kill a CUDA process, `end` refuses.
-    return place.clamp_max(probabilities.shape[-1] - 1)
+    place = torch.searchsorted(cumulative, torch.minimum(uniforms * total, below), right=True)
+    # A row of NaN has no place; an index beyond the end would kill a CUDA process, and whoever
+    # asked refuses such rows.
+    return place.clamp_max(cumulative.shape[-1] - 1)
 
 
 class RolloutPolicy:

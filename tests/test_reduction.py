@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from stages.reduction import reduce
-from stages.targets import restore
-from store.schema import Full, TopK
+from stages.guidance import guide
+from stages.philox import uniforms
+from stages.reduction import (
+    all_finite,
+    reduce,
+    reduce_branches,
+    reduce_dense,
+    reduce_hidden,
+)
+from stages.targets import SparseTarget
+from store.schema import Dense, Full, Hidden, Sampled, TopK
 
 VOCABULARY, FORBIDDEN, END = 40, (5, 38), 39
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -68,7 +76,8 @@ def test_when_every_allowed_id_is_kept_the_tail_is_empty_and_dense_and_sparse_ag
     target = TopK(k=k, dtype="float32")
     arrays = reduce(logits, codes, target, FORBIDDEN, END)
     assert (arrays["tail_logmass"] == -torch.inf).all()
-    kept, _ = restore(arrays, target, "cpu").logprobs(1.0)
+    restored = SparseTarget(arrays["ids"], arrays["logits"], arrays["tail_logmass"], (1.0,))
+    kept = restored.logprobs(1.0)[..., :-1]
     dense = reduce(logits, codes, Full(dtype="float32"), FORBIDDEN, END)["logits"]
     expected = dense.double().log_softmax(-1).gather(-1, arrays["ids"])
     torch.testing.assert_close(kept.double(), expected, atol=1e-6, rtol=1e-6)
@@ -118,12 +127,24 @@ def test_forbidden_ids_take_no_mass_however_likely():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("target", [TopK(k=4), Full()], ids=["top_k", "full"])
-def test_a_logit_that_is_not_finite_is_refused(bad, target):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_noticed(bad, dtype):
+    logits = teacher_logits().to(dtype)
+    assert all_finite({"logits": logits}, FORBIDDEN)
+    for place in ((7, 20), (29, 39)):
+        spoiled = logits.clone()
+        spoiled[place] = bad
+        assert not all_finite({"cond": logits, "uncond": spoiled}, FORBIDDEN)
+        assert not all_finite({"cond.backbone": spoiled}, FORBIDDEN)
+
+
+@pytest.mark.parametrize("anything", [torch.nan, torch.inf, -torch.inf])
+def test_only_logits_have_forbidden_ids_that_may_hold_anything(anything):
     logits = teacher_logits()
-    logits[7, 20] = bad
-    with pytest.raises(FloatingPointError, match="NaN or infinity"):
-        reduce(logits, allowed_codes(), target, FORBIDDEN, END)
+    logits[:, FORBIDDEN[0]] = anything
+    assert all_finite({"logits": logits}, FORBIDDEN)
+    assert not all_finite({"cond.backbone": logits}, FORBIDDEN), "a state has no ids"
+    assert not all_finite({"logits": logits}, ())
 
 
 def test_what_stands_at_forbidden_ids_may_be_anything():
@@ -140,3 +161,147 @@ def test_bfloat16_logits_are_reduced_in_float32():
     arrays = reduced(logits, codes, k=8)
     expected = reduced(logits.float(), codes, k=8)
     assert all(torch.equal(arrays[name], expected[name]) for name in arrays)
+
+
+def grid(rows: int, count: int) -> torch.Tensor:
+    """Uniform numbers [rows, count] that cover the unit interval evenly, in no order."""
+    numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return numbers[torch.randperm(count, generator=torch.Generator().manual_seed(0))].expand(
+        rows, -1
+    )
+
+
+def counts(ids: torch.Tensor, vocabulary: int) -> np.ndarray:
+    """How often every id was drawn, [rows, V]."""
+    return np.stack([np.bincount(row, minlength=vocabulary) for row in ids.numpy()])
+
+
+def test_every_id_is_sampled_for_exactly_its_share_of_the_unit_interval():
+    logits, draws = teacher_logits(6), 20_000
+    arrays = reduce(logits, allowed_codes(6), Sampled(draws=1), FORBIDDEN, END, grid(6, draws))
+    ids = arrays["ids"]
+    assert (ids[:, 1:] >= ids[:, :-1]).all(), "draws are stored in order"
+    np.testing.assert_allclose(counts(ids, VOCABULARY), draws * reference(logits), atol=1.01)
+
+
+def test_a_large_vocabulary_is_sampled_as_exactly():
+    # In float32 the cumulative sum of 152 k ids loses those whose share is below 1e-7 of what
+    # stands before them: here half of the mass is spread over the last 100 k.
+    vocabulary, draws = 151_936, 1_000_000
+    logits = teacher_logits(1, 2.0, vocabulary).sort(-1, descending=True).values
+    ids = reduce(logits, torch.tensor([0]), Sampled(draws=1), (), None, grid(1, draws))["ids"]
+    expected = draws * logits.double().softmax(-1).numpy()
+    assert np.abs(counts(ids, vocabulary) - expected).max() < 1.05
+
+
+def test_keyed_draws_follow_the_distribution_by_the_chi_square_test():
+    rows, draws = 4, 20_000
+    logits = teacher_logits(1, 2.0).expand(rows, -1)
+    numbers = uniforms(torch.arange(rows), torch.tensor([0, 7, 7, 9]), 1, draws)[:, 0]
+    ids = reduce(logits, allowed_codes(rows), Sampled(draws=1), FORBIDDEN, END, numbers)["ids"]
+    expected = rows * draws * reference(logits[:1])[0]
+    observed = counts(ids, VOCABULARY).sum(0)
+    likely = expected > 5
+    assert likely.sum() > 25
+    difference = observed[likely] - expected[likely]
+    # The 99.9 % quantile for 40 degrees of freedom is 73.4; a biased draw gives hundreds.
+    assert (difference**2 / expected[likely]).sum() < 73.4
+    assert observed[list(FORBIDDEN)].sum() == 0
+
+
+def test_ids_of_the_tail_are_drawn_from_the_teacher_s_own_tail():
+    logits, codes, draws = teacher_logits(6), allowed_codes(6), 20_000
+    target = TopK(k=8, tail_samples=1)
+    arrays = reduce(logits, codes, target, FORBIDDEN, END, grid(6, draws))
+    tail = reference(logits)
+    np.put_along_axis(tail, arrays["ids"].numpy(), 0.0, -1)
+    tail /= tail.sum(-1, keepdims=True)
+    np.testing.assert_allclose(counts(arrays["tail_ids"], VOCABULARY), draws * tail, atol=1.01)
+    assert (arrays["tail_ids"].diff(dim=-1) >= 0).all()
+
+
+def test_a_tail_without_any_mass_in_float32_still_has_a_shape():
+    logits = torch.full((1, VOCABULARY), -300.0)
+    logits[0, [0, 1, END]] = torch.tensor([0.0, -1.0, -2.0])
+    logits[0, 10], logits[0, 11] = -250.0, -250.0 + np.log(3)
+    target = TopK(k=3, tail_samples=1)
+    arrays = reduce(logits, torch.tensor([0]), target, FORBIDDEN, END, grid(1, 1000))
+    assert logits.softmax(-1)[0, 10] == 0
+    drawn = counts(arrays["tail_ids"], VOCABULARY)[0]
+    assert drawn[10] == pytest.approx(250, abs=1)
+    assert drawn[11] == pytest.approx(750, abs=1)
+    exact = -250 + np.log(4) - np.log(1 + np.exp(-1) + np.exp(-2))
+    assert arrays["tail_logmass"].item() == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_draws_do_not_depend_on_how_many_rows_are_drawn_at_once(rows, monkeypatch):
+    logits, codes = teacher_logits(), allowed_codes()
+    numbers = uniforms(torch.arange(30), torch.arange(30), 1, 50)[:, 0]
+    target = TopK(k=4, tail_samples=1)
+    together = reduce(logits, codes, target, FORBIDDEN, END, numbers)
+    monkeypatch.setattr("stages.reduction.DRAW_VALUES", rows * VOCABULARY)
+    parted = reduce(logits, codes, target, FORBIDDEN, END, numbers)
+    alone = [
+        reduce(logits[i : i + 1], codes[i : i + 1], target, FORBIDDEN, END, numbers[i : i + 1])
+        for i in range(30)
+    ]
+    for name in together:
+        assert torch.equal(together[name], parted[name])
+        assert torch.equal(together[name], torch.cat([arrays[name] for arrays in alone]))
+
+
+@pytest.mark.parametrize("target", [Sampled(), TopK(k=4, tail_samples=2)], ids=lambda t: t.kind)
+def test_targets_that_draw_say_so_when_they_get_no_numbers(target):
+    with pytest.raises(ValueError, match="uniform numbers"):
+        reduce(teacher_logits(), allowed_codes(), target, FORBIDDEN, END)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, 7.0])
+def test_branches_mixed_later_are_the_guided_distribution(scale):
+    cond, uncond = teacher_logits(), teacher_logits().flip(0) + 5.0
+    stored = reduce_branches({"cond": cond.bfloat16(), "uncond": uncond.bfloat16()}, FORBIDDEN)
+    for logits in stored.values():
+        assert logits.dtype == torch.float32
+        assert (logits.max(-1).values == 0).all()
+        assert (logits[:, list(FORBIDDEN)] == -torch.inf).all()
+    finite = {name: x.masked_fill(x.isinf(), 0.0) for name, x in stored.items()}
+    mixed = guide(finite["cond"], finite["uncond"], scale)
+    exact = guide(cond.bfloat16().double(), uncond.bfloat16().double(), scale)
+    np.testing.assert_allclose(reference(mixed), reference(exact), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.5])
+def test_states_are_mixed_in_float32_as_the_logits_of_a_linear_head_would_be(scale):
+    generator = torch.Generator().manual_seed(2)
+    cond, uncond = (torch.randn(30, 1, 16, generator=generator).bfloat16() for _ in range(2))
+    weight, bias = torch.randn(40, 16, generator=generator), torch.randn(40, generator=generator)
+    states = {"cond.a": cond, "uncond.a": uncond}
+    (mixed,) = reduce_hidden(states, Hidden(), scale).values()
+    head_of_mixed = mixed.double() @ weight.double().T + bias
+    by_branch = [x.double() @ weight.double().T + bias for x in (cond, uncond)]
+    expected = scale * by_branch[0] + (1 - scale) * by_branch[1]
+    torch.testing.assert_close(head_of_mixed, expected, atol=1e-5, rtol=1e-5)
+    both = reduce_hidden(states, Hidden(branches="both"), scale)
+    assert torch.equal(both["cond.a"], cond.float())
+    assert torch.equal(both["uncond.a"], uncond.float())
+
+
+def test_without_an_unconditional_branch_the_conditional_state_is_what_is_taught():
+    state = teacher_logits()
+    assert torch.equal(reduce_hidden({"cond.a": state}, Hidden(), 1.0)["a"], state)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.5])
+def test_continuous_predictions_are_kept_guided_or_as_branch_and_difference(scale):
+    cond, uncond = (x.bfloat16().view(30, 2, 4, 5) for x in (teacher_logits(), -teacher_logits()))
+    expected = scale * cond.double() + (1 - scale) * uncond.double()
+    guided = reduce_dense(cond, uncond, Dense(branches="guided"), scale)["guided"]
+    torch.testing.assert_close(guided.double(), expected, atol=1e-5, rtol=1e-5)
+    both = reduce_dense(cond, uncond, Dense(), scale)
+    mixed = both["cond"].double() + (scale - 1) * both["delta"].double()
+    torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+    alone = reduce_dense(cond, None, Dense(branches="guided"), scale)["guided"]
+    assert torch.equal(alone, cond.float())
+    with pytest.raises(ValueError, match="unconditional"):
+        reduce_dense(cond, None, Dense(), scale)

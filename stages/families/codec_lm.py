@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +23,20 @@ from stages.families.codec_lm_checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from stages.families.codec_lm_network import CodecLMNetwork, Conditions, DecoderState
-from stages.family import Sample, Scores, Step
+from stages.families.codec_lm_network import (
+    CodecLMNetwork,
+    Conditions,
+    DecoderState,
+    Prediction,
+)
+from stages.family import Branch, Branches, Sample, Scores, Step
 from stages.guidance import guide
 from stages.layout import FrameStacking
 from stages.sampling import RolloutPolicy
-from store.schema import Stream
+from store.schema import Head, Stream
+
+Parts = Sequence[Tensor]
+"""Tensors [n, ..., c, V] or [n, ..., h, D], to be joined along the second last axis."""
 
 
 class CodecLM:
@@ -66,6 +75,11 @@ class CodecLM:
             Stream(name=f"{group}.{i}", group=group, vocabulary=network.vocabulary)
             for group in groups
             for i in range(self.layout.streams)
+        )
+        widths = {group: w.shape[-1] for group, w in network.head_weights().items()}
+        vectors = {"backbone": 1, "local": self.layout.streams}
+        self.heads = tuple(
+            Head(group=group, vectors=vectors[group], width=widths[group]) for group in groups
         )
         self._characters = {character: i for i, character in enumerate(facts.alphabet)}
         self._speakers = {name: i for i, name in enumerate(facts.speakers)}
@@ -220,19 +234,32 @@ class CodecLM:
                 "(max_timesteps of the model); shorten it or raise the limit"
             )
 
+    def head_weights(self) -> dict[str, np.ndarray]:
+        """`GROUP.weight` [S, V, D] and `GROUP.bias` [S, V] float32; the biases are all 0."""
+        arrays = {}
+        for group, weight in self.module.head_weights().items():
+            arrays[f"{group}.weight"] = weight.detach().float().cpu().contiguous().numpy()
+            arrays[f"{group}.bias"] = np.zeros(weight.shape[:2], np.float32)
+        return arrays
+
     @torch.no_grad()
     def rollout(
-        self, samples: Sequence[Sample], policy: RolloutPolicy, cfg_scale: float
+        self,
+        samples: Sequence[Sample],
+        policy: RolloutPolicy,
+        cfg_scale: float,
+        *,
+        both_branches: bool = False,
     ) -> Iterator[Step]:
         """Generate under guidance; sets the network to evaluation mode.
 
         Each timestep computes only its own position; conditional and unconditional branch are one
-        batch (at scale 1 the conditional one alone), and rows that end leave it. The order of
-        `Step.rows` changes as rows end.
+        batch (at scale 1 the conditional one alone, unless both are asked for), and rows that end
+        leave it. The order of `Step.rows` changes as rows end.
         """
         self._check_timesteps(policy.sampler.max_timesteps, "sampler.max_timesteps: a rollout")
         self.module.eval()
-        branches = 1 if cfg_scale == 1.0 else 2
+        branches = 2 if both_branches or cfg_scale != 1.0 else 1
         state = self.module.start(self._conditions(samples).branches(branches))
         rows = torch.arange(len(samples), device=self.device)
         shape = (len(samples), self.layout.streams)
@@ -240,34 +267,42 @@ class CodecLM:
         for timestep in range(policy.sampler.max_timesteps):
             hidden = self.module.step(previous.repeat_interleave(branches, 0), timestep, state)
             draw = _Draw(policy, rows, timestep, cfg_scale, branches)
-            codes, logits = self._draw_codes(hidden, draw)
+            codes, logits, predicted = self._draw_codes(hidden, draw)
             running = ~policy.end(rows, timestep, codes, logits)
-            yield Step(rows, timestep, codes, logits)
+            yield Step(rows, timestep, codes, logits, predicted)
             previous = codes[:, : self.layout.streams]
             if not running.all():
                 rows, previous = _drop(running, state, branches, rows, previous)
             if len(rows) == 0:
                 return
 
-    def _draw_codes(self, hidden: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
-        """Draw the codes [b, C] of one timestep and return their guided logits [b, C, V]."""
+    def _draw_codes(self, hidden: Tensor, draw: _Draw) -> tuple[Tensor, Tensor, Branches]:
+        """Draw the codes [b, C] of one timestep.
+
+        Returns their guided logits [b, C, V] and what these were mixed from, too.
+        """
         network, local = self.module, self.module.local
-        logits = draw.guided(network.predict_parallel(hidden))
+        parts, states = [network.predict_parallel(hidden)], {"backbone": [hidden.unsqueeze(1)]}
+        guided = [draw.guided(parts[0])]
         streams = self.layout.streams
         if local is None:
-            return draw.codes(logits, slice(0, streams)), logits
-        predicted, states = local.start(hidden)
+            branches = draw.split(parts, states)
+            return draw.codes(guided[0], slice(0, streams)), guided[0], branches
+        state, caches = local.start(hidden)
         codes: list[Tensor] = []
-        guided = [logits]
+        states["local"] = [state.unsqueeze(1)]
         for stream in range(streams):
             if stream > 0:
                 embedded = network.embed_stream(codes[-1][:, 0], stream - 1)
                 embedded = embedded.repeat_interleave(draw.branches, 0)
-                predicted = local.step(embedded, stream, states)
-            guided.append(draw.guided(predicted.unsqueeze(1)))
+                state = local.step(embedded, stream, caches)
+                states["local"].append(state.unsqueeze(1))
+            parts.append(local.predict_stream(state, stream).unsqueeze(1))
+            guided.append(draw.guided(parts[-1]))
             place = slice(streams + stream, streams + stream + 1)
             codes.append(draw.codes(guided[-1], place))
-        return torch.cat(codes, 1).repeat(1, 2), torch.cat(guided, 1)
+        branches = draw.split(parts, states)
+        return torch.cat(codes, 1).repeat(1, 2), torch.cat(guided, 1), branches
 
     def score(
         self,
@@ -276,33 +311,35 @@ class CodecLM:
         lengths: Tensor,
         *,
         cfg_scale: float = 1.0,
+        both_branches: bool = False,
         unconditional: Tensor | None = None,
         alignment: bool = False,
     ) -> Scores:
         """Predict every timestep of `codes` [B, T, C] in one parallel pass.
 
-        `lengths` [B]; what lies beyond is never read. With `cfg_scale` other than 1 both branches
-        are one doubled batch. `losses` holds `experts`, already weighted, where the model has
-        them, and with `alignment` the raw diagonal attention loss under that name.
+        `lengths` [B]; what lies beyond is never read. Where both branches are computed they are
+        one doubled batch. `losses` holds `experts`, already weighted, where the model has them,
+        and with `alignment` the raw diagonal attention loss under that name.
         """
         self._check_timesteps(codes.shape[1], "the longest sequence of the batch")
         conditions = self._conditions(samples, unconditional)
         codes = codes[..., : self.layout.streams].to(self.device, torch.int64)
         lengths = lengths.to(self.device)
-        if cfg_scale != 1.0:
+        if both_branches or cfg_scale != 1.0:
             both = self.network(
                 codes.repeat_interleave(2, 0),
                 lengths.repeat_interleave(2, 0),
                 conditions.branches(2),
             )
-            return Scores(guide(both.logits[0::2], both.logits[1::2], cfg_scale))
+            mixed = guide(both.logits[0::2], both.logits[1::2], cfg_scale)
+            return Scores(mixed, branches=_scored(both, 2))
         prediction = self.network(codes, lengths, conditions, alignment)
         losses = {}
         if self.config.experts is not None:
             losses["experts"] = prediction.auxiliary
         if prediction.alignment is not None:
             losses["alignment"] = prediction.alignment
-        return Scores(prediction.logits, losses)
+        return Scores(prediction.logits, losses, _scored(prediction, 1))
 
 
 class _Draw:
@@ -324,6 +361,27 @@ class _Draw:
     def codes(self, logits: Tensor, streams: slice) -> Tensor:
         """Draw codes [b, c] from guided logits [b, c, V] of the streams given."""
         return self.policy.draw(self.rows, self.timestep, logits, streams)
+
+    def split(self, logits: Parts, hidden: Mapping[str, Parts]) -> Branches:
+        """Part the branches of predictions whose rows take turns."""
+        return _split(logits, hidden, self.branches)
+
+
+def _scored(prediction: Prediction, branches: int) -> Branches:
+    hidden = {group: [states] for group, states in prediction.hidden.items()}
+    return _split([prediction.logits], hidden, branches)
+
+
+def _split(logits: Parts, hidden: Mapping[str, Parts], branches: int) -> Branches:
+    """Part rows that take turns, the conditional one first where there are two branches."""
+
+    def branch(first: int) -> Branch:
+        return Branch(
+            tuple(part[first::branches] for part in logits),
+            {g: tuple(part[first::branches] for part in parts) for g, parts in hidden.items()},
+        )
+
+    return Branches(branch(0), branch(1) if branches == 2 else None)
 
 
 def _drop(

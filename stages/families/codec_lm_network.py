@@ -72,6 +72,8 @@ class Prediction:
 
     logits: Tensor
     """[B, T, C, V]."""
+    hidden: dict[str, Tensor]
+    """By group of streams, what its head reads: `backbone` [B, T, 1, E], `local` [B, T, S, W]."""
     auxiliary: Tensor
     """Weighted losses of the experts, float32 scalar; 0 without experts."""
     alignment: Tensor | None
@@ -332,17 +334,25 @@ class CodecLMNetwork(nn.Module):
                 maps.append(weights[:, :, start:])
         hidden = self.norm(x[:, start:])
         aligned = self._alignment(maps, conditions, lengths) if alignment else None
-        return Prediction(self._predict(hidden, codes, valid), auxiliary, aligned)
+        logits, states = self._predict(hidden, codes, valid)
+        return Prediction(logits, states, auxiliary, aligned)
 
-    def _predict(self, hidden: Tensor, codes: Tensor, valid: Tensor) -> Tensor:
-        """Logits [B, T, C, V] of decoder outputs [B, T, E]; codes [B, T, S] feed the local part."""
-        logits = self.predict_parallel(hidden)
+    def _predict(
+        self, hidden: Tensor, codes: Tensor, valid: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [B, T, C, V] and what each head reads, from decoder outputs [B, T, E].
+
+        Codes [B, T, S] feed the local part.
+        """
+        logits, states = self.predict_parallel(hidden), {"backbone": hidden.unsqueeze(-2)}
         if self.local is None:
-            return logits
+            return logits, states
         clean = torch.where(valid.unsqueeze(-1), codes, self.begin_id).flatten(0, 1)
         embedded = self.code_embedding(clean + self._offsets(codes))
         local = self.local(hidden.flatten(0, 1), embedded)
-        return torch.cat([logits, local.unflatten(0, codes.shape[:2])], 2)
+        states["local"] = local.view(*codes.shape, -1)
+        predicted = self.local.predict(local).reshape(logits.shape)
+        return torch.cat([logits, predicted], 2), states
 
     def _alignment(self, maps: list[Tensor], conditions: Conditions, lengths: Tensor) -> Tensor:
         losses = [
@@ -376,6 +386,13 @@ class CodecLMNetwork(nn.Module):
         """Logits [..., S, V] of all streams at once from decoder outputs [..., E]."""
         logits: Tensor = self.head(hidden)
         return logits.view(*hidden.shape[:-1], self.streams, self.vocabulary)
+
+    def head_weights(self) -> dict[str, Tensor]:
+        """The linear heads: by group of streams, [S, V, D] in the model's type."""
+        weights = {"backbone": self.head.weight.view(self.streams, self.vocabulary, -1)}
+        if self.local is not None:
+            weights["local"] = self.local.heads.transpose(1, 2)
+        return weights
 
     def embed_stream(self, codes: Tensor, stream: int) -> Tensor:
         """Embeddings [n, E] of the codes [n] of one stream."""

@@ -53,29 +53,40 @@ class LocalTransformer(nn.Module):
         self.heads[:, :, :codes] = rows.transpose(1, 2).repeat(frames, 1, 1)
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """Predict all streams at once: `hidden` [N, E], `embedded` codes [N, S, E] -> [N, S, V]."""
+        """States of all streams at once, for `predict`.
+
+        `hidden` [N, E] and `embedded` codes [N, S, E] give [N, S, W], W being the width.
+        """
         first = self.read_hidden(hidden).unsqueeze(1)
         x = torch.cat([first, self.read_code(embedded[:, :-1])], 1) + self.position
         for layer in self.layers:
             x = layer(x, causal=True)
-        return torch.bmm(self.norm(x).transpose(0, 1), self.heads).transpose(0, 1)
+        states: Tensor = self.norm(x)
+        return states
+
+    def predict(self, states: Tensor) -> Tensor:
+        """Logits [N, S, V] of the states [N, S, W] of all streams."""
+        return torch.bmm(states.transpose(0, 1), self.heads).transpose(0, 1)
 
     def start(self, hidden: Tensor) -> tuple[Tensor, list[KVCache]]:
-        """Predict stream 0 from `hidden` [n, E]: logits [n, V], and the caches for `step`."""
+        """State of stream 0 from `hidden` [n, E]: [n, W], and the caches for `step`."""
         x = self.read_hidden(hidden).unsqueeze(1) + self.position[:1]
         caches = []
         for layer in self.layers:
             x, cache = layer.prefill(x)
             caches.append(cache)
-        return self._predict(x, 0), caches
+        state: Tensor = self.norm(x[:, 0])
+        return state, caches
 
     def step(self, embedded: Tensor, stream: int, caches: list[KVCache]) -> Tensor:
-        """Predict `stream` ≥ 1 from the embedded code [n, E] of the stream before: [n, V]."""
+        """State [n, W] of `stream` ≥ 1 from the embedded code [n, E] of the stream before."""
         x = self.read_code(embedded).unsqueeze(1) + self.position[stream : stream + 1]
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer.step(x, cache)
-        return self._predict(x, stream)
+        state: Tensor = self.norm(x[:, 0])
+        return state
 
-    def _predict(self, x: Tensor, stream: int) -> Tensor:
-        logits: Tensor = self.norm(x[:, 0]) @ self.heads[stream]
+    def predict_stream(self, state: Tensor, stream: int) -> Tensor:
+        """Logits [n, V] of one stream from its state [n, W]."""
+        logits: Tensor = state @ self.heads[stream]
         return logits

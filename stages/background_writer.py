@@ -1,0 +1,137 @@
+"""Writing shards beside the teacher: one thread appends and commits while the next is generated."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+from store import PredictionStore
+from store.commit import ShardWriter
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+WAITING_BLOCKS = 64
+"""Blocks of predictions that may wait for `compute` before who gives them waits as well."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One finished rollout, ready to be stored."""
+
+    key: tuple[str, int]
+    arrays: dict[str, np.ndarray]
+    """`codes` [T, C] and the target's arrays [T, ...]."""
+    stop_reason: str
+    weight: float
+    seed: int
+
+
+class BackgroundWriter:
+    """Appends rollouts to the shards of a store and commits them, in one thread, in order.
+
+    Leave it through `with`: then the thread has ended. Shards that `commit` was called for are
+    finished first, and one that was not is dropped. What fails in the thread is raised by the
+    next call or, after the last, on leaving; nothing that was given later is done.
+    """
+
+    def __init__(self, store: PredictionStore) -> None:
+        self._store = store
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
+        self._tasks: deque[Future[Any]] = deque()
+        """What was given and not yet seen to have succeeded, oldest first."""
+        self._in_hand: list[Future[Any]] = []
+        """What was given since the last commit."""
+        self._computing: deque[Future[Any]] = deque()
+        self._publishing: Future[None] | None = None
+        # From here on for the thread only.
+        self._failed = False
+        self._writer: ShardWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for task in self._in_hand:
+            task.cancel()
+        self._executor.shutdown(wait=True)
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, trace)
+        done = [task for task in self._tasks if not task.cancelled()]
+        failure = next((task.exception() for task in done if task.exception() is not None), None)
+        if failure is not None and error is None:
+            raise failure
+        if failure is not None and failure is not error:
+            logger.error("writing a shard in the background failed too: %s", failure)
+
+    def append(self, shard: int, collect: Callable[[], Iterable[Drawn]]) -> None:
+        """Append to a shard what `collect`, called in the thread, returns."""
+        self._in_hand.append(self._give(self._append, shard, collect))
+
+    def commit(self, shard: int) -> None:
+        """Commit a shard after what was appended to it.
+
+        Waits for the commit before it: one shard is published and one generated, never three.
+        """
+        if self._publishing is not None:
+            wait([self._publishing])
+        self._publishing = self._give(self._commit, shard)
+        self._in_hand.clear()
+
+    def compute(self, work: Callable[[], Result]) -> Future[Result]:
+        """Do work of the shard in hand in the thread; waits while too much of it is waiting."""
+        while self._computing and (
+            self._computing[0].done() or len(self._computing) >= WAITING_BLOCKS
+        ):
+            wait([self._computing.popleft()])
+        task = self._give(work)
+        self._computing.append(task)
+        self._in_hand.append(task)
+        return task
+
+    def _give(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        while self._tasks and self._tasks[0].done():
+            self._tasks.popleft().result()
+        task = self._executor.submit(self._do, work, *arguments)
+        self._tasks.append(task)
+        return task
+
+    def _do(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        if self._failed:
+            raise RuntimeError("left undone, because what was given before it failed")
+        self._failed = True
+        result = work(*arguments)
+        self._failed = False
+        return result
+
+    def _append(self, shard: int, collect: Callable[[], Iterable[Drawn]]) -> None:
+        if self._writer is None:
+            self._writer = self._store.writer(shard)
+        for drawn in collect():
+            self._writer.append(
+                *drawn.key,
+                drawn.arrays,
+                stop_reason=drawn.stop_reason,
+                weight=drawn.weight,
+                seed=drawn.seed,
+            )
+
+    def _commit(self, shard: int) -> None:
+        writer = self._writer or self._store.writer(shard)
+        self._writer = None
+        with writer:
+            if not writer.commit():
+                logger.info("shard %d was committed by another worker first", shard)
