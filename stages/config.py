@@ -5,6 +5,7 @@ Nothing here imports torch, so that reading a configuration stays fast.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -19,6 +20,10 @@ JudgeName = Literal["whisper", "pocketsphinx", "distillmos", "resemblyzer"]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(gt=0.0)]
+GuidanceScale = float | tuple[float, float]
+
+DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
+"""Terms of the distillation loss that compare probabilities, and so have a temperature."""
 
 
 class DatasetFacts(Record):
@@ -378,13 +383,39 @@ class LossConfig(Record):
     """Terms of the distillation loss; a weight of 0 leaves a term out."""
 
     kl: float = Field(1.0, ge=0)
-    """Weight of the forward KL with tail."""
+    """Weight of the forward KL, exact over the kept ids and their tail."""
+    tail_share: Share = 0.0
+    """Weight, within `kl`, of the shape of the tail; a `top_k` store needs `tail_samples`."""
+    reverse_kl: float = Field(0.0, ge=0)
+    """Weight of the reverse KL."""
+    reverse_kl_top_k: Positive | None = None
+    """Take it over the student's k likeliest ids and the rest; null takes the teacher's ids."""
+    jsd: float = Field(0.0, ge=0)
+    """Weight of the generalised Jensen-Shannon divergence."""
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    """Share of the teacher in its mixture: near 0 it acts like the forward KL."""
+    skew_kl: float = Field(0.0, ge=0)
+    """Weight of the forward KL to a mixture of both."""
+    skew_reverse_kl: float = Field(0.0, ge=0)
+    """Weight of the reverse KL to a mixture of both."""
+    skew_alpha: float = Field(0.1, gt=0, lt=1)
+    """Share of the model itself that these two mix into the other one."""
+    tvd: float = Field(0.0, ge=0)
+    """Weight of the total variation distance."""
     ce: float = Field(0.0, ge=0)
     """Weight of the cross entropy on the drawn codes."""
+    soft_ce: float = Field(0.0, ge=0)
+    """Weight of the cross entropy on the draws of a `sampled` store."""
     nrmse: float = Field(0.0, ge=0)
     """Weight of the normalised error of the logits; a `top_k` store needs `moments`."""
+    logit_mse: float = Field(0.0, ge=0)
+    """Weight of the mean square error of the centred logits; of the kept ones in `top_k`."""
+    mse: float = Field(0.0, ge=0)
+    """Weight of the mean square error of continuous predictions."""
     temperature: float = Field(1.0, gt=0)
-    """Distillation temperature; the store's manifest must list it."""
+    """Temperature of the divergences, times its square; a `top_k` manifest must list it."""
+    guidance_scale: GuidanceScale | None = None
+    """Scale, or (low, high) to draw it from per rollout and epoch, of a store of both branches."""
     codebook_weights: tuple[Weight, ...] = ()
     """Weight of each codebook, for every frame of a step; empty weighs all alike."""
     local: float = Field(1.0, ge=0)
@@ -394,10 +425,35 @@ class LossConfig(Record):
     local_ramp_steps: int = Field(0, ge=0)
     """Optimizer steps over which that loss grows to its weight."""
 
+    @cached_property
+    def terms(self) -> dict[str, float]:
+        """Weights of the active terms by the names they have in the log."""
+        names = (*DIVERGENCES, "ce", "soft_ce", "nrmse", "logit_mse", "mse")
+        weights = {name: float(getattr(self, name)) for name in names}
+        weights["kl_tail"] = self.kl * self.tail_share
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    @field_validator("guidance_scale")
+    @classmethod
+    def _check_scale(cls, scale: GuidanceScale | None) -> GuidanceScale | None:
+        low, high = scale if isinstance(scale, tuple) else (scale, scale)
+        if low is not None and high is not None and not 0 <= low <= high:
+            raise ValueError(
+                f"guidance_scale={scale} must be a number of at least 0, or (low, high) with "
+                "0 <= low <= high; 1 is no guidance"
+            )
+        return scale
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.kl == self.ce == self.nrmse == 0:
-            raise ValueError("kl, ce and nrmse are all 0, so nothing would be learned; set one")
+        if not self.terms:
+            raise ValueError("all terms of the loss weigh 0, so nothing would be learned; set one")
+        for name, of in (("tail_share", "kl"), ("reverse_kl_top_k", "reverse_kl")):
+            if getattr(self, name) and not getattr(self, of):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} belongs to {of}, whose weight is 0; "
+                    f"set {of}, or leave {name} out"
+                )
         return self
 
 

@@ -6,7 +6,7 @@ run (`store.order`), so any batch size and any number of processes may continue 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +20,7 @@ from stages.distributed import Place
 from stages.errors import UserError
 from stages.family import Family, Sample
 from stages.losses import element_weights
-from stages.targets import DenseTarget, SparseTarget, restore
+from stages.targets import RestoredTarget, restore
 from store import PredictionStore
 from store.order import Order, rank_share
 
@@ -56,7 +56,7 @@ class TargetBatch:
     """[B, T, C] int64; what lies beyond a length is 0 and never read."""
     lengths: Tensor
     """[B] int64."""
-    target: DenseTarget | SparseTarget
+    target: RestoredTarget
     """[B, T, C, ...]; NaN beyond a length, so that reading there shows."""
     element_weights: Tensor
     """[B, T, C] float32: the rollout's weight, 0 beyond its length."""
@@ -137,8 +137,14 @@ def _micro(share: np.ndarray, config: OptimizerConfig) -> Iterator[np.ndarray]:
         yield share[start : start + size]
 
 
-def rollout_batch(store: PredictionStore, keys: Sequence[Key], device: torch.device) -> TargetBatch:
-    """Read rollouts of a store into one padded batch on `device`."""
+def rollout_batch(
+    store: PredictionStore,
+    keys: Sequence[Key],
+    device: torch.device,
+    heads: Mapping[str, Tensor] | None = None,
+    scale: float | Tensor | None = None,
+) -> TargetBatch:
+    """Read rollouts of a store into one padded batch on `device`; `restore` says what else."""
     rollouts = [store[key] for key in keys]
     lengths = torch.tensor([len(r.codes) for r in rollouts], device=device)
     prefix = f"{store.manifest.target.kind}."
@@ -154,7 +160,7 @@ def rollout_batch(store: PredictionStore, keys: Sequence[Key], device: torch.dev
         samples=[store.sample(sample_id) for sample_id, _ in keys],
         codes=codes,
         lengths=lengths,
-        target=restore(arrays, store.manifest.target, device),
+        target=restore(arrays, store.manifest, heads, device, scale),
         element_weights=element_weights(lengths, weights, streams, codes.shape[1]),
     )
 

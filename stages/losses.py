@@ -1,57 +1,409 @@
-"""Distillation losses per timestep and stream, and their weighted mean over a batch.
+"""Distillation losses on stored targets: weighted sums over timesteps and streams.
 
-Every loss masks the ids that the store forbids, in fp32, on the student's side as the targets do
-on the teacher's.
+Loss and gradient are computed together, a block of timesteps at a time, so that no second float32
+tensor of all logits is ever held: neither the teacher's (a hidden target becomes logits within a
+block) nor the student's. Forbidden ids are masked on the student's side as the targets do on the
+teacher's. What a store cannot teach is refused by `require_supported`, before training starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from stages.config import LossConfig
+from stages.divergences import (
+    LEAST,
+    AllIds,
+    Divergence,
+    KeptIds,
+    bucketed,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    total_variation,
+)
 from stages.errors import UserError
 from stages.family import Family
-from stages.reduction import moments
-from stages.sampling import mask_forbidden
-from stages.targets import DenseTarget, SparseTarget
+from stages.support import Held, require
+from stages.targets import (
+    ContinuousTarget,
+    DenseTarget,
+    Forbidden,
+    RestoredTarget,
+    Rows,
+    SampledTarget,
+    SparseTarget,
+)
 
-# Stands in for -inf where a whole row may be masked: the gradient of logsumexp stays finite.
-MASKED = -1e30
+BLOCK_VALUES = {"cpu": 2**18, "cuda": 2**24}
+"""Logits of a block: on a CPU what its cache holds, on an accelerator what fills it."""
+
+Terms = dict[str, Tensor]
+Pass = Callable[[Tensor], tuple[Terms, Tensor]]
+"""Student logits [n, C, V], which it may use up → values [n, C] by term, gradient [n, C, V]."""
 
 
+def distillation_loss(
+    logits: Tensor,
+    target: RestoredTarget,
+    codes: Tensor,
+    element_weights: Tensor,
+    forbidden: Forbidden,
+    config: LossConfig,
+    block_values: int | None = None,
+) -> tuple[Tensor, Terms]:
+    """Return the loss summed over a batch and each of its terms, not yet divided by the weights.
+
+    `logits` [B, T, C, V] of any floating dtype (for continuous streams the predictions
+    [B, T, C, *shape]), `codes` [B, T, C] int64, `element_weights` [B, T, C] float32, 0 beyond the
+    end of a rollout. Positions of weight 0 are never read. The loss is a scalar to differentiate,
+    once; the terms, scalars by name, are not multiplied by their own weights and carry no gradient.
+    `block_values` bounds the logits that are held in float32 at a time. Raises `UserError` for a
+    term that the target cannot support.
+    """
+    require(config, Held.by(target))
+    values = block_values or BLOCK_VALUES.get(logits.device.type, 2**22)
+    batch = _Batch(target, codes, element_weights, forbidden, config, values)
+    total, *terms = _Blockwise.apply(logits, batch)
+    return total, dict(zip(config.terms, terms, strict=True))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What `_Blockwise` needs besides the logits."""
+
+    target: RestoredTarget
+    codes: Tensor
+    weights: Tensor
+    forbidden: Forbidden
+    config: LossConfig
+    block_values: int
+
+    def blocks(self, values: int) -> tuple[Tensor, ...]:
+        """Places [n] in B·T of the timesteps that count, in blocks, at `values` logits each."""
+        rows = (self.weights > 0).any(-1).flatten().nonzero().squeeze(1)
+        size = max(self.block_values // values, 1)
+        return torch.split(rows, size) if len(rows) else ()
+
+
+class _Blockwise(torch.autograd.Function):
+    """Computes the gradient with the loss, so that the way back only scales it.
+
+    The gradient has the dtype of the logits and takes the place of all that autograd would keep.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, batch: _Batch) -> tuple[Tensor, ...]:
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        factors = batch.config.terms
+        sums = torch.zeros(len(factors), dtype=torch.float64, device=logits.device)
+        for rows in batch.blocks(logits[0, 0].numel()):
+            values, block_gradient = _block(logits, batch, rows)
+            sums += torch.stack([values[name] for name in factors])
+            if gradient is not None:
+                lowered = block_gradient.to(gradient.dtype)
+                gradient.flatten(0, 1).index_copy_(0, rows, lowered)
+        ctx.gradient = gradient
+        total = (sums * sums.new_tensor(list(factors.values()))).sum()
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        terms = sums.to(dtype).unbind()
+        ctx.mark_non_differentiable(*terms)
+        return total.to(dtype), *terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, total: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        if ctx.gradient is None:
+            raise RuntimeError("a distillation loss can be differentiated once: compute it again")
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(total), None
+
+
+def _block(logits: Tensor, batch: _Batch, rows: Tensor) -> tuple[Terms, Tensor]:
+    """Return the weighted sum of every term over timesteps `rows` [n], and their gradient."""
+    weights = batch.weights.flatten(0, 1).index_select(0, rows)
+    codes = batch.codes.flatten(0, 1).index_select(0, rows)
+    target = batch.target.rows(rows)
+    student = _single(logits.flatten(0, 1).index_select(0, rows))
+    passes = list(_passes(target, codes, weights, batch.forbidden, batch.config))
+    values, gradient = passes[-1](student.clone() if len(passes) > 1 else student)
+    for number, other in enumerate(passes[:-1]):
+        more, addition = other(student.clone() if number < len(passes) - 2 else student)
+        values, gradient = values | more, gradient.add_(addition)
+    present = weights > 0
+    sums = {
+        name: (torch.where(present, value, 0.0) * weights).sum(dtype=torch.float64)
+        for name, value in values.items()
+    }
+    if not bool(present.all()):  # streams that count nothing, at timesteps where others do
+        mask = ~present[(...,) + (None,) * (gradient.dim() - present.dim())]
+        gradient.masked_fill_(mask, 0.0)
+    return sums, gradient
+
+
+def _single(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _passes(
+    target: Rows, codes: Tensor, weights: Tensor, forbidden: Forbidden, config: LossConfig
+) -> Iterator[Pass]:
+    """Yield what must be computed of a block; each pass normalises the student in its own way."""
+    if isinstance(target, ContinuousTarget):
+        yield lambda student: _mse(student, target, weights, config)
+        return
+    temperature, k = config.temperature, config.reverse_kl_top_k
+    divergences, draws = _divergences(config), list(_draws(target, codes, config))
+    if k is not None and "reverse_kl" in divergences:
+        reverse = {"reverse_kl": divergences.pop("reverse_kl")}
+        yield lambda student: _at_student_top_k(
+            student, target, reverse, k, weights, forbidden, temperature
+        )
+    together = draws if temperature == 1.0 else []
+    if divergences or together:
+        yield lambda student: _compared(
+            student, target, divergences, together, weights, forbidden, temperature
+        )
+    if draws and not together:
+        yield lambda student: _compared(student, target, {}, draws, weights, forbidden, 1.0)
+    if config.nrmse:
+        yield lambda student: _nrmse(student, target, weights, forbidden, config)
+    if config.logit_mse:
+        yield lambda student: _logit_mse(student, target, weights, forbidden, config)
+
+
+Divergences = Mapping[str, tuple[float, Divergence]]
+"""By the name of its term: weight and function."""
+
+
+def _divergences(config: LossConfig) -> dict[str, tuple[float, Divergence]]:
+    known: dict[str, Divergence] = {
+        "kl": forward_kl,
+        "reverse_kl": reverse_kl,
+        "jsd": jensen_shannon(config.jsd_beta),
+        "skew_kl": skew_kl(config.skew_alpha),
+        "skew_reverse_kl": skew_reverse_kl(config.skew_alpha),
+        "tvd": total_variation,
+    }
+    return {name: (config.terms[name], known[name]) for name in known if name in config.terms}
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """A cross entropy with ids that were drawn, all of the same weight."""
+
+    name: str
+    factor: float
+    """Weight of the term."""
+    ids: Tensor
+    """[n, C, m] int64, with repeats."""
+    tail_mass: Tensor | None = None
+    """[n, C, 1] where the ids were drawn outside the kept ones: what those leave to be drawn."""
+
+
+def _draws(target: Rows, codes: Tensor, config: LossConfig) -> Iterator[_Draws]:
+    terms = config.terms
+    if "ce" in terms:
+        yield _Draws("ce", terms["ce"], codes.unsqueeze(-1))
+    if "soft_ce" in terms and isinstance(target, SampledTarget):
+        yield _Draws("soft_ce", terms["soft_ce"], target.ids)
+    if "kl_tail" in terms and isinstance(target, SparseTarget) and target.tail_ids is not None:
+        mass = target.logprobs(1.0)[..., -1:].exp()
+        yield _Draws("kl_tail", terms["kl_tail"], target.tail_ids, mass)
+
+
+def _compared(
+    student: Tensor,
+    target: Rows,
+    divergences: Divergences,
+    draws: Sequence[_Draws],
+    weights: Tensor,
+    forbidden: Forbidden,
+    temperature: float,
+) -> tuple[Terms, Tensor]:
+    """Compare the student with the teacher's probabilities, and with ids drawn from them."""
+    logits = _tempered(forbidden.fill_(student), temperature)
+    ids, teacher = None, None
+    if divergences and isinstance(target, SparseTarget):
+        ids, teacher = target.ids, target.logprobs(temperature).clamp_min_(LEAST)
+    elif divergences and isinstance(target, DenseTarget):
+        teacher = _logprobs(target, temperature)
+    return _distances(logits, ids, teacher, divergences, draws, weights, temperature)
+
+
+def _at_student_top_k(
+    student: Tensor,
+    target: Rows,
+    divergences: Divergences,
+    k: int,
+    weights: Tensor,
+    forbidden: Forbidden,
+    temperature: float,
+) -> tuple[Terms, Tensor]:
+    """Compare over the student's own k likeliest ids and one category for the rest."""
+    assert isinstance(target, DenseTarget)  # `stages.support` refuses others
+    logits = _tempered(forbidden.fill_(student), temperature)
+    ids = logits.topk(min(k, logits.shape[-1])).indices
+    teacher = bucketed(_logprobs(target, temperature), ids)
+    return _distances(logits, ids, teacher, divergences, (), weights, temperature)
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _logprobs(target: DenseTarget, temperature: float) -> Tensor:
+    """Log-probabilities [n, C, V], at least `LEAST`."""
+    scaled = target.logits if temperature == 1.0 else target.logits / temperature
+    return scaled.log_softmax(-1).clamp_min_(LEAST)
+
+
+def _distances(
+    logits: Tensor,
+    ids: Tensor | None,
+    teacher: Tensor | None,
+    divergences: Divergences,
+    draws: Sequence[_Draws],
+    weights: Tensor,
+    temperature: float,
+) -> tuple[Terms, Tensor]:
+    """Values [n, C] and gradient [n, C, V] of divergences and draws; `logits` is used up.
+
+    `teacher` has log-probabilities of all V ids, or of `ids` [n, C, K] and the rest. Divergences
+    are multiplied by T², so that their gradients do not shrink with the temperature (1503.02531);
+    draws are compared at temperature 1.
+    """
+    means = [logits.gather(-1, draw.ids).mean(-1, keepdim=True) for draw in draws]
+    student = AllIds(logits) if ids is None else KeptIds(logits, ids)
+    values: Terms = {}
+    slopes: list[Tensor] = []
+    if teacher is not None:
+        logprobs = student.logprobs()
+        for name, (factor, divergence) in divergences.items():
+            value, slope = divergence(teacher, logprobs)
+            values[name] = value * temperature**2
+            # Of T² the division of the logits by T takes back one.
+            slopes.append(slope.mul_(factor * temperature))
+    shares: list[Tensor] = []
+    for draw, mean in zip(draws, means, strict=True):
+        surprise, share = student.normaliser - mean, weights.unsqueeze(-1) * draw.factor
+        if draw.tail_mass is not None and isinstance(student, KeptIds):
+            # Given that the id is none of the kept: the part of KL that the K + 1 categories miss.
+            surprise = draw.tail_mass * (surprise + student.logprobs()[..., -1:])
+            slopes.append(functional.pad(draw.tail_mass * draw.factor, (student.k, 0)))
+            share = share * draw.tail_mass
+        values[draw.name] = surprise.squeeze(-1)
+        shares.append(share)
+    total = sum(slopes[1:], slopes[0]).mul_(weights.unsqueeze(-1)) if slopes else None
+    gradient = student.gradient(total, -sum(shares) if shares else 0.0)
+    for draw, share in zip(draws, shares, strict=True):
+        each = -share.to(gradient.dtype) / draw.ids.shape[-1]
+        gradient.scatter_add_(-1, draw.ids, each.expand(draw.ids.shape))
+    return values, gradient
+
+
+def _nrmse(
+    student: Tensor, target: Rows, weights: Tensor, forbidden: Forbidden, config: LossConfig
+) -> tuple[Terms, Tensor]:
+    """The root mean square error of the logits over the teacher's standard deviation.
+
+    Both sides are centred first, so a constant added to a row changes nothing. Over a sparse target
+    the ids outside the kept ones are compared with the teacher's mean there, known from the stored
+    moments: the spread of the teacher's tail is not seen, and the loss pulls the student's tail
+    towards flat. Source: NeMo's MagpieTTS distillation, there uncentred.
+    """
+    allowed = forbidden.allowed(student)
+    if isinstance(target, SparseTarget):
+        assert target.moments is not None  # `stages.support` refuses others
+        mean, std = target.moments.unsqueeze(-1).unbind(-2)
+        teacher = _with_flat_tail(target, mean, allowed, student.shape)
+    else:
+        assert isinstance(target, DenseTarget)
+        teacher = target.logits
+        spread = _centred(teacher, forbidden, allowed)
+        std = (spread.square().sum(-1, keepdim=True) / allowed).sqrt()
+    error, std = _centred(student - teacher, forbidden, allowed), std.clamp_min(1e-6)
+    root = (error.square().sum(-1, keepdim=True) / allowed + 1e-12).sqrt()
+    factor = config.nrmse * weights.unsqueeze(-1) / (allowed * root * std)
+    return {"nrmse": (root / std).squeeze(-1)}, error.mul_(factor)
+
+
+def _centred(values: Tensor, forbidden: Forbidden, allowed: Tensor) -> Tensor:
+    """Values [n, C, V] less their mean over the allowed ids, 0 at the forbidden ones."""
+    filled = forbidden.fill_(values.clone(), 0.0)
+    mean = filled.sum(-1, keepdim=True) / allowed
+    return forbidden.fill_(filled.sub_(mean), 0.0)
+
+
+def _with_flat_tail(
+    target: SparseTarget, mean: Tensor, allowed: Tensor, shape: torch.Size
+) -> Tensor:
+    outside = (allowed - target.ids.shape[-1]).clamp_min(1.0)
+    tail = (mean * allowed - target.logits.sum(-1, keepdim=True)) / outside
+    return tail.expand(shape).scatter(-1, target.ids, target.logits)
+
+
+def _logit_mse(
+    student: Tensor, target: Rows, weights: Tensor, forbidden: Forbidden, config: LossConfig
+) -> tuple[Terms, Tensor]:
+    """The mean square error of the logits, centred over the ids that are compared.
+
+    Over a sparse target these are the kept ids alone: it says nothing about the rest, so a term
+    with a tail belongs beside it. Source: Kim et al. (2105.08919).
+    """
+    factor = 2 * config.logit_mse * weights.unsqueeze(-1)
+    if isinstance(target, SparseTarget):
+        difference = student.gather(-1, target.ids) - target.logits
+        error = difference - difference.mean(-1, keepdim=True)
+        gradient = torch.zeros_like(student)
+        gradient.scatter_(-1, target.ids, error * factor / error.shape[-1])
+        return {"logit_mse": error.square().mean(-1)}, gradient
+    assert isinstance(target, DenseTarget)
+    allowed = forbidden.allowed(student)
+    error = _centred(student - target.logits, forbidden, allowed)
+    value = error.square().sum(-1) / allowed.squeeze(-1)
+    return {"logit_mse": value}, error.mul_(factor / allowed)
+
+
+def _mse(
+    student: Tensor, target: ContinuousTarget, weights: Tensor, config: LossConfig
+) -> tuple[Terms, Tensor]:
+    """The mean square error of continuous predictions [n, C, *shape]."""
+    error = student - target.values
+    flat = error.flatten(2)
+    factor = 2 * config.mse / flat.shape[-1] * weights
+    return {"mse": flat.square().mean(-1)}, (flat * factor.unsqueeze(-1)).view_as(error)
+
+
+@torch.no_grad()
 def kl_divergence(
     student: Tensor, target: DenseTarget | SparseTarget, temperature: float = 1.0
 ) -> Tensor:
-    """Return T²·KL(teacher ‖ student), exact over what the target holds.
+    """Return T²·KL(teacher ‖ student) [...], exact over what the target holds, without gradient.
 
-    `student` is [..., V] float32 logits with -inf at forbidden ids. A dense target gives the full
+    `student` is [..., V] logits with -inf at forbidden ids. A dense target gives the full
     divergence; a sparse one the divergence over K + 1 categories, the last being everything else,
-    which never exceeds the full one and is 0 only where the student agrees on all of them. Returns
-    [...] float32. Source: Hinton et al. (1503.02531); the tail category as in Megatron-LM's
-    ghost token.
+    which never exceeds the full one and is 0 only where the student agrees on all of them. Source:
+    Hinton et al. (1503.02531); the tail category as in Megatron-LM's ghost token.
     """
-    scaled = student if temperature == 1.0 else student / temperature
+    logits = student.clone() if temperature == 1.0 else student / temperature
     if isinstance(target, DenseTarget):
-        teacher = (target.logits / temperature).log_softmax(-1)
-        divergence = _cross(teacher, scaled.log_softmax(-1)).sum(-1)
+        teacher, ours = _logprobs(target, temperature), AllIds(logits).logprobs()
     else:
-        teacher, teacher_tail = target.logprobs(temperature)
-        normaliser = scaled.logsumexp(-1)
-        kept = scaled.gather(-1, target.ids) - normaliser.unsqueeze(-1)
-        tail = scaled.scatter(-1, target.ids, MASKED).logsumexp(-1) - normaliser
-        divergence = _cross(teacher, kept).sum(-1) + _cross(teacher_tail, tail)
-    return divergence * temperature**2
-
-
-def _cross(teacher: Tensor, student: Tensor) -> Tensor:
-    """Return p·(log p − log q) elementwise, 0 where p is 0, from log-probabilities."""
-    present = teacher > float("-inf")
-    difference = torch.where(present, teacher, 0.0) - torch.where(present, student, 0.0)
-    return teacher.exp() * difference
+        teacher = target.logprobs(temperature).clamp_min_(LEAST)
+        ours = KeptIds(logits, target.ids.long()).logprobs()
+    return forward_kl(teacher, ours)[0] * temperature**2
 
 
 def cross_entropy(student: Tensor, codes: Tensor) -> Tensor:
@@ -60,85 +412,6 @@ def cross_entropy(student: Tensor, codes: Tensor) -> Tensor:
         student.reshape(-1, student.shape[-1]), codes.reshape(-1), reduction="none"
     )
     return flat.reshape(codes.shape)
-
-
-def nrmse(student: Tensor, target: DenseTarget | SparseTarget, forbidden: Sequence[int]) -> Tensor:
-    """Return the root mean square error of the logits over the teacher's standard deviation.
-
-    Both sides are centred first, so a constant added to a row of logits changes nothing. Over a
-    sparse target the ids outside the kept ones are compared with the teacher's mean there, known
-    from the stored moments; the spread of the teacher's tail is not seen, and the loss pulls the
-    student's tail towards flat. `student` is [..., V]; returns [...] float32. Raises `UserError`
-    for a sparse target without moments. Source: NeMo's MagpieTTS distillation, there uncentred.
-    """
-    allowed = torch.ones(student.shape[-1], dtype=torch.bool, device=student.device)
-    allowed[list(forbidden)] = False
-    if isinstance(target, DenseTarget):
-        teacher, stats = target.logits, moments(target.logits, forbidden)
-    else:
-        teacher, stats = _with_flat_tail(student, target, allowed), _stored_moments(target)
-    mean, std = stats[..., 0], stats[..., 1]
-    difference = student[..., allowed] - teacher[..., allowed]
-    centred = difference - (student[..., allowed].mean(-1) - mean).unsqueeze(-1)
-    return (centred.square().mean(-1) + 1e-12).sqrt() / std.clamp_min(1e-6)
-
-
-def _stored_moments(target: SparseTarget) -> Tensor:
-    if target.moments is None:
-        raise UserError(
-            "the nrmse loss needs the moments of the logits, and this top_k store was written "
-            "without them: set loss.nrmse to 0, or roll out with target.moments: true"
-        )
-    return target.moments
-
-
-def _with_flat_tail(student: Tensor, target: SparseTarget, allowed: Tensor) -> Tensor:
-    count = int(allowed.sum())
-    total = _stored_moments(target)[..., 0] * count
-    outside = max(count - target.ids.shape[-1], 1)
-    tail_mean = (total - target.logits.sum(-1)) / outside
-    flat = tail_mean.unsqueeze(-1).expand(student.shape)
-    return flat.scatter(-1, target.ids, target.logits)
-
-
-def distillation_terms(
-    logits: Tensor,
-    target: DenseTarget | SparseTarget,
-    codes: Tensor,
-    element_weights: Tensor,
-    forbidden: Sequence[int],
-    config: LossConfig,
-) -> dict[str, Tensor]:
-    """Return the weighted sum of every active term over a batch, not yet divided by the weights.
-
-    `logits` [B, T, C, V], `codes` [B, T, C], `element_weights` [B, T, C] float32, 0 beyond the end
-    of a rollout. Positions of weight 0 are left out before anything is computed, so what lies
-    there is never read. Terms are keyed by name; each is a float32 scalar.
-    """
-    chosen = element_weights > 0
-    student = mask_forbidden(logits[chosen].float(), forbidden)
-    teacher, drawn, weights = select(target, chosen), codes[chosen], element_weights[chosen]
-    terms = {}
-    if config.kl:
-        terms["kl"] = (kl_divergence(student, teacher, config.temperature) * weights).sum()
-    if config.ce:
-        terms["ce"] = (cross_entropy(student, drawn) * weights).sum()
-    if config.nrmse:
-        terms["nrmse"] = (nrmse(student, teacher, forbidden) * weights).sum()
-    return terms
-
-
-def select(target: DenseTarget | SparseTarget, chosen: Tensor) -> DenseTarget | SparseTarget:
-    """Return the target's rows where `chosen` [B, T, C] is true, flattened to one axis."""
-    if isinstance(target, DenseTarget):
-        return DenseTarget(target.logits[chosen])
-    return SparseTarget(
-        ids=target.ids[chosen],
-        logits=target.logits[chosen],
-        tail_logmass=target.tail_logmass[chosen],
-        temperatures=target.temperatures,
-        moments=None if target.moments is None else target.moments[chosen],
-    )
 
 
 def element_weights(

@@ -16,8 +16,9 @@ from stages.audio import write_wav
 from stages.audio_codec import AudioCodec
 from stages.data import TargetBatch, rollout_batches
 from stages.dataset import Dataset
+from stages.errors import UserError
 from stages.family import Family, Sample
-from stages.losses import kl_divergence, select
+from stages.losses import kl_divergence
 from stages.publish import replace_file
 from stages.rollout import policy_for, split
 from stages.sampling import END, mask_forbidden
@@ -122,7 +123,12 @@ def _compare(
     for row, length in enumerate(batch.lengths.tolist()):
         valid = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
         valid[row, :length] = True
-        target = select(batch.target, valid)
+        target = batch.target.rows(valid.flatten().nonzero().squeeze(1))
+        if not isinstance(target, DenseTarget | SparseTarget):
+            raise UserError(
+                f"the reference store holds {reference.manifest.target.kind} targets, of which no "
+                "divergence can be measured: set evaluate.target to full, hidden or top_k"
+            )
         student = mask_forbidden(logits[valid].float(), reference.manifest.forbidden)
         kl = kl_divergence(student, target).sum()
         agreed = student.argmax(-1) == _likeliest(target)
@@ -130,7 +136,10 @@ def _compare(
 
 
 def _likeliest(target: DenseTarget | SparseTarget) -> Tensor:
-    return target.logits.argmax(-1) if isinstance(target, DenseTarget) else target.ids[..., 0]
+    """Ids [...] of the teacher's largest logit."""
+    places = target.logits.argmax(-1, keepdim=True)
+    ids = places if isinstance(target, DenseTarget) else target.ids.gather(-1, places)
+    return ids.squeeze(-1)
 
 
 def _speak(

@@ -1,11 +1,13 @@
 """What a loss reads: the forms that stored targets take in memory.
 
-They are on whatever device the loss runs; `stages.reduction` is the way into the store.
+They are on whatever device the loss runs and keep the types of the store, so a batch of them is as
+small as its bytes; `rows` lifts the few timesteps that a loss is about to read to float32.
+`stages.reduction` is the way into the store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,15 +15,118 @@ import torch
 from torch import Tensor
 
 from stages.errors import UserError
-from store.schema import Full, Target, TopK
+from stages.guidance import guide
+from stages.sampling import keyed_generator
+from store.schema import Dense, Full, Hidden, Manifest, Sampled, TopK
+
+LEAST_KEPT_MASS = 2.0**-24
+"""What a tail that is everything leaves to the kept ids: half a step of float32 below 1."""
+
+
+@dataclass(frozen=True)
+class Forbidden:
+    """The ids that are masked on both sides: no stream, or not every stream, can predict them."""
+
+    ids: Tensor
+    """[F] int64: forbidden in every stream."""
+    beyond: Tensor | None
+    """[C, V] bool: beyond the vocabulary of the stream; None where all streams have V ids."""
+
+    @classmethod
+    def of(cls, manifest: Manifest, device: torch.device | str) -> Forbidden:
+        """Return what a manifest forbids, as tensors on `device`."""
+        ids = torch.tensor(manifest.forbidden, dtype=torch.int64, device=device)
+        sizes = torch.tensor(manifest.vocabularies, device=device)
+        if bool((sizes == manifest.vocabulary).all()):
+            return cls(ids, None)
+        return cls(ids, torch.arange(manifest.vocabulary, device=device) >= sizes.unsqueeze(-1))
+
+    def fill_(self, logits: Tensor, value: float = float("-inf")) -> Tensor:
+        """Put `value` at the forbidden ids of logits [..., C, V], in place."""
+        if len(self.ids):
+            logits.index_fill_(-1, self.ids, value)
+        return logits if self.beyond is None else logits.masked_fill_(self.beyond, value)
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """Return how many ids of each stream are allowed, [C, 1] in the type of `logits`."""
+        ones = torch.ones_like(logits[0])  # [C, V]
+        return self.fill_(ones, 0.0).sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class DenseTarget:
-    """The teacher's whole distribution."""
+    """The teacher's whole guided distribution."""
 
     logits: Tensor
-    """[..., V] float32, relative to the row maximum; -inf at forbidden ids."""
+    """[..., C, V] of any floating dtype, up to a constant per row; -inf at forbidden ids."""
+
+    def rows(self, index: Tensor) -> DenseTarget:
+        """Return timesteps `index` [n] of the flattened [B, T], in float32 at least."""
+        return DenseTarget(_lifted(self.logits, index))
+
+
+@dataclass(frozen=True)
+class BranchedTarget:
+    """Both branches of the teacher's distribution, mixed when rows of them are read."""
+
+    cond: Tensor
+    """[B, T, C, V] of any floating dtype; -inf at forbidden ids."""
+    uncond: Tensor
+    """[B, T, C, V], likewise."""
+    scale: Tensor
+    """[B, T] float32: the guidance scale of every timestep."""
+    forbidden: Forbidden
+
+    def rows(self, index: Tensor) -> DenseTarget:
+        """Return the guided logits of timesteps `index` [n] of the flattened [B, T]."""
+        scale = self.scale.flatten().index_select(0, index)[:, None, None]
+        mixed = guide(_lifted(self.cond, index), _lifted(self.uncond, index), scale)
+        return DenseTarget(self.forbidden.fill_(mixed))
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """The teacher's output head of one group of streams."""
+
+    streams: tuple[int, ...]
+    """The C_g places of the group on the axis C."""
+    weight: Tensor
+    """[C_g, V, D] float32."""
+    bias: Tensor
+    """[C_g, V] float32."""
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return logits [n, C_g, V] of states [n, H, D], H being 1 or C_g."""
+        if states.shape[1] == 1:
+            flat = torch.addmm(self.bias.flatten(), states[:, 0], self.weight.flatten(0, 1).T)
+            return flat.view(states.shape[0], *self.bias.shape)
+        by_stream = torch.bmm(states.transpose(0, 1), self.weight.transpose(1, 2))
+        return by_stream.transpose(0, 1) + self.bias
+
+
+@dataclass(frozen=True)
+class HiddenTarget:
+    """The states that the teacher's linear heads read; rows of them become a `DenseTarget`."""
+
+    states: tuple[Tensor, ...]
+    """One [B, T, H, D] per head, guided."""
+    heads: tuple[LinearHead, ...]
+    forbidden: Forbidden
+
+    def rows(self, index: Tensor) -> DenseTarget:
+        """Return the guided logits of timesteps `index` [n] of the flattened [B, T]."""
+        device = index.device.type
+        with torch.autocast(device, enabled=False):  # the heads multiply in float32
+            parts = [
+                head.logits(_lifted(states, index))
+                for head, states in zip(self.heads, self.states, strict=True)
+            ]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        places = [place for head in self.heads for place in head.streams]
+        if places != sorted(places):
+            order = torch.tensor(places, device=index.device).argsort()
+            logits = logits.index_select(1, order)
+        return DenseTarget(self.forbidden.fill_(logits))
 
 
 @dataclass(frozen=True)
@@ -29,18 +134,31 @@ class SparseTarget:
     """The teacher's likeliest ids, and the mass that lies outside them."""
 
     ids: Tensor
-    """[..., K] int64, rising."""
+    """[..., C, K] of any integer dtype, rising."""
     logits: Tensor
-    """[..., K] float32, relative to the row maximum."""
+    """[..., C, K] of any floating dtype, relative to the row maximum."""
     tail_logmass: Tensor
-    """[..., len(temperatures)] float32: log of the probability outside `ids`."""
+    """[..., C, temperatures] float32: log of the probability outside `ids`."""
     temperatures: tuple[float, ...]
     """The temperatures of `tail_logmass`."""
-    moments: Tensor | None
-    """[..., 2] float32: mean and standard deviation of all allowed logits, or None."""
+    moments: Tensor | None = None
+    """[..., C, 2] float32: mean and standard deviation of all allowed logits, or None."""
+    tail_ids: Tensor | None = None
+    """[..., C, M]: ids drawn outside `ids` at temperature 1, or None."""
 
-    def logprobs(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities of the K ids [..., K] and of the tail [...] at a temperature.
+    def rows(self, index: Tensor) -> SparseTarget:
+        """Return timesteps `index` [n] of the flattened [B, T]: ids int64, the rest float32."""
+        return SparseTarget(
+            _lifted(self.ids, index),
+            _lifted(self.logits, index),
+            _lifted(self.tail_logmass, index),
+            self.temperatures,
+            None if self.moments is None else _lifted(self.moments, index),
+            None if self.tail_ids is None else _lifted(self.tail_ids, index),
+        )
+
+    def logprobs(self, temperature: float) -> Tensor:
+        """Return log-probabilities [..., C, K + 1] of the ids and, last, of all others together.
 
         Raises `UserError` for a temperature whose tail was not stored: it cannot be recovered
         from the kept ids (the tail has as many shapes as there are temperatures).
@@ -52,32 +170,184 @@ class SparseTarget:
                 "at one of these, or roll out again with this temperature listed"
             )
         # Rounding of two logsumexp may lift the mass of a tail that is nearly everything over 1.
-        tail = self.tail_logmass[..., self.temperatures.index(temperature)].clamp_max(0.0)
-        kept = (self.logits / temperature).log_softmax(-1) + _log1mexp(tail).unsqueeze(-1)
-        return kept, tail
+        tail = self.tail_logmass[..., self.temperatures.index(temperature), None]
+        tail = tail.clamp_max(-LEAST_KEPT_MASS)
+        kept = (self.logits / temperature).log_softmax(-1) + log1mexp(tail)
+        return torch.cat([kept, tail], -1)
 
 
-def _log1mexp(x: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class SampledTarget:
+    """Ids drawn from the teacher's guided distribution at temperature 1, without filters."""
+
+    ids: Tensor
+    """[..., C, N] of any integer dtype, rising with repeats."""
+
+    def rows(self, index: Tensor) -> SampledTarget:
+        """Return timesteps `index` [n] of the flattened [B, T], in int64."""
+        return SampledTarget(_lifted(self.ids, index))
+
+
+@dataclass(frozen=True)
+class ContinuousTarget:
+    """What the teacher predicted for continuous streams, guided."""
+
+    values: Tensor
+    """[..., C, *shape] of any floating dtype."""
+
+    def rows(self, index: Tensor) -> ContinuousTarget:
+        """Return timesteps `index` [n] of the flattened [B, T], in float32 at least."""
+        return ContinuousTarget(_lifted(self.values, index))
+
+
+Rows = DenseTarget | SparseTarget | SampledTarget | ContinuousTarget
+"""What `rows` returns: tensors [n, C, ...] that a loss computes with."""
+RestoredTarget = Rows | BranchedTarget | HiddenTarget
+"""What `restore` returns: tensors [B, T, C, ...] as small as in the store."""
+
+
+def _lifted(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of [B, T, ...] by their place in B·T: int64, or a float of 32 bits at least."""
+    taken = values.flatten(0, 1).index_select(0, index)
+    if not taken.is_floating_point():
+        return taken.long()
+    return taken.float() if taken.itemsize < 4 else taken
+
+
+def log1mexp(x: Tensor) -> Tensor:
     """Return log(1 - exp(x)) for x <= 0 without cancellation (Mächler, 2012)."""
     return torch.where(x > -0.6931, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
 
 
 def restore(
-    arrays: Mapping[str, np.ndarray | Tensor], target: Target, device: torch.device | str
-) -> DenseTarget | SparseTarget:
-    """Turn stored arrays (without target prefix) into the form a loss reads, on `device`."""
+    arrays: Mapping[str, np.ndarray | Tensor],
+    manifest: Manifest,
+    heads: Mapping[str, Tensor] | None,
+    device: torch.device | str,
+    scale: float | Tensor | None = None,
+) -> RestoredTarget:
+    """Turn stored arrays [B, T, ...] (without target prefix) into the form a loss reads.
 
-    def tensor(name: str) -> Tensor:
-        return torch.as_tensor(arrays[name]).to(device, non_blocking=True)
-
-    match target:
-        case Full():
-            return DenseTarget(tensor("logits").float())
-        case TopK():
+    `heads` are those of a `hidden` store, loaded once by `load_heads`. With `branches: both`,
+    `scale` is the guidance scale to mix at, one number or one per rollout [B]; the result equals
+    what a store written at that scale holds, up to a constant per row and what rounding the
+    branches costs: at most (|s| + |1 - s| + 1)·u·m per logit, where m is the largest stored
+    magnitude and u is 2^-11 for float16 and 2^-22 for float32 (whose logits are differences
+    already). For `hidden` the same holds of the states. Raises `UserError` for a scale where the
+    store holds guided targets, and for none where it holds both branches.
+    """
+    require_scale(manifest, scale is not None)
+    tensors = {
+        name: torch.as_tensor(values).to(device, non_blocking=True)
+        for name, values in arrays.items()
+    }
+    match manifest.target:
+        case TopK() as target:
             return SparseTarget(
-                ids=tensor("ids").long(),
-                logits=tensor("logits").float(),
-                tail_logmass=tensor("tail_logmass"),
-                temperatures=target.temperatures,
-                moments=tensor("moments") if target.moments else None,
+                tensors["ids"],
+                tensors["logits"],
+                tensors["tail_logmass"],
+                target.temperatures,
+                tensors.get("moments"),
+                tensors.get("tail_ids"),
             )
+        case Sampled():
+            return SampledTarget(tensors["ids"])
+        case Full():
+            return _full(tensors, Forbidden.of(manifest, device), scale)
+        case Hidden():
+            return _hidden(tensors, manifest, heads or {}, Forbidden.of(manifest, device), scale)
+        case Dense():
+            return _dense(tensors, scale)
+
+
+Tensors = Mapping[str, Tensor]
+Scale = float | Tensor | None
+
+
+def _full(tensors: Tensors, forbidden: Forbidden, scale: Scale) -> DenseTarget | BranchedTarget:
+    if scale is None:
+        return DenseTarget(tensors["logits"])
+    cond = tensors["cond"]
+    scales = _per_rollout(scale, cond).expand(cond.shape[:2])
+    return BranchedTarget(cond, tensors["uncond"], scales, forbidden)
+
+
+def _hidden(
+    tensors: Tensors, manifest: Manifest, heads: Tensors, forbidden: Forbidden, scale: Scale
+) -> HiddenTarget:
+    groups = [head.group for head in manifest.heads]
+    if scale is None:
+        states = [tensors[group] for group in groups]
+    else:  # guidance commutes with a linear head, so the narrow states are mixed
+        states = [
+            _mixed(tensors[f"cond.{group}"], tensors[f"uncond.{group}"], scale) for group in groups
+        ]
+    linear = tuple(_linear_head(manifest, group, heads) for group in groups)
+    return HiddenTarget(tuple(states), linear, forbidden)
+
+
+def _dense(tensors: Tensors, scale: Scale) -> ContinuousTarget:
+    if scale is None:
+        return ContinuousTarget(tensors["guided"])
+    cond = tensors["cond"].float()
+    return ContinuousTarget(_mixed(cond, cond - tensors["delta"].float(), scale))
+
+
+def _mixed(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
+    """Guided [B, T, ...] float32, each rollout at its own scale."""
+    return guide(cond, uncond, _per_rollout(scale, cond)[(...,) + (None,) * (cond.dim() - 2)])
+
+
+def _per_rollout(scale: float | Tensor, like: Tensor) -> Tensor:
+    """[B, 1] float32, or [1, 1] where all rollouts share a scale."""
+    return torch.as_tensor(scale, dtype=torch.float32, device=like.device).reshape(-1, 1)
+
+
+def _linear_head(manifest: Manifest, group: str, heads: Mapping[str, Tensor]) -> LinearHead:
+    places = tuple(i for i, stream in enumerate(manifest.streams) if stream.group == group)
+    return LinearHead(places, heads[f"{group}.weight"], heads[f"{group}.bias"])
+
+
+def load_heads(heads: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, Tensor]:
+    """Copy the heads of a store, `GROUP.weight` and `GROUP.bias`, to `device`."""
+    return {name: torch.tensor(values, device=device) for name, values in heads.items()}
+
+
+def require_scale(manifest: Manifest, given: bool) -> None:
+    """Refuse a guidance scale for targets that are guided already, and none for both branches."""
+    if manifest.branches == "both" and not given:
+        raise UserError(
+            "the store keeps both branches of guidance apart (manifest.json, target.branches), so "
+            "training must say at which scale to mix them: set loss.guidance_scale, for example to "
+            f"{manifest.guidance.scale}, at which the codes were drawn"
+        )
+    if manifest.branches == "guided" and given:
+        raise UserError(
+            f"loss.guidance_scale was given, but the store holds targets that were mixed at scale "
+            f"{manifest.guidance.scale} when they were written: remove it, or roll out again with "
+            "target.branches: both (targets full, hidden and dense)"
+        )
+
+
+def read_scales(
+    setting: float | tuple[float, float] | None,
+    seed: int,
+    keys: Sequence[tuple[str, int]],
+    epochs: Sequence[int],
+) -> Tensor | None:
+    """Return the guidance scale [B] float32 at which each rollout of a batch is read, or None.
+
+    A range (low, high) draws one uniformly per rollout and epoch, keyed by (seed, sample_id,
+    variation, epoch): neither the batch nor the process changes it.
+    """
+    if setting is None:
+        return None
+    if not isinstance(setting, tuple):
+        return torch.full((len(keys),), setting)
+    low, high = setting
+    drawn = [
+        keyed_generator(seed, "guidance scale", *key, epoch).random()
+        for key, epoch in zip(keys, epochs, strict=True)
+    ]
+    return torch.tensor([low + (high - low) * share for share in drawn])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from stages.config import TrainConfig
@@ -14,10 +13,12 @@ from stages.distributed import Place
 from stages.errors import UserError
 from stages.family import Family
 from stages.interruption import StopRequest
-from stages.losses import distillation_terms, stream_weights
+from stages.losses import distillation_loss, stream_weights
 from stages.optimization import Objective, attach, optimize
+from stages.support import require_supported
+from stages.targets import Forbidden
 from store import PredictionStore
-from store.schema import Manifest
+from store.schema import Latent, Manifest, Stream
 
 
 def train(
@@ -38,6 +39,7 @@ def train(
     Returns False when `stop` was requested first.
     """
     require_match(family, store.manifest)
+    require_supported(config.loss, store.manifest)
     require_complete(store)
     learner = TargetLearner(family, store, config, seed, place)
     network = attach(family, config.optimizer, place)
@@ -75,8 +77,10 @@ def require_match(family: Family, manifest: Manifest) -> None:
             )
 
 
-def _streams(streams: Sequence) -> str:  # type: ignore[type-arg]
-    return ", ".join(f"{s.name}:{s.vocabulary}" for s in streams)
+def _streams(streams: Sequence[Stream | Latent]) -> str:
+    """Name and size of every stream: its number of ids, or the shape of its predictions."""
+    sizes = [str(s.vocabulary) if isinstance(s, Stream) else f"{s.shape}" for s in streams]
+    return ", ".join(f"{s.name}:{size}" for s, size in zip(streams, sizes, strict=True))
 
 
 def require_complete(store: PredictionStore) -> None:
@@ -97,7 +101,7 @@ class TargetLearner:
         self, family: Family, store: PredictionStore, config: TrainConfig, seed: int, place: Place
     ) -> None:
         self._family, self._config = family, config
-        self._forbidden = store.manifest.forbidden
+        self._forbidden = Forbidden.of(store.manifest, place.device)
         self._device = place.device
         self._batches = StoreBatches(store, config, seed, place)
 
@@ -110,11 +114,9 @@ class TargetLearner:
         scores = self._family.score(batch.samples, batch.codes, batch.lengths)
         weights = batch.element_weights * self._stream_weights(step)
         loss = self._config.loss
-        terms = distillation_terms(
+        total, terms = distillation_loss(
             scores.logits, batch.target, batch.codes, weights, self._forbidden, loss
         )
-        scale = {"kl": loss.kl, "ce": loss.ce, "nrmse": loss.nrmse}
-        total = torch.stack([scale[name] * term for name, term in terms.items()]).sum()
         for name, auxiliary in scores.losses.items():
             terms[name] = auxiliary * batch.weight
             total = total + terms[name]

@@ -154,7 +154,7 @@ BAD = {
     "both datasets": ({"dataset": "d"}, "give prepare (to make a dataset) or dataset"),
     "a stage without its teacher": ({"teacher": ..., "fit": ...}, "rollout needs the section"),
     "a teacher that nobody trains": ({"fit": ...}, "give the section fit exactly when"),
-    "no loss": ({"students.student.loss": {"kl": 0}}, "kl, ce and nrmse are all 0"),
+    "no loss": ({"students.student.loss": {"kl": 0}}, "all terms of the loss weigh 0"),
     "a source without its student": ({"rollout.source": "student"}, "name the student exactly"),
     "a checkpoint without path": (
         {"students.student.init": {"kind": "checkpoint"}},

@@ -1,0 +1,150 @@
+"""Which terms of the distillation loss a stored target can teach, and why it cannot the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from stages.config import DIVERGENCES, LossConfig
+from stages.errors import UserError
+from stages.targets import (
+    ContinuousTarget,
+    RestoredTarget,
+    SampledTarget,
+    SparseTarget,
+    require_scale,
+)
+from store.schema import Dense, Manifest, Sampled, TopK
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a target holds, as far as a loss depends on it."""
+
+    kind: Literal["distribution", "top_k", "sampled", "continuous"]
+    temperatures: tuple[float, ...] | None = None
+    """Those at which the tail is known; None for all."""
+    moments: bool = True
+    tail_samples: bool = False
+
+    @classmethod
+    def by_store(cls, manifest: Manifest) -> Held:
+        """Return what every target of a store holds."""
+        match manifest.target:
+            case TopK() as target:
+                drawn = target.tail_samples > 0
+                return cls("top_k", target.temperatures, target.moments, drawn)
+            case Sampled():
+                return cls("sampled")
+            case Dense():
+                return cls("continuous")
+            case _:
+                return cls("distribution")
+
+    @classmethod
+    def by(cls, target: RestoredTarget) -> Held:
+        """Return what a target in memory holds."""
+        match target:
+            case SparseTarget():
+                drawn = target.tail_ids is not None
+                return cls("top_k", target.temperatures, target.moments is not None, drawn)
+            case SampledTarget():
+                return cls("sampled")
+            case ContinuousTarget():
+                return cls("continuous")
+            case _:
+                return cls("distribution")
+
+
+def require_supported(loss: LossConfig, manifest: Manifest) -> None:
+    """Refuse, before training starts, a loss that the targets of a store cannot support.
+
+    Raises `UserError` that names the setting, says why and what to do.
+    """
+    require(loss, Held.by_store(manifest))
+    require_scale(manifest, loss.guidance_scale is not None)
+
+
+def require(loss: LossConfig, held: Held) -> None:
+    """Refuse a loss that a target cannot support; raises `UserError`."""
+    for setting, reason, advice in _refusals(loss, held):
+        raise UserError(f"loss.{setting}={getattr(loss, setting)}: {reason}; {advice}")
+
+
+Refusal = tuple[str, str, str]
+"""Setting of the loss, why the target cannot support it, what to do."""
+
+
+def _refusals(loss: LossConfig, held: Held) -> Iterator[Refusal]:
+    match held.kind:
+        case "continuous":
+            yield from _of_continuous(loss)
+        case "sampled":
+            yield from _of_sampled(loss)
+        case "top_k":
+            yield from _of_top_k(loss, held)
+        case "distribution":
+            if loss.tail_share:
+                reason = "it shapes the tail that a top_k store cuts off, and nothing is cut here"
+                yield "tail_share", reason, "set it to 0, for loss.kl compares all ids"
+    if held.kind != "continuous" and loss.mse:
+        reason = "it compares continuous predictions, and the store predicts ids"
+        yield "mse", reason, "set it to 0; loss.logit_mse compares logits"
+    if held.kind != "sampled" and loss.soft_ce:
+        reason = "it reads the draws of a `sampled` store, and this one holds none"
+        yield "soft_ce", reason, "set loss.kl instead, of which it is an estimate"
+
+
+def _of_continuous(loss: LossConfig) -> Iterator[Refusal]:
+    for name in loss.terms.keys() - {"mse", "kl_tail"}:
+        reason = "it compares distributions over ids, and the store's predictions are continuous"
+        yield name, reason, "set it to 0 and loss.mse above 0"
+
+
+def _of_sampled(loss: LossConfig) -> Iterator[Refusal]:
+    for name in DIVERGENCES:
+        if getattr(loss, name):
+            reason = "it needs the teacher's probabilities, and the store holds draws from them"
+            advice = (
+                "set it to 0 and loss.soft_ce above 0, whose gradient is that of the forward KL on "
+                "average, or roll out again with the target top_k, full or hidden"
+            )
+            yield name, reason, advice
+    for name in ("nrmse", "logit_mse"):
+        if getattr(loss, name):
+            reason = "it needs the teacher's logits, and the store holds draws"
+            yield name, reason, "set it to 0, or roll out again with the target full or hidden"
+    if loss.temperature != 1.0:
+        reason = "the store's ids were drawn at temperature 1, and draws cannot be tempered later"
+        yield "temperature", reason, "set it to 1, or roll out again with the target hidden"
+
+
+def _of_top_k(loss: LossConfig, held: Held) -> Iterator[Refusal]:
+    tempered = any(getattr(loss, name) for name in DIVERGENCES)
+    if tempered and held.temperatures is not None and loss.temperature not in held.temperatures:
+        reason = (
+            "the store keeps the mass of the tail at the temperatures "
+            f"{list(held.temperatures)} only (manifest.json, target.temperatures), and at another "
+            "one it cannot be known"
+        )
+        yield "temperature", reason, "use one of these, or roll out again with it listed"
+    if loss.reverse_kl_top_k is not None:
+        reason = (
+            "the student's likeliest ids need not be among those that the store kept of the "
+            "teacher, and for the others the teacher's probability is lost"
+        )
+        advice = (
+            "leave it out, so that the reverse KL is taken over the teacher's ids and their tail, "
+            "or roll out again with the target full or hidden"
+        )
+        yield "reverse_kl_top_k", reason, advice
+    if loss.nrmse and not held.moments:
+        reason = "it needs the moments of the teacher's logits, which the store was written without"
+        yield "nrmse", reason, "set it to 0, or roll out again with target.moments: true"
+    if loss.tail_share and not held.tail_samples:
+        reason = "it needs ids drawn from the tail, which the store was written without"
+        yield "tail_share", reason, "set it to 0, or roll out again with target.tail_samples: 8"
+    if loss.tail_share and loss.temperature != 1.0:
+        reason = f"the tail was drawn at temperature 1, and loss.temperature is {loss.temperature}"
+        yield "tail_share", reason, "set one of them to its default"
