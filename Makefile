@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The engines that benchmarks compare with pin other versions (numpy < 2.2), so they live apart.
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
-BENCHMARKS := $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out %/measure.py %/peers.py,$(wildcard benchmarks/*.py))
 
 # Two processes of one thread do about twice the work of one process with two threads, and spinning
 # OpenMP threads would take that away again.

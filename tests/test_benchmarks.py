@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"measure"}
+SHARED = {"measure", "peers"}
 """Modules of benchmarks/ that the scripts import; they are no benchmarks themselves."""
-SMALL = {"guided_decoding": ["--batch-size", "2", "--timesteps", "3", "--repeats", "1"]}
+SMALL = {
+    "bytes_per_position": ["--timesteps", "8", "--repeats", "1"],
+    "guided_decoding": ["--batch-size", "2", "--timesteps", "3", "--repeats", "1"],
+    "read_rate": ["--gib", "0.002", "--repeats", "1", "--lookups", "20", "--peers", "none"],
+}
 """Arguments that make each benchmark short; a new one must be named here."""
 REQUIRED = {
     "guided_decoding": {
@@ -62,3 +67,20 @@ def test_the_last_line_names_benchmark_ratios_machine_and_command(name):
     assert last["command"] == " ".join(["python", f"benchmarks/{name}.py", *SMALL[name]])
     assert REQUIRED[name] <= set(last["ratios"])
     assert all(ratio > 0 for ratio in last["ratios"].values())
+
+
+@pytest.mark.slow
+def test_a_missing_peer_is_an_error_that_says_how_to_install_it(tmp_path):
+    # A folder before all others on the path hides what is installed.
+    hidden = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *rest: "
+    hidden += "None if name == 'lmdb' else find(name, *rest)"
+    (tmp_path / "sitecustomize.py").write_text(hidden)
+    command = [sys.executable, str(ROOT / "benchmarks" / "read_rate.py")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 2
+    assert "lmdb" in done.stderr
+    assert "pip install -e '.[bench]'" in done.stderr
+    assert not done.stdout
