@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from stages.config import LossConfig
 from stages.divergences import (
-    LEAST,
     AllIds,
+    Distribution,
     Divergence,
     KeptIds,
     bucketed,
@@ -88,12 +88,6 @@ class _Batch:
     config: LossConfig
     block_values: int
 
-    def blocks(self, values: int) -> tuple[Tensor, ...]:
-        """Places [n] in B·T of the timesteps that count, in blocks, at `values` logits each."""
-        rows = (self.weights > 0).any(-1).flatten().nonzero().squeeze(1)
-        size = max(self.block_values // values, 1)
-        return torch.split(rows, size) if len(rows) else ()
-
 
 class _Blockwise(torch.autograd.Function):
     """Computes the gradient with the loss, so that the way back only scales it.
@@ -103,18 +97,19 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, batch: _Batch) -> tuple[Tensor, ...]:
-        gradient = None
-        if ctx.needs_input_grad[0]:
-            gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-        factors = batch.config.terms
+        factors, wanted = batch.config.terms, ctx.needs_input_grad[0]
+        flat = logits.flatten(0, 1)
         sums = torch.zeros(len(factors), dtype=torch.float64, device=logits.device)
-        for rows in batch.blocks(logits[0, 0].numel()):
-            values, block_gradient = _block(logits, batch, rows)
+        counted = (batch.weights > 0).any(-1).flatten()
+        gradient = torch.empty_like(flat) if wanted else None
+        if gradient is not None:
+            gradient.index_fill_(0, (~counted).nonzero().squeeze(1), 0.0)
+        for rows in _split(counted.nonzero().squeeze(1), batch.block_values // flat[0].numel()):
+            values, block_gradient = _block(flat, batch, rows)
             sums += torch.stack([values[name] for name in factors])
             if gradient is not None:
-                lowered = block_gradient.to(gradient.dtype)
-                gradient.flatten(0, 1).index_copy_(0, rows, lowered)
-        ctx.gradient = gradient
+                _write(gradient, rows, block_gradient)
+        ctx.gradient = None if gradient is None else gradient.view(logits.shape)
         total = (sums * sums.new_tensor(list(factors.values()))).sum()
         dtype = torch.promote_types(logits.dtype, torch.float32)
         terms = sums.to(dtype).unbind()
@@ -130,12 +125,27 @@ class _Blockwise(torch.autograd.Function):
         return gradient.mul_(total), None
 
 
+def _split(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    return torch.split(rows, max(size, 1)) if len(rows) else ()
+
+
+def _write(gradient: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write values [n, ...] at rows [n], rising, of the gradient [B·T, ...], in its dtype."""
+    if rows.is_cuda:
+        gradient.index_copy_(0, rows, values.to(gradient.dtype))
+        return
+    # Rows that follow each other are one copy, several times as fast as an indexed one.
+    breaks = (rows.diff() != 1).nonzero().squeeze(1) + 1
+    for run, part in zip(rows.tensor_split(breaks), values.tensor_split(breaks), strict=True):
+        gradient[int(run[0]) : int(run[-1]) + 1] = part
+
+
 def _block(logits: Tensor, batch: _Batch, rows: Tensor) -> tuple[Terms, Tensor]:
     """Return the weighted sum of every term over timesteps `rows` [n], and their gradient."""
     weights = batch.weights.flatten(0, 1).index_select(0, rows)
     codes = batch.codes.flatten(0, 1).index_select(0, rows)
     target = batch.target.rows(rows)
-    student = _single(logits.flatten(0, 1).index_select(0, rows))
+    student = _single(logits.index_select(0, rows))
     passes = list(_passes(target, codes, weights, batch.forbidden, batch.config))
     values, gradient = passes[-1](student.clone() if len(passes) > 1 else student)
     for number, other in enumerate(passes[:-1]):
@@ -146,6 +156,8 @@ def _block(logits: Tensor, batch: _Batch, rows: Tensor) -> tuple[Terms, Tensor]:
         name: (torch.where(present, value, 0.0) * weights).sum(dtype=torch.float64)
         for name, value in values.items()
     }
+    if not isinstance(target, ContinuousTarget):
+        batch.forbidden.fill_(gradient, 0.0)
     if not bool(present.all()):  # streams that count nothing, at timesteps where others do
         mask = ~present[(...,) + (None,) * (gradient.dim() - present.dim())]
         gradient.masked_fill_(mask, 0.0)
@@ -236,9 +248,9 @@ def _compared(
     logits = _tempered(forbidden.fill_(student), temperature)
     ids, teacher = None, None
     if divergences and isinstance(target, SparseTarget):
-        ids, teacher = target.ids, target.logprobs(temperature).clamp_min_(LEAST)
+        ids, teacher = target.ids, Distribution.of(target.logprobs(temperature))
     elif divergences and isinstance(target, DenseTarget):
-        teacher = _logprobs(target, temperature)
+        teacher = _whole(target, temperature)
     return _distances(logits, ids, teacher, divergences, draws, weights, temperature)
 
 
@@ -255,7 +267,7 @@ def _at_student_top_k(
     assert isinstance(target, DenseTarget)  # `stages.support` refuses others
     logits = _tempered(forbidden.fill_(student), temperature)
     ids = logits.topk(min(k, logits.shape[-1])).indices
-    teacher = bucketed(_logprobs(target, temperature), ids)
+    teacher = Distribution.of(bucketed(_whole(target, temperature).logs, ids))
     return _distances(logits, ids, teacher, divergences, (), weights, temperature)
 
 
@@ -263,16 +275,16 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _logprobs(target: DenseTarget, temperature: float) -> Tensor:
-    """Log-probabilities [n, C, V], at least `LEAST`."""
-    scaled = target.logits if temperature == 1.0 else target.logits / temperature
-    return scaled.log_softmax(-1).clamp_min_(LEAST)
+def _whole(target: DenseTarget, temperature: float) -> Distribution:
+    """The teacher's distribution over all ids."""
+    logits = target.logits if temperature == 1.0 else target.logits / temperature
+    return AllIds(logits).distribution()
 
 
 def _distances(
     logits: Tensor,
     ids: Tensor | None,
-    teacher: Tensor | None,
+    teacher: Distribution | None,
     divergences: Divergences,
     draws: Sequence[_Draws],
     weights: Tensor,
@@ -280,7 +292,7 @@ def _distances(
 ) -> tuple[Terms, Tensor]:
     """Values [n, C] and gradient [n, C, V] of divergences and draws; `logits` is used up.
 
-    `teacher` has log-probabilities of all V ids, or of `ids` [n, C, K] and the rest. Divergences
+    `teacher` is over all V ids, or over `ids` [n, C, K] and the rest. Divergences
     are multiplied by T², so that their gradients do not shrink with the temperature (1503.02531);
     draws are compared at temperature 1.
     """
@@ -288,25 +300,26 @@ def _distances(
     student = AllIds(logits) if ids is None else KeptIds(logits, ids)
     values: Terms = {}
     slopes: list[Tensor] = []
+    rows = weights.unsqueeze(-1)
     if teacher is not None:
-        logprobs = student.logprobs()
+        ours = student.distribution()
         for name, (factor, divergence) in divergences.items():
-            value, slope = divergence(teacher, logprobs)
+            value, slope = divergence(teacher, ours)
             values[name] = value * temperature**2
             # Of T² the division of the logits by T takes back one.
-            slopes.append(slope.mul_(factor * temperature))
+            slopes.append(slope.mul_(rows * (factor * temperature)))
     shares: list[Tensor] = []
     for draw, mean in zip(draws, means, strict=True):
-        surprise, share = student.normaliser - mean, weights.unsqueeze(-1) * draw.factor
+        surprise, share = student.normaliser - mean, rows * draw.factor
         if draw.tail_mass is not None and isinstance(student, KeptIds):
             # Given that the id is none of the kept: the part of KL that the K + 1 categories miss.
-            surprise = draw.tail_mass * (surprise + student.logprobs()[..., -1:])
-            slopes.append(functional.pad(draw.tail_mass * draw.factor, (student.k, 0)))
+            surprise = draw.tail_mass * (surprise + student.distribution().logs[..., -1:])
             share = share * draw.tail_mass
+            slopes.append(functional.pad(share, (student.k, 0)))
         values[draw.name] = surprise.squeeze(-1)
         shares.append(share)
-    total = sum(slopes[1:], slopes[0]).mul_(weights.unsqueeze(-1)) if slopes else None
-    gradient = student.gradient(total, -sum(shares) if shares else 0.0)
+    derivative = sum(slopes[1:], slopes[0]) if slopes else None
+    gradient = student.gradient(derivative, -sum(shares) if shares else 0.0)
     for draw, share in zip(draws, shares, strict=True):
         each = -share.to(gradient.dtype) / draw.ids.shape[-1]
         gradient.scatter_add_(-1, draw.ids, each.expand(draw.ids.shape))
@@ -399,10 +412,10 @@ def kl_divergence(
     """
     logits = student.clone() if temperature == 1.0 else student / temperature
     if isinstance(target, DenseTarget):
-        teacher, ours = _logprobs(target, temperature), AllIds(logits).logprobs()
-    else:
-        teacher = target.logprobs(temperature).clamp_min_(LEAST)
-        ours = KeptIds(logits, target.ids.long()).logprobs()
+        teacher, ours = _whole(target, temperature), AllIds(logits).distribution()
+        return forward_kl(teacher, ours)[0] * temperature**2
+    teacher = Distribution.of(target.logprobs(temperature))
+    ours = KeptIds(logits, target.ids.long()).distribution()
     return forward_kl(teacher, ours)[0] * temperature**2
 
 

@@ -172,7 +172,8 @@ class SparseTarget:
         # Rounding of two logsumexp may lift the mass of a tail that is nearly everything over 1.
         tail = self.tail_logmass[..., self.temperatures.index(temperature), None]
         tail = tail.clamp_max(-LEAST_KEPT_MASS)
-        kept = (self.logits / temperature).log_softmax(-1) + log1mexp(tail)
+        logits = self.logits if temperature == 1.0 else self.logits / temperature
+        kept = logits.log_softmax(-1).add_(log1mexp(tail))
         return torch.cat([kept, tail], -1)
 
 
