@@ -7,29 +7,31 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
 
-from store import zarr_files
-from store.durable import sync_folder, sync_subfolders, write_file
+from store.durable import Content, sync_folder, sync_subfolders, write_file
 from store.encoding import Array, array_specs, find_fault
 from store.errors import StoreError, explain_os_errors
 from store.layout import Layout, shard_name
 from store.plan import Key
 from store.schema import Manifest
 from store.sealed import seal
-from store.shard import RECORD_FILE, ROLLOUTS_FILE, RolloutTable, ShardRecord
-from store.sums import file_sum
+from store.shard import RolloutTable, ShardRecord
+from store.shard_folder import RECORD_FILE, ROLLOUTS_FILE
+from store.sums import write_summed
 from store.tables import table_bytes
+from store.zarr_files import HEADER_FILE, ArrayFiles, Unencodable, group_header
 
 MAX_STOP_REASON_LETTERS = 64
 
 
 class _Draft(NamedTuple):
+    timesteps: int
     arrays: dict[str, Array]
     stop_reason: str
     weight: float
@@ -94,7 +96,8 @@ class ShardWriter:
         self._check_arrays(arrays, where)
         _check_facts(where, stop_reason, weight, seed)
         copies = {name: np.array(arrays[name], order="C") for name in self._specs}
-        self._drafts[key] = _Draft(copies, stop_reason, float(weight), int(seed))
+        timesteps = len(next(iter(copies.values())))
+        self._drafts[key] = _Draft(timesteps, copies, stop_reason, float(weight), int(seed))
 
     def commit(self) -> bool:
         """Publish the shard durably; False when another writer had already published it.
@@ -130,8 +133,7 @@ class ShardWriter:
         for file, content in self._contents(rollouts):
             path = staged / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, content)
-            sums[file] = file_sum(content)
+            sums[file] = write_summed(path, content)
         sync_subfolders(staged)
         record = ShardRecord(
             shard=self._shard,
@@ -140,22 +142,36 @@ class ShardWriter:
             rollouts=len(self._keys),
             files=sums,
         )
-        write_file(staged / RECORD_FILE, seal(record))
+        write_file(staged / RECORD_FILE, [seal(record)])
         sync_folder(staged)
 
-    def _contents(self, rollouts: RolloutTable) -> Iterator[tuple[str, bytes]]:
-        """Every file except the record; one array at a time is held in its encoded form."""
-        yield from zarr_files.encode_group().items()
-        yield ROLLOUTS_FILE, table_bytes(rollouts.to_table())
+    def _contents(self, rollouts: RolloutTable) -> Iterator[tuple[str, Iterable[Content]]]:
+        """Every file except the record; an array is let go once it is written."""
+        yield HEADER_FILE, [group_header()]
+        yield ROLLOUTS_FILE, [table_bytes(rollouts.to_table(tuple(self._keys)))]
+        timesteps = int(rollouts.offsets[-1])
         for name, spec in self._specs.items():
+            files = ArrayFiles.of(spec, self._manifest.profile)
             parts = [self._drafts[key].arrays.pop(name) for key in self._keys]
-            yield from zarr_files.encode_array(spec, np.concatenate(parts)).items()
+            yield files.header, [files.encode_header(timesteps)]
+            yield files.data, self._encoded(files, parts, rollouts)
+
+    def _encoded(
+        self, files: ArrayFiles, parts: Sequence[Array], rollouts: RolloutTable
+    ) -> Iterator[Content]:
+        try:
+            yield from files.encode(parts)
+        except Unencodable as error:
+            sample_id, variation = tuple(self._keys)[rollouts.row_of(error.timestep)]
+            raise StoreError(
+                f"shard {shard_name(self._shard)}, array {files.spec.name!r}, at or behind sample "
+                f"{sample_id!r}, variation {variation}: {error}"
+            ) from error
 
     def _rollouts(self) -> RolloutTable:
         drafts = [self._drafts[key] for key in self._keys]
-        lengths = [len(draft.arrays["codes"]) for draft in drafts]
+        lengths = [draft.timesteps for draft in drafts]
         return RolloutTable(
-            keys=tuple(self._keys),
             offsets=np.cumsum([0, *lengths], dtype=np.int64),
             stop_reasons=tuple(draft.stop_reason for draft in drafts),
             weights=np.array([draft.weight for draft in drafts]),
@@ -166,10 +182,9 @@ class ShardWriter:
         fault = find_fault(self._manifest, arrays)
         if fault is None:
             return
-        place = ""
-        if fault.timestep is not None and fault.stream is not None:
-            stream = self._manifest.streams[fault.stream].name
-            place = f", timestep {fault.timestep}, stream {stream!r}"
+        place = "" if fault.timestep is None else f", timestep {fault.timestep}"
+        if fault.stream is not None:
+            place += f", stream {self._manifest.streams[fault.stream].name!r}"
         raise StoreError(
             f"{where}{place}: array {fault.array!r} is refused because {fault.reason}; "
             "the manifest sets what is allowed, correct what the family or the target computes"

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from store.durable import sync_folder, write_file
 from store.errors import StoreError, explain_os_errors
+from store.heads import HEADS_FILE, Heads, check_heads, heads_bytes, read_heads
 from store.layout import Layout, refuse_nesting, refuse_strangers
 from store.plan import Plan, check_sample_ids
 from store.schema import Manifest
@@ -25,14 +26,17 @@ from store.tables import read_table, table_bytes
 MAX_SHOWN_LETTERS = 200
 
 
-def create_store(layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Table) -> None:
+def create_store(
+    layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Table, heads: Heads
+) -> None:
     """Make the store unless an equal one exists.
 
-    The plan and the samples are linked into place first, the manifest last; links never replace
-    a file, so of two creators one wins and the other compares. Raises StoreError when a different
+    Plan, samples and heads are linked into place first, the manifest last; links never replace a
+    file, so of two creators one wins and the other compares. Raises StoreError when a different
     store exists (naming the fields), the path is unsuitable, or the disk fails.
     """
     check_samples(samples, manifest, plan, f"samples given for {layout.root}")
+    check_heads(heads, manifest, f"heads given for {layout.root}")
     refuse_nesting(layout.root)
     if not layout.manifest.exists():
         refuse_strangers(layout.root)
@@ -40,11 +44,13 @@ def create_store(layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Tab
             "plan.parquet": table_bytes(plan.to_table()),
             "samples.parquet": table_bytes(samples),
         }
+        if heads:
+            contents[HEADS_FILE] = heads_bytes(heads)
         sums = {name: file_sum(content) for name, content in contents.items()}
         contents["manifest.json"] = seal(manifest.model_copy(update={"files": sums}))
         with explain_os_errors(f"create the store {layout.root}"):
             _place(layout, contents)
-    _compare(layout, manifest, plan, samples)
+    _compare(layout, manifest, plan, samples, heads)
 
 
 def check_samples(samples: pa.Table, manifest: Manifest, plan: Plan, source: str) -> None:
@@ -80,10 +86,15 @@ def _place(layout: Layout, contents: dict[str, bytes]) -> None:
     staged.mkdir()
     try:
         for name, content in contents.items():
-            write_file(staged / name, content)
+            (staged / name).parent.mkdir(exist_ok=True)
+            write_file(staged / name, [content])
         for name, content in contents.items():
-            if not _link(staged / name, layout.root / name, content, layout):
+            target = layout.root / name
+            target.parent.mkdir(exist_ok=True)
+            if not _link(staged / name, target, content, layout):
                 return
+            if target.parent != layout.root:
+                sync_folder(target.parent)
         sync_folder(layout.root)
         sync_folder(layout.root.parent)
     finally:
@@ -106,7 +117,9 @@ def _link(source: Path, target: Path, content: bytes, layout: Layout) -> bool:
     return True
 
 
-def _compare(layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Table) -> None:
+def _compare(
+    layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Table, heads: Heads
+) -> None:
     stored, _ = unseal(layout.manifest, Manifest)
     changes = list(_differences(stored.model_dump(mode="json"), manifest.model_dump(mode="json")))
     for path, ours in ((layout.plan, plan.to_table()), (layout.samples, samples)):
@@ -114,6 +127,10 @@ def _compare(layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Table) 
         # Another version of the Parquet library may spell the same table in other bytes.
         if file_sum(table_bytes(ours)) != stored.files[path.name] and not theirs.equals(ours):
             changes.append(f"{path.name}: {_table_difference(theirs, ours)}")
+    if heads and not changes and file_sum(heads_bytes(heads)) != stored.files[HEADS_FILE]:
+        found = read_heads(layout.heads, stored)
+        names = sorted(name for name in heads if not np.array_equal(found[name], heads[name]))
+        changes += [f"{HEADS_FILE}: other values in {names}"] if names else []
     if changes:
         raise StoreError(
             f"the store {layout.root} exists and differs in {'; '.join(changes)}. "

@@ -7,16 +7,22 @@ either alone leaves an empty or a missing file.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from mmap import mmap
 from pathlib import Path
 
+Content = bytes | memoryview | mmap
+"""Bytes that lie in memory, or are mapped into it."""
 
-def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Create a file that must not exist, write it whole and sync it; raises OSError."""
+
+def write_file(path: Path, parts: Iterable[Content]) -> None:
+    """Create a file that must not exist, write its parts in order and sync it; raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        remaining = memoryview(content).cast("B")
-        while remaining:
-            remaining = remaining[os.write(descriptor, remaining) :]
+        for part in parts:
+            remaining = memoryview(part)
+            while remaining:
+                remaining = remaining[os.write(descriptor, remaining) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -146,7 +146,10 @@ def _value_faults(manifest: Manifest, arrays: Mapping[str, Array]) -> Iterator[F
             yield from _order_faults("sampled.ids", arrays["sampled.ids"])
         case Hidden() | Dense():
             for name in sorted(arrays.keys() - {"codes"}):
-                yield from _faults(name, "NaN or infinity", ~np.isfinite(arrays[name]))
+                for fault in _faults(name, "NaN or infinity", ~np.isfinite(arrays[name])):
+                    # A state belongs to a head, which may serve several streams.
+                    hidden = isinstance(manifest.target, Hidden)
+                    yield replace(fault, stream=None) if hidden else fault
 
 
 def _top_k_faults(manifest: Manifest, arrays: Mapping[str, Array]) -> Iterator[Fault]:

@@ -31,20 +31,22 @@ class RolloutNotFound(StoreError, KeyError):
 class DamagedShard(StoreError):
     """A committed shard whose files are missing, short, altered, foreign or contradictory."""
 
-    def __init__(self, folder: Path, file: str, reason: str) -> None:
+    def __init__(self, folder: Path, file: str, rollouts: str, reason: str) -> None:
         self.folder = folder
         self.shard = int(folder.name)
         self.file = file.encode(errors="backslashreplace").decode()
         self.array = array_of(self.file)
+        self.rollouts = rollouts
         self.reason = reason
         array = f" (array {self.array!r})" if self.array else ""
         super().__init__(
-            f"shard {folder.name}, file {self.file!r}{array}: {reason}. Restore {folder} from a "
-            "copy, or move it away and run the rollout again: only missing shards are made"
+            f"shard {folder.name}, file {self.file!r}{array}, {rollouts}: {reason}. Restore "
+            f"{folder} from a copy, or move it away and run the rollout again: only missing "
+            "shards are made"
         )
 
-    def __reduce__(self) -> tuple[type[DamagedShard], tuple[Path, str, str]]:
-        return type(self), (self.folder, self.file, self.reason)
+    def __reduce__(self) -> tuple[type[DamagedShard], tuple[Path, str, str, str]]:
+        return type(self), (self.folder, self.file, self.rollouts, self.reason)
 
 
 def array_of(file: str) -> str | None:

@@ -42,6 +42,11 @@ class Layout:
         return self.root / "samples.parquet"
 
     @property
+    def heads(self) -> Path:
+        """Weights of the output heads, where the target is `hidden`."""
+        return self.root / "heads" / "heads.safetensors"
+
+    @property
     def shards(self) -> Path:
         """Folder of the committed shards."""
         return self.root / "shards"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,21 +13,32 @@ from store.commit import ShardWriter
 from store.create import check_samples, create_store
 from store.encoding import Array, array_specs
 from store.errors import RolloutNotFound, StoreError
+from store.heads import Heads, find_heads, read_heads
 from store.layout import Layout, shard_name
 from store.plan import Key, Plan
-from store.schema import Manifest
+from store.recent import Recent
+from store.schema import Fast, Manifest
 from store.sealed import unseal
-from store.shard import Rollout, RolloutTable, Shard, ShardFolder, Timestep
+from store.shard import Rollout, RolloutTable, Shard, Timestep
+from store.shard_folder import MappedShard, ShardFolder, VerifiedShard
 from store.tables import read_table
+from store.text_index import TextIndex
+from store.zarr_files import ArrayFiles
 
-CACHED_SHARDS = 4
+MAPPED_SHARDS = 64
+"""Shards whose files stay open, one descriptor per array."""
+
+DECODED_SHARDS = 4
+"""Shards of encoded arrays that stay in memory whole."""
 
 
 class PredictionStore:
     """What a teacher predicted at every timestep, as it was committed when the store was opened.
 
-    Every byte of a shard is checked against its record whenever it is loaded; the last few shards
-    stay in memory. One store object belongs to one thread; processes may each open or fork it.
+    Every byte of a shard is checked against its record when the store first touches it, and again
+    when a file of it changes. Arrays of the profile `fast` are views of files mapped into memory;
+    of `compact`, a whole shard is decoded at once, or the chunks that a rollout lies in. Processes
+    may fork the store or pickle it; threads may share it.
     """
 
     manifest: Manifest
@@ -40,49 +50,59 @@ class PredictionStore:
     committed: list[int]
     """Shards that were committed when the store was opened, rising."""
 
-    def __init__(self, layout: Layout, cached_shards: int) -> None:
+    def __init__(self, layout: Layout, cached_shards: int | None) -> None:
         self._layout = layout
         self.manifest, self.fingerprint = unseal(layout.manifest, Manifest)
         self.plan = Plan.from_table(read_table(layout.plan, self.manifest), str(layout.plan))
         self.samples = read_table(layout.samples, self.manifest)
         check_samples(self.samples, self.manifest, self.plan, str(layout.samples))
+        find_heads(layout.heads, self.manifest)
         pa.default_memory_pool().release_unused()  # what decoding and checking the tables took
-        self.committed = layout.committed()
-        unplanned = [shard for shard in self.committed if shard >= len(self.plan)]
-        if unplanned:
-            raise StoreError(
-                f"{layout.shard(unplanned[0])} is not planned, the plan has {len(self.plan)} "
-                "shards: move it out of the store"
-            )
-        self._specs = array_specs(self.manifest)
-        self._pinned = frozenset(self.committed)
-        self._cache: OrderedDict[int, Shard] = OrderedDict()
+        self._pin(layout.committed())
+        specs = array_specs(self.manifest).values()
+        self._files = {spec.name: ArrayFiles.of(spec, self.manifest.profile) for spec in specs}
         self._cached_shards = cached_shards
+        self._verified: dict[int, VerifiedShard] = {}
+        mapped = cached_shards if self._mapped_only else None
+        self._mapped: Recent[MappedShard] = Recent(mapped or MAPPED_SHARDS)
+        self._decoded: Recent[Shard] = Recent(cached_shards or DECODED_SHARDS)
 
     @classmethod
     def create(
-        cls, path: str | Path, manifest: Manifest, plan: Plan, samples: pa.Table
+        cls,
+        path: str | Path,
+        manifest: Manifest,
+        plan: Plan,
+        samples: pa.Table,
+        heads: Heads | None = None,
     ) -> PredictionStore:
         """Make a store, or open the equal one that is there.
 
-        `samples` has the column sample_id and those of `manifest.conditions`. Raises StoreError
-        when a store with another manifest, plan or samples is there, naming what differs.
+        `samples` has the column sample_id and those of `manifest.conditions`; `heads` holds, for
+        every head of the manifest, `GROUP.weight` [C_g, V, D] and `GROUP.bias` [C_g, V] float32.
+        Raises StoreError when a store with another manifest, plan, samples or heads is there,
+        naming what differs.
         """
-        create_store(Layout.at(path), manifest, plan, samples)
+        create_store(Layout.at(path), manifest, plan, samples, heads or {})
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | Path, cached_shards: int = CACHED_SHARDS) -> PredictionStore:
+    def open(cls, path: str | Path, cached_shards: int | None = None) -> PredictionStore:
         """Open a store for reading and writing, pinning the shards committed by now.
 
+        At most `cached_shards` shards stay mapped (`fast`) or decoded (`compact`); None is 64 or 4.
         Raises StoreError when there is none, or its manifest, plan or samples were altered.
         """
         layout = Layout.at(path)
         if not layout.manifest.is_file():
             raise StoreError(f"{layout.root} is no store: it holds no manifest.json; correct it")
-        if cached_shards < 1:
+        if cached_shards is not None and cached_shards < 1:
             raise StoreError(f"cached_shards is {cached_shards} but must be >= 1: raise it")
         return cls(layout, cached_shards)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels as its path: another process opens it again, with the same pinned shards."""
+        return _reopen, (self.path, self._cached_shards, self.fingerprint, self.committed)
 
     @property
     def path(self) -> Path:
@@ -104,9 +124,8 @@ class PredictionStore:
 
     def writer(self, shard: int) -> ShardWriter:
         """A writer of one planned shard; raises StoreError when it is not planned."""
-        return ShardWriter(
-            self._layout, shard, self._planned(shard), self.manifest, self.fingerprint
-        )
+        self._check_planned(shard)
+        return ShardWriter(self._layout, shard, self.plan[shard], self.manifest, self.fingerprint)
 
     def __len__(self) -> int:
         return int(self.plan.sizes[self.committed].sum())
@@ -130,7 +149,7 @@ class PredictionStore:
         return [self.rollout_table(shard).lengths for shard in self.committed]
 
     def rollout_table(self, shard: int) -> RolloutTable:
-        """Keys, lengths, stop reasons and weights of a committed shard, without its arrays.
+        """Lengths, stop reasons and weights of a committed shard, without its arrays.
 
         Raises StoreError when it was not committed when the store was opened, DamagedShard.
         """
@@ -140,8 +159,8 @@ class PredictionStore:
 
     def folder(self, shard: int) -> ShardFolder:
         """A shard as it lies on disk; raises StoreError when it is not planned."""
-        path = self._layout.shard(shard)
-        return ShardFolder(path, self.fingerprint, self._specs, self._planned(shard))
+        self._check_planned(shard)
+        return ShardFolder(self._layout.shard(shard), self.fingerprint, self._files, self.plan)
 
     def shard(self, shard: int) -> Shard:
         """All rollouts of a committed shard, verified; read-only arrays.
@@ -150,13 +169,22 @@ class PredictionStore:
         any file of it is missing, altered or foreign.
         """
         self._require_committed(shard)
-        if shard not in self._cache:
-            # Room is made first, so that at most `cached_shards` are ever held.
-            while len(self._cache) >= self._cached_shards:
-                self._cache.popitem(last=False)
-            self._cache[shard] = self.folder(shard).load()
-        self._cache.move_to_end(shard)
-        return self._cache[shard]
+        if self._mapped_only:
+            return self._mapped_shard(shard).whole
+        decoded = self._decoded.get(shard)
+        if decoded is None:
+            self._decoded.make_room()
+            decoded = self._mapped_shard(shard).load()
+            self._decoded.put(shard, decoded)
+        return decoded
+
+    @cached_property
+    def heads(self) -> dict[str, Array]:
+        """`GROUP.weight` [C_g, V, D] and `GROUP.bias` [C_g, V] float32 of every head, read-only.
+
+        Empty where the target is not `hidden`. Raises StoreError when the file was altered.
+        """
+        return read_heads(self._layout.heads, self.manifest)
 
     @overload
     def __getitem__(self, key: tuple[str, int]) -> Rollout: ...
@@ -171,22 +199,49 @@ class PredictionStore:
         if not isinstance(key, tuple) or len(key) not in (2, 3):
             raise StoreError(f"key {key!r} must be (sample_id, variation[, timestep]): correct it")
         shard, row = self._locate(key[0], key[1])
-        rollout = self.shard(shard)[row]
+        decoded = self._decoded.get(shard)
+        rollout = decoded[row] if decoded else self._mapped_shard(shard).rollout(row, key[:2])
         return rollout[key[2]] if len(key) == 3 else rollout
 
     def sample(self, sample_id: str) -> dict[str, Any]:
         """The conditioning inputs of one sample by column; raises RolloutNotFound."""
-        if sample_id not in self._sample_rows:
+        row = self._sample_rows.find(sample_id) if isinstance(sample_id, str) else None
+        if row is None:
             raise RolloutNotFound(
                 f"sample {sample_id!r} is not in {self._layout.samples}: it has "
                 f"{self.samples.num_rows} samples; take an id from keys()"
             )
-        row: dict[str, Any] = self.samples.slice(self._sample_rows[sample_id], 1).to_pylist()[0]
-        return row
+        sample: dict[str, Any] = self.samples.slice(row, 1).to_pylist()[0]
+        return sample
 
     @cached_property
-    def _sample_rows(self) -> dict[str, int]:
-        return {id_: row for row, id_ in enumerate(self.samples["sample_id"].to_pylist())}
+    def _sample_rows(self) -> TextIndex:
+        return TextIndex(self.samples["sample_id"].combine_chunks())
+
+    @property
+    def _mapped_only(self) -> bool:
+        return isinstance(self.manifest.profile, Fast)
+
+    def _mapped_shard(self, shard: int) -> MappedShard:
+        mapped = self._mapped.get(shard)
+        if mapped is None or not mapped.unchanged():
+            self._mapped.make_room()
+            verified = self._verified.get(shard)
+            folder = self.folder(shard)
+            mapped = (folder.reopen(verified) if verified else None) or folder.open()
+            self._verified[shard] = mapped.verified
+            self._mapped.put(shard, mapped)
+        return mapped
+
+    def _pin(self, committed: list[int]) -> None:
+        unplanned = [shard for shard in committed if shard >= len(self.plan)]
+        if unplanned:
+            raise StoreError(
+                f"{self._layout.shard(unplanned[0])} is not planned, the plan has "
+                f"{len(self.plan)} shards: move it out of the store"
+            )
+        self.committed = committed
+        self._pinned = frozenset(committed)
 
     def _locate(self, sample_id: str, variation: int) -> tuple[int, int]:
         where = f"sample {sample_id!r}, variation {variation!r}"
@@ -203,17 +258,26 @@ class PredictionStore:
             )
         return place
 
-    def _planned(self, shard: int) -> tuple[Key, ...]:
+    def _check_planned(self, shard: int) -> None:
         if not 0 <= shard < len(self.plan):
             raise StoreError(
                 f"shard {shard} is not planned: {self.path} has shards 0 to {len(self.plan) - 1}"
             )
-        return self.plan[shard]
 
     def _require_committed(self, shard: int) -> None:
         if shard not in self._pinned:
-            self._planned(shard)
+            self._check_planned(shard)
             raise StoreError(f"shard {shard_name(shard)} is not committed: {self._how_to_commit()}")
 
     def _how_to_commit(self) -> str:
         return f"run the rollout of {self.path}, or open the store again if that has happened"
+
+
+def _reopen(
+    path: Path, cached_shards: int | None, fingerprint: str, committed: list[int]
+) -> PredictionStore:
+    store = PredictionStore.open(path, cached_shards)
+    if store.fingerprint != fingerprint:
+        raise StoreError(f"{path} is another store than the one that was pickled: open it again")
+    store._pin(committed)
+    return store

@@ -276,7 +276,8 @@ class FileSum(Record):
     """Size and hash of a file that lies beside the manifest."""
 
     bytes: int
-    sha256: str
+    xxh3: str
+    """XXH3-128 in lower-case hex, its canonical (big-endian) form."""
 
 
 class Manifest(Record):

@@ -149,7 +149,7 @@ def synthetic_store(
     sample_ids = [f"sample-{number}" for number in range(samples)]
     table = pa.table({"sample_id": sample_ids, "text": [name[::-1] for name in sample_ids]})
     plan = Plan.lay_out(sample_ids, variations, rollouts_per_shard)
-    return PredictionStore.create(path, manifest, plan, table)
+    return PredictionStore.create(path, manifest, plan, table, synthetic_heads(manifest))
 
 
 def write_synthetic_shard(store: PredictionStore, shard: int, mean_timesteps: int) -> bool:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from store.encoding import find_fault
 from store.errors import DamagedShard, StoreError
 from store.layout import Layout, parse_shard
 from store.reader import PredictionStore
 from store.schema import Record
-from store.shard import ShardFolder
+from store.shard_folder import ShardFolder
 
 
 class Damage(Record):
@@ -56,14 +54,14 @@ def verify(
         store = PredictionStore.open(path, cached_shards=1)
     except StoreError as error:
         return _report(0, 0, 0, (), [_damage_of_store(Layout.at(path), error)])
-    bad = list(_strangers(Layout.at(path)))
+    bad = [*_head_damages(store, Layout.at(path)), *_strangers(Layout.at(path))]
     shards = rollouts = timesteps = 0
     for shard in progress(store.committed):
         damages = list(_shard_damages(store, store.folder(shard)))
         bad.extend(damages)
         if not damages:
             shards += 1
-            rollouts += len(store.plan[shard])
+            rollouts += int(store.plan.sizes[shard])
             timesteps += store.folder(shard).record().rows
     return _report(shards, rollouts, timesteps, tuple(store.missing()), bad)
 
@@ -83,9 +81,17 @@ def _report(
 
 def _damage_of_store(layout: Layout, error: StoreError) -> Damage:
     """A fault of the store itself, ascribed to the file that its message names."""
-    names = (layout.plan, layout.samples, layout.shards, layout.manifest)
-    file = next((path.name for path in names if str(path) in str(error)), layout.manifest.name)
+    paths = (layout.plan, layout.samples, layout.heads, layout.shards, layout.manifest)
+    path = next((path for path in paths if str(path) in str(error)), layout.manifest)
+    file = str(path.relative_to(layout.root))
     return Damage(shard=None, file=file, array=None, reason=str(error))
+
+
+def _head_damages(store: PredictionStore, layout: Layout) -> Iterator[Damage]:
+    try:
+        store.heads  # noqa: B018 (reading it verifies it)
+    except StoreError as error:
+        yield _damage_of_store(layout, error)
 
 
 def _strangers(layout: Layout) -> Iterator[Damage]:
@@ -102,7 +108,8 @@ def _shard_damages(store: PredictionStore, folder: ShardFolder) -> Iterator[Dama
     if not damages:
         damages = list(_content_damages(store, folder))
     for error in damages:
-        yield Damage(shard=error.shard, file=error.file, array=error.array, reason=error.reason)
+        reason = f"{error.rollouts}: {error.reason}"
+        yield Damage(shard=error.shard, file=error.file, array=error.array, reason=reason)
 
 
 def _file_damages(folder: ShardFolder) -> Iterator[DamagedShard]:
@@ -112,23 +119,22 @@ def _file_damages(folder: ShardFolder) -> Iterator[DamagedShard]:
         yield error
         return
     yield from folder.strangers(record)
-    for file, expected in record.files.items():
+    for file in record.files:
         try:
-            folder.read(file, expected)
+            folder.check_file(file, record)
         except DamagedShard as error:
             yield error
 
 
 def _content_damages(store: PredictionStore, folder: ShardFolder) -> Iterator[DamagedShard]:
     try:
-        shard = folder.load()
+        shard = folder.open().load()
     except DamagedShard as error:
         yield error
         return
     fault = find_fault(store.manifest, shard.arrays)
     if fault is not None:
-        row = int(np.searchsorted(shard.offsets, fault.timestep or 0, side="right")) - 1
-        sample_id, variation = shard.rollouts.keys[row]
-        at = (fault.timestep or 0) - int(shard.offsets[row])
-        place = f"sample {sample_id!r}, variation {variation}, timestep {at}"
-        yield folder.damaged(f"{fault.array}/zarr.json", f"{place}: {fault.reason}")
+        at = fault.timestep or 0
+        row = shard.rollouts.row_of(at)
+        reason = f"timestep {at - int(shard.offsets[row])}: {fault.reason}"
+        yield folder.damaged(f"{fault.array}/zarr.json", reason, shard.rollouts, at)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from store import PredictionStore, StoreError
-from store.schema import Full, Manifest, TopK
+from store.schema import Dense, Full, Hidden, Manifest, Sampled, Target, TopK
 from store.synthetic import (
     synthetic_arrays,
     synthetic_manifest,
@@ -302,13 +302,14 @@ TOP_K_FAULTS = [
     (set_value("top_k.tail_logmass", (3, 1, 0), np.nan), PLACE + "'top_k.tail_logmass' .* NaN"),
     (set_value("top_k.tail_logmass", (3, 1, 0), 0.1), PLACE + ".* a probability mass over 1"),
     (set_value("top_k.moments", (3, 1, 1), np.inf), PLACE + "'top_k.moments' .* NaN or infinity"),
-    (set_value("top_k.logits", (3, 1, 0), -1), PLACE + ".* a first logit that is not 0"),
-    (set_value("top_k.logits", (3, 1, 3), 0), PLACE + ".* logits that do not fall"),
+    (set_value("top_k.logits", (3, 1), -1), PLACE + ".* a largest logit that is not 0"),
+    (set_value("top_k.logits", (3, 1, 3), 1), PLACE + ".* a largest logit that is not 0"),
     (set_value("top_k.ids", (3, 1, 2), 34), PLACE + ".* an id beyond the vocabulary"),
     (set_value("top_k.ids", (3, 1, 2), 32), PLACE + ".* an id that the manifest forbids"),
     (set_value("codes", (3, 1), 34), PLACE + "'codes' .* an id beyond the vocabulary"),
     (set_value("codes", (3, 1), 32), PLACE + "'codes' .* an id that the manifest forbids"),
-    (replace("top_k.ids", lambda ids: ids[..., [0, 1, 1, 2]]), "an id twice"),
+    (replace("top_k.ids", lambda ids: ids[..., [0, 1, 1, 2]]), "ids that do not rise"),
+    (replace("top_k.ids", lambda ids: ids[..., ::-1]), "ids that do not rise"),
     (replace("codes", lambda codes: codes.astype(np.int64)), "type is int64 but must be uint16"),
     (replace("codes", lambda codes: codes.astype(">u2")), "type is >u2 but must be uint16"),
     (replace("codes", lambda codes: codes[:0]), "it has no timestep"),
@@ -322,7 +323,7 @@ TOP_K_FAULTS = [
 def drop_code(arrays: dict[str, np.ndarray]) -> None:
     ids, code = arrays["top_k.ids"][3, 1], arrays["codes"][3, 1]
     unused = next(i for i in range(32) if i not in ids)
-    arrays["top_k.ids"][3, 1] = np.where(ids == code, unused, ids)
+    arrays["top_k.ids"][3, 1] = np.sort(np.where(ids == code, unused, ids))
 
 
 @pytest.mark.parametrize(
@@ -337,18 +338,37 @@ def test_wrong_predictions_are_refused_where_they_stand(
         writer.append(*store.plan[0][0], arrays, **FACTS)
 
 
+def keep_a_tail_id(arrays: dict[str, np.ndarray]) -> None:
+    arrays["top_k.tail_ids"][3, 1] = arrays["top_k.ids"][3, 1, 0]
+
+
+TAIL = TopK(k=4, tail_samples=3)
+HIDDEN_PLACE = "sample 'sample-0', variation 0, timestep 3: array 'hidden.cond.backbone' .* "
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("target", "change", "message"),
     [
-        (set_value("full.logits", (3, 1, 5), np.nan), PLACE + "'full.logits' .* NaN"),
-        (set_value("full.logits", (3, 1, 32), -1), PLACE + ".* at an id that is not allowed"),
-        (set_value("full.logits", (3, 1, 4), 9), PLACE + ".* a row maximum that is not 0"),
+        (Full(), set_value("full.logits", (3, 1, 5), np.nan), PLACE + "'full.logits' .* NaN"),
+        (Full(), set_value("full.logits", (3, 1, 32), -1), PLACE + ".* at an id that is not allow"),
+        (Full(), set_value("full.logits", (3, 1, 4), 9), PLACE + ".* a largest logit that is not"),
+        (TAIL, set_value("top_k.tail_ids", (3, 1, 0), 33), PLACE + ".* ids that fall"),
+        (TAIL, set_value("top_k.tail_ids", (3, 1, 2), 34), PLACE + ".* beyond the vocabulary"),
+        (TAIL, keep_a_tail_id, PLACE + "'top_k.tail_ids' .* an id that is kept, not in the tail"),
+        (Sampled(draws=3), set_value("sampled.ids", (3, 1, 0), 33), PLACE + ".* ids that fall"),
+        (Sampled(draws=3), set_value("sampled.ids", (3, 1, 2), 32), PLACE + ".* forbids"),
+        (
+            Hidden(branches="both"),
+            set_value("hidden.cond.backbone", (3, 0, 5), np.inf),
+            HIDDEN_PLACE + "NaN or infinity",
+        ),
+        (Dense(), set_value("dense.delta", (3, 1, 0, 0), np.nan), PLACE + "'dense.delta' .* NaN"),
     ],
 )
-def test_wrong_full_predictions_are_refused_where_they_stand(
-    tmp_path: Path, change: Any, message: str
+def test_wrong_predictions_of_other_targets_are_refused_where_they_stand(
+    tmp_path: Path, target: Target, change: Any, message: str
 ) -> None:
-    store = synthetic_store(tmp_path, synthetic_manifest(Full()), 4, 1, 2)
+    store = synthetic_store(tmp_path, synthetic_manifest(target), 4, 1, 2)
     arrays = arrays_of(store)
     change(arrays)
     with store.writer(0) as writer, pytest.raises(StoreError, match=message):

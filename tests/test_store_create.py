@@ -180,7 +180,7 @@ def test_damaged_plan_and_samples_are_refused(tmp_path: Path, name: str, damage:
 
 def test_a_manifest_of_huge_files_costs_no_memory(tmp_path: Path) -> None:
     store = PredictionStore.create(tmp_path, MANIFEST, PLAN, SAMPLES)
-    huge = {name: FileSum(bytes=2**60, sha256="0") for name in store.manifest.files}
+    huge = {name: FileSum(bytes=2**60, xxh3="0") for name in store.manifest.files}
     manifest = Manifest(**(store.manifest.model_dump() | {"files": huge}))
     (tmp_path / "manifest.json").write_bytes(seal(manifest))
     with pytest.raises(StoreError, match=f"must have {2**60}"):

@@ -117,7 +117,7 @@ def test_unpublished_work_is_never_data(tmp_path: Path) -> None:
 def test_lengths_are_those_of_the_rollouts(store: PredictionStore) -> None:
     for shard, lengths in zip(store.committed, store.lengths(), strict=True):
         assert lengths.tolist() == [len(rollout) for rollout in store.shard(shard)]
-        assert store.rollout_table(shard).keys == store.plan[shard]
+        assert store.shard(shard).keys == store.plan[shard]
 
 
 def test_rollouts_are_views_and_cannot_be_written(store: PredictionStore) -> None:
@@ -147,7 +147,7 @@ def test_conditions_are_found_by_sample(store: PredictionStore) -> None:
 def test_a_store_and_its_errors_travel_to_other_processes(store: PredictionStore) -> None:
     copy = pickle.loads(pickle.dumps(store))
     np.testing.assert_array_equal(copy["sample-2", 0].codes, store["sample-2", 0].codes)
-    error = pickle.loads(pickle.dumps(DamagedShard(store.path / "shards/00001", "a/c/0", "bad")))
+    error = pickle.loads(pickle.dumps(DamagedShard(store.path / "shards/1", "a/c", "s", "bad")))
     assert (error.shard, error.array, error.reason) == (1, "a", "bad")
 
 

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import random
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from store import DamagedShard, PredictionStore, StoreError
-from store.schema import TopK
+from store.schema import Compact, Hidden, TopK
 from store.sealed import seal, unseal
 from store.shard import ShardRecord
 from store.sums import file_sum
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from store.tables import parse_table, table_bytes
 from store.verify import verify
-from store.zarr_files import encode_array
+from store.zarr_files import chunk_count
 
 MANIFEST = synthetic_manifest(TopK(k=3), streams=1)
+COMPACT = synthetic_manifest(TopK(k=3), streams=1, profile=Compact())
 SHARD = "shards/00001"
 CHUNKS = f"{SHARD}/top_k.ids/c/0/0/0"
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[MANIFEST, COMPACT], ids=["fast", "compact"])
+def sound(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Three planned shards, of which the first two are committed."""
     path = tmp_path_factory.mktemp("verify") / "store"
-    store = synthetic_store(path, MANIFEST, 6, 1, 2)
+    store = synthetic_store(path, request.param, 6, 1, 2)
     for shard in (0, 1):
         write_synthetic_shard(store, shard, 5)
     return path
@@ -123,9 +126,10 @@ def test_damage_names_shard_file_and_array(path: Path) -> None:
         "shard": 1,
         "file": "top_k.ids/c/0/0/0",
         "array": "top_k.ids",
-        "reason": "it is missing",
+        "reason": "sample 'sample-2', variation 0 and 1 more: it is missing",
     }
-    with pytest.raises(DamagedShard, match=r"shard 00001, file 'top_k.ids/c/0/0/0' \(array 'top"):
+    place = r"shard 00001, file 'top_k.ids/c/0/0/0' \(array 'top_k.ids'\), sample 'sample-2', var"
+    with pytest.raises(DamagedShard, match=place):
         read_everything(path)
 
 
@@ -168,14 +172,27 @@ def test_a_file_replaced_by_a_link_is_refused(path: Path) -> None:
 
 
 def test_files_of_equal_size_cannot_be_exchanged(path: Path) -> None:
-    # Every chunk of a Zarr file ends in its CRC-32C, so the CRC-32C of such files is one constant.
     one, two = (path / f"shards/0000{shard}/codes/c/0/0" for shard in (0, 1))
     first, second = one.read_bytes(), two.read_bytes()
     assert first != second
-    assert len(first) == len(second)
     one.write_bytes(second)
     two.write_bytes(first)
     assert [entry.shard for entry in verify(path).bad] == [0, 1]
+
+
+def test_a_short_file_of_plain_values_names_the_first_rollout_that_lost_some(
+    sound: Path, path: Path
+) -> None:
+    table = PredictionStore.open(sound).rollout_table(1)
+    spec = PredictionStore.open(sound).folder(1).files["top_k.ids"].spec
+    content = (path / CHUNKS).read_bytes()
+    for timesteps, sample in ((int(table.offsets[1]) - 1, "2"), (int(table.offsets[1]), "3")):
+        (path / CHUNKS).write_bytes(content[: timesteps * spec.row_bytes + 1])
+        store = PredictionStore.open(path)
+        known = store.manifest.profile.kind == "fast"
+        place = f"sample 'sample-{sample}', variation 0: it" if known else "variation 0 and 1 more"
+        with pytest.raises(DamagedShard, match=f"{place}.* bytes but must have"):
+            store.shard(1)
 
 
 def test_a_shard_of_another_place_or_store_is_refused(path: Path, tmp_path: Path) -> None:
@@ -223,7 +240,7 @@ def rewrite(path: Path, file: str, content: bytes) -> None:
         (lambda record: record.update(rollouts=3), "rollouts is 3 but must be 2"),
         (lambda record: record["files"].pop("codes/c/0/0"), "does not list exactly the files"),
         (
-            lambda record: record["files"].update({"../../../x": {"bytes": 1, "sha256": ""}}),
+            lambda record: record["files"].update({"../../../x": {"bytes": 1, "xxh3": ""}}),
             "does not list exactly the files of its arrays: .*/x",
         ),
         (
@@ -269,20 +286,98 @@ def test_an_array_whose_values_are_wrong_is_found(path: Path) -> None:
     shard = store.shard(1)
     logits = shard.arrays["top_k.logits"].copy()
     logits[shard.offsets[1] + 2, 0, 1] = np.nan
-    spec = store.folder(1).specs["top_k.logits"]
-    for file, content in encode_array(spec, logits).items():
-        rewrite(path, file, content)
+    rewrite_array(store, path, "top_k.logits", logits)
     (damage,) = verify(path).bad
     assert damage.array == "top_k.logits"
-    assert damage.reason == "sample 'sample-3', variation 0, timestep 2: it holds NaN"
+    assert damage.reason == "sample 'sample-3', variation 0: timestep 2: it holds NaN"
 
 
 def test_an_array_of_another_shape_than_the_manifest_says_is_refused(path: Path) -> None:
     store = PredictionStore.open(path)
-    shard = store.shard(1)
-    spec = store.folder(1).specs["codes"]
-    longer = np.concatenate([shard.arrays["codes"]] * 2)
-    for file, content in encode_array(spec, longer).items():
-        rewrite(path, file, content)
+    codes = store.shard(1).arrays["codes"]
+    rewrite_array(store, path, "codes", np.concatenate([codes] * 2))
     (damage,) = verify(path).bad
-    assert (damage.array, "zarr.json says uint16" in damage.reason) == ("codes", True)
+    assert (damage.array, "its shape is" in damage.reason) == ("codes", True)
+
+
+def rewrite_array(store: PredictionStore, path: Path, name: str, values: Any) -> None:
+    files = store.folder(1).files[name]
+    rewrite(path, files.header, files.encode_header(len(values)))
+    rewrite(path, files.data, b"".join(map(bytes, files.encode([values]))))
+
+
+@pytest.mark.parametrize("damage", ["offset", "size", "crc"])
+def test_an_index_that_does_not_lay_the_chunks_end_to_end_is_refused(
+    path: Path, damage: str
+) -> None:
+    content = bytearray((path / CHUNKS).read_bytes())
+    offset, size = struct.unpack("<QQ", content[-20:-4])
+    offset, size = offset + (damage == "offset"), size - (damage == "size")
+    content[-20:-4] = struct.pack("<QQ", offset, size)
+    crc = google_crc32c.value(bytes(content[-20:-4])) + (damage == "crc")
+    content[-4:] = struct.pack("<I", crc)
+    rewrite(path, CHUNKS.removeprefix(f"{SHARD}/"), bytes(content))
+    message = "does not end in an index of 1 chunks" if damage == "crc" else "chunks end to end"
+    with pytest.raises(DamagedShard, match=message):
+        read_everything(path)
+    assert [entry.file for entry in verify(path).bad] == ["top_k.ids/c/0/0/0"]
+
+
+def test_a_chunk_that_no_codec_wrote_is_refused_with_its_rollout(tmp_path: Path) -> None:
+    """A faulty writer gave the file a right sum."""
+    store = synthetic_store(tmp_path / "store", COMPACT, 4, 1, 2)
+    for shard in (0, 1):
+        write_synthetic_shard(store, shard, 300)
+    store = PredictionStore.open(tmp_path / "store")
+    table, files = store.rollout_table(1), store.folder(1).files["top_k.ids"]
+    content = bytearray((store.path / CHUNKS).read_bytes())
+    first = struct.unpack_from(
+        "<QQ", content, len(content) - 4 - 16 * chunk_count(int(table.offsets[-1]))
+    )[1]
+    content[first + 8 : first + 12] = b"\0" * 4  # the magic number of the second chunk
+    rewrite(store.path, files.data, bytes(content))
+    key = store.plan[1][table.row_of(256)]
+    message = f"{files.data}.*sample {key[0]!r}, variation 0: chunk 1: Pco cannot decode it"
+    for read in (lambda opened: opened.shard(1), lambda opened: opened[key]):
+        with pytest.raises(DamagedShard, match=message):
+            read(PredictionStore.open(store.path))
+    (damage,) = verify(store.path).bad
+    assert damage.reason.startswith(f"sample {key[0]!r}, variation 0: chunk 1")
+
+
+def test_a_file_that_changes_while_the_store_is_open_is_refused(path: Path) -> None:
+    """A rollout that was read before does not vouch for the files after."""
+    store = PredictionStore.open(path, cached_shards=1)
+    key = store.plan[1][0]
+    content, place = (path / CHUNKS).read_bytes(), path / CHUNKS
+    for damage in (Path.unlink, cut, lengthen, flip):
+        store[key]
+        damage(place)
+        with pytest.raises(DamagedShard, match=r"it is missing|bytes but must|was altered"):
+            store[key]
+        place.unlink(missing_ok=True)
+        place.write_bytes(content)
+    store[key]  # a copy of the right content is as good as the file that was verified
+    store[store.plan[0][0]]  # which lets go of shard 1
+    flip(place)
+    with pytest.raises(DamagedShard, match="was altered"):
+        store[key]
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, flip], ids=["missing", "short", "altered"])
+def test_damaged_heads_are_found_and_refused(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    store = synthetic_store(tmp_path / "store", synthetic_manifest(Hidden()), 2, 1, 2)
+    assert verify(store.path).ok
+    damage(tmp_path / "store/heads/heads.safetensors")
+    (bad,) = verify(store.path).bad
+    assert bad.file == "heads/heads.safetensors"
+    with pytest.raises(StoreError, match=r"heads\.safetensors.*: restore it from a copy"):
+        assert PredictionStore.open(store.path).heads

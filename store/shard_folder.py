@@ -1,0 +1,286 @@
+"""A committed shard on disk: which files it must have, and how they are verified and read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from store.encoding import Array
+from store.errors import DamagedShard, StoreError, array_of, explain_os_errors
+from store.mapped_file import Identity, MappedFile
+from store.plan import Key, Plan
+from store.schema import FileSum
+from store.sealed import unseal
+from store.shard import Rollout, RolloutTable, Shard, ShardRecord
+from store.sums import check_size, check_sum, read_summed
+from store.tables import parse_table
+from store.threads import in_threads
+from store.zarr_files import (
+    CHUNK_TIMESTEPS,
+    HEADER_FILE,
+    ArrayFiles,
+    chunk_count,
+    most_timesteps,
+)
+
+RECORD_FILE = "shard.json"
+ROLLOUTS_FILE = "rollouts.parquet"
+
+
+@dataclass(frozen=True)
+class VerifiedShard:
+    """What is known of a shard of which every byte was verified: enough to map it again."""
+
+    rows: int
+    """N."""
+    rollouts: RolloutTable
+    identities: Mapping[str, Identity]
+    """Of the data file of each array, when it was verified."""
+    bounds: Mapping[str, Array]
+    """Where the chunks of each array lie in its data file, [chunks + 1] int64."""
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """A committed shard on disk, as the store that holds it expects it to be."""
+
+    path: Path
+    manifest: str
+    """Checksum of the store's manifest."""
+    files: Mapping[str, ArrayFiles]
+    """By the name of the array."""
+    plan: Plan
+
+    @property
+    def number(self) -> int:
+        """Number of the shard."""
+        return int(self.path.name)
+
+    def damaged(
+        self, file: str, reason: str, table: RolloutTable | None = None, timestep: int | None = None
+    ) -> DamagedShard:
+        """The error for one file of this shard, naming the first rollout that it affects.
+
+        That is the one at `timestep` of the shard if `table` is known, else the first of all.
+        """
+        keys = self.plan[self.number]
+        row = table.row_of(timestep) if table is not None and timestep is not None else 0
+        sample_id, variation = keys[row]
+        place = f"sample {sample_id!r}, variation {variation}"
+        more = len(keys) - 1
+        if timestep is None and more:
+            place += f" and {more} more"
+        return DamagedShard(self.path, file, place, reason)
+
+    def record(self) -> ShardRecord:
+        """The sealed record, checked against store and plan; raises DamagedShard."""
+        try:
+            record, _ = unseal(self.path / RECORD_FILE, ShardRecord)
+        except StoreError as error:
+            raise self.damaged(RECORD_FILE, str(error)) from error
+        for name, found, expected in (
+            ("shard", record.shard, self.number),
+            ("manifest", record.manifest, self.manifest),
+            ("rollouts", record.rollouts, int(self.plan.sizes[self.number])),
+        ):
+            if found != expected:
+                reason = f"{name} is {found!r} but must be {expected!r}: it is of another store"
+                raise self.damaged(RECORD_FILE, reason)
+        self._check_listing(record)
+        return record
+
+    def strangers(self, record: ShardRecord) -> Iterator[DamagedShard]:
+        """Files below the shard that it does not list, and everything that is no plain file."""
+        with explain_os_errors(f"list {self.path}"):
+            found = sorted(_files_below(self.path))
+        for file in found:
+            if file not in record.files and file != RECORD_FILE:
+                yield self.damaged(file, "it is not a file of this shard")
+
+    def read(self, file: str, record: ShardRecord) -> bytes:
+        """Content of one file; raises DamagedShard when it is missing, short, long or altered."""
+        try:
+            return read_summed(self.path / file, record.files[file], "it")
+        except StoreError as error:
+            raise self.damaged(file, str(error)) from error
+
+    def read_rollouts(self, record: ShardRecord) -> RolloutTable:
+        """The rollouts of the shard, checked against record and plan; raises DamagedShard."""
+        content = self.read(ROLLOUTS_FILE, record)
+        try:
+            table = parse_table(content, ROLLOUTS_FILE)
+            return RolloutTable.from_table(table, self.plan, self.number, record.rows)
+        except StoreError as error:
+            raise self.damaged(ROLLOUTS_FILE, str(error)) from error
+
+    def open(self) -> MappedShard:
+        """Verify every byte of the shard and map its arrays; raises DamagedShard."""
+        record = self.record()
+        for stranger in self.strangers(record):
+            raise stranger
+        self.read(HEADER_FILE, record)
+        table = self.read_rollouts(record)
+        mapped, bounds = {}, {}
+        for name, files in self.files.items():
+            self._check_header(files, record)
+            mapped[name] = self._map(files, record.files[files.data], table)
+            try:
+                bounds[name] = files.chunk_bounds(mapped[name].content, record.rows)
+            except StoreError as error:
+                raise self.damaged(files.data, str(error)) from error
+        identities = {name: file.identity for name, file in mapped.items()}
+        return MappedShard(self, VerifiedShard(record.rows, table, identities, bounds), mapped)
+
+    def reopen(self, verified: VerifiedShard) -> MappedShard | None:
+        """Map the arrays of a shard that was verified; None when a file is not as it was then."""
+        mapped = {}
+        for name, files in self.files.items():
+            try:
+                mapped[name] = MappedFile.open(self.path / files.data)
+            except StoreError:
+                return None
+            if mapped[name].identity != verified.identities[name]:
+                return None
+        return MappedShard(self, verified, mapped)
+
+    def check_file(self, file: str, record: ShardRecord) -> None:
+        """Compare a file with its sum; raises DamagedShard."""
+        arrays = [files for files in self.files.values() if files.data == file]
+        if arrays:
+            self._map(arrays[0], record.files[file], None)
+        else:
+            self.read(file, record)
+
+    def _check_header(self, files: ArrayFiles, record: ShardRecord) -> None:
+        content = self.read(files.header, record)
+        try:
+            files.check_header(content, record.rows)
+        except StoreError as error:
+            raise self.damaged(files.header, str(error)) from error
+
+    def _map(self, files: ArrayFiles, expected: FileSum, table: RolloutTable | None) -> MappedFile:
+        end = None
+        try:
+            mapped = MappedFile.open(self.path / files.data)
+            end = files.timesteps_within(mapped.identity.bytes)
+            check_size(mapped.identity.bytes, expected, "it")
+            end = None
+            check_sum(mapped.content, expected, "it")
+        except StoreError as error:
+            raise self.damaged(files.data, str(error), table, end) from error
+        return mapped
+
+    def _check_listing(self, record: ShardRecord) -> None:
+        expected = {HEADER_FILE, ROLLOUTS_FILE}
+        for files in self.files.values():
+            expected.update((files.header, files.data))
+        wrong = sorted(expected ^ set(record.files))
+        if wrong:
+            raise self.damaged(
+                RECORD_FILE,
+                f"it does not list exactly the files of its arrays: {wrong[:3]} (array "
+                f"{array_of(wrong[0])})",
+            )
+        # Bounds what is allocated below: a record cannot claim more than its files may index.
+        limit = min(most_timesteps(record.files[f.data].bytes) for f in self.files.values())
+        if not 0 < record.rows <= limit:
+            raise self.damaged(RECORD_FILE, f"rows is {record.rows} but must be in [1, {limit}]")
+
+
+@dataclass(frozen=True)
+class MappedShard:
+    """A verified shard whose arrays are mapped into memory."""
+
+    folder: ShardFolder
+    verified: VerifiedShard
+    mapped: Mapping[str, MappedFile]
+    """The data file of each array."""
+
+    def unchanged(self) -> bool:
+        """Whether every mapped file still lies there as it was."""
+        return all(file.unchanged() for file in self.mapped.values())
+
+    @cached_property
+    def views(self) -> Mapping[str, Array] | None:
+        """[N, …] each array as a view of its mapped file; None where arrays are encoded."""
+        files, rows = self.folder.files, self.verified.rows
+        if any(array.codec is not None for array in files.values()):
+            return None
+        return {name: files[name].view(file.content, rows) for name, file in self.mapped.items()}
+
+    @cached_property
+    def whole(self) -> Shard:
+        """All rollouts as views of the mapped files; for arrays that are not encoded."""
+        return self._shard(self.views or {})
+
+    def load(self) -> Shard:
+        """All rollouts: `whole`, or with their arrays decoded; raises DamagedShard."""
+        if self.views is not None:
+            return self.whole
+        return self._shard(self.decode_rows(0, self.verified.rows))
+
+    def rollout(self, row: int, key: Key) -> Rollout:
+        """The rollout of a row, whose key is given; raises DamagedShard."""
+        table, views = self.verified.rollouts, self.views
+        start, stop = table.offsets[row], table.offsets[row + 1]
+        if views is None:
+            arrays = self.decode_rows(int(start), int(stop))
+        else:
+            arrays = {name: array[start:stop] for name, array in views.items()}
+        return table.rollout(row, key, arrays)
+
+    def decode_rows(self, start: int, stop: int) -> dict[str, Array]:
+        """Arrays [stop − start, …] of some timesteps, decoding only the chunks that they lie in.
+
+        Read-only. Raises DamagedShard, from whichever thread.
+        """
+        first, last = start // CHUNK_TIMESTEPS, chunk_count(stop)
+        padded = (last - first) * CHUNK_TIMESTEPS
+        arrays = {
+            name: np.empty((padded, *files.spec.trailing), files.spec.dtype)
+            for name, files in self.folder.files.items()
+        }
+        jobs = [(name, chunk) for name in arrays for chunk in range(first, last)]
+
+        def decode(job: tuple[str, int]) -> None:
+            name, chunk = job
+            at = (chunk - first) * CHUNK_TIMESTEPS
+            self._decode_chunk(name, chunk, arrays[name][at : at + CHUNK_TIMESTEPS])
+
+        for _ in in_threads(decode, jobs):
+            pass
+        offset = first * CHUNK_TIMESTEPS
+        rows = {name: array[start - offset : stop - offset] for name, array in arrays.items()}
+        for array in rows.values():
+            array.setflags(write=False)
+        return rows
+
+    def _shard(self, arrays: Mapping[str, Array]) -> Shard:
+        return Shard(self.folder.number, self.folder.plan, arrays, self.verified.rollouts)
+
+    def _decode_chunk(self, name: str, chunk: int, out: Array) -> None:
+        files, bounds = self.folder.files[name], self.verified.bounds[name]
+        try:
+            files.decode_chunk(self.mapped[name].content, bounds, chunk, out)
+        except StoreError as error:
+            table, start = self.verified.rollouts, chunk * CHUNK_TIMESTEPS
+            reason = f"chunk {chunk}: {error}"
+            raise self.folder.damaged(files.data, reason, table, start) from error
+
+
+def _files_below(root: Path) -> Iterator[str]:
+    """Relative paths of all that is no folder; links are not followed."""
+    for folder, folders, files in os.walk(root, onerror=_raise):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        here = os.path.relpath(folder, root)
+        for name in (*files, *links):
+            yield os.path.normpath(os.path.join(here, name))
+
+
+def _raise(error: OSError) -> None:
+    raise error
