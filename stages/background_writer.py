@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-WAITING_BLOCKS = 64
-"""Blocks of predictions that may wait for `compute` before who gives them waits as well."""
+WAITING_VALUES = 32 * 2**20
+"""Numbers that may wait for `compute` before who gives them waits as well (128 MiB of fp32)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class BackgroundWriter:
         """What was given and not yet seen to have succeeded, oldest first."""
         self._in_hand: list[Future[Any]] = []
         """What was given since the last commit."""
-        self._computing: deque[Future[Any]] = deque()
+        self._computing: deque[tuple[Future[Any], int]] = deque()
+        self._computing_values = 0
         self._publishing: Future[None] | None = None
         # From here on for the thread only.
         self._failed = False
@@ -91,14 +92,17 @@ class BackgroundWriter:
         self._publishing = self._give(self._commit, shard)
         self._in_hand.clear()
 
-    def compute(self, work: Callable[[], Result]) -> Future[Result]:
-        """Do work of the shard in hand in the thread; waits while too much of it is waiting."""
+    def compute(self, work: Callable[[], Result], values: int) -> Future[Result]:
+        """Do work on so many `values` for the shard in hand; waits while too much is waiting."""
         while self._computing and (
-            self._computing[0].done() or len(self._computing) >= WAITING_BLOCKS
+            self._computing[0][0].done() or self._computing_values >= WAITING_VALUES
         ):
-            wait([self._computing.popleft()])
+            oldest, count = self._computing.popleft()
+            wait([oldest])
+            self._computing_values -= count
         task = self._give(work)
-        self._computing.append(task)
+        self._computing.append((task, values))
+        self._computing_values += values
         self._in_hand.append(task)
         return task
 

@@ -24,8 +24,8 @@ from store.schema import Manifest
 
 BLOCK_VALUES = 16 * 2**20
 """Numbers that may wait on an accelerator before they are reduced together (64 MiB of fp32)."""
-CPU_BLOCK_VALUES = 2**19
-"""The same on the CPU, whose caches should hold a block (2 MiB of fp32)."""
+CPU_BLOCK_VALUES = 2**18
+"""The same on the CPU, whose caches should hold a block (1 MiB of fp32)."""
 
 ROWS, FINITE = "rows", "finite"
 """Arrays that travel with those of the store: the rollout of each timestep, and a flag."""
@@ -84,9 +84,10 @@ class Capture:
 
     def _reduce_waiting(self) -> None:
         work = partial(_reduce, self._manifest, self._seeds, self._waiting)
+        values = self._waiting_values
         self._waiting, self._waiting_values = [], 0
         if self._writer is not None and self._device.type == "cpu":
-            self._blocks.append(self._writer.compute(work).result)
+            self._blocks.append(self._writer.compute(work, values).result)
         else:
             block = work()
             self._blocks.append(lambda: block)

@@ -89,7 +89,13 @@ def draw_many(weights: Tensor, uniforms: Tensor) -> Tensor:
     [..., m] int64, rising with repeats; a place of weight 0 is never drawn.
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    return _invert(cumulative, uniforms.sort(-1).values)
+    return _invert(cumulative, _sorted(uniforms))
+
+
+def _sorted(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":  # where NumPy sorts short rows ten times as fast as torch
+        return torch.from_numpy(np.sort(values.contiguous().numpy(), axis=-1))
+    return values.sort(-1).values
 
 
 def _invert(cumulative: Tensor, uniforms: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.background_writer import WAITING_BLOCKS, BackgroundWriter, Drawn
+from stages.background_writer import WAITING_VALUES, BackgroundWriter, Drawn
 from store import PredictionStore, StoreError, verify
 from store.commit import ShardWriter
 from store.schema import TopK
@@ -183,7 +183,7 @@ def test_leaving_early_drops_the_shard_in_hand_and_finishes_the_one_before(store
     with BackgroundWriter(store) as writer:
         fill(writer, store, 0)
         writer.append(1, lambda: done.append("append") or batch(store, 1))
-        writer.compute(lambda: done.append("compute"))
+        writer.compute(lambda: done.append("compute"), 1)
         threading.Timer(0.2, free.set).start()
     assert committed(store) == [0]
     assert done == []
@@ -222,24 +222,24 @@ def test_what_waits_to_be_computed_is_bounded(store):
 
     def generate() -> None:
         with BackgroundWriter(store) as writer:
-            for number in range(WAITING_BLOCKS + 8):
+            for number in range(20):
                 given.append(number)
-                writer.compute(lambda: free.wait(TIMEOUT_S))
+                writer.compute(lambda: free.wait(TIMEOUT_S), WAITING_VALUES // 8)
 
     teacher = threading.Thread(target=generate)
     teacher.start()
     teacher.join(0.3)
-    assert len(given) == WAITING_BLOCKS + 1
+    assert len(given) == 8 + 1, "the next one waits before it is queued"
     free.set()
     teacher.join(TIMEOUT_S)
-    assert len(given) == WAITING_BLOCKS + 8
+    assert len(given) == 20
 
 
 def test_what_was_computed_is_handed_back_even_where_it_failed(store):
     with BackgroundWriter(store) as writer:
-        assert writer.compute(lambda: 6 * 7).result(TIMEOUT_S) == 42
+        assert writer.compute(lambda: 6 * 7, 1).result(TIMEOUT_S) == 42
         writer.append(0, lambda: batch(store, 0))
         writer.commit(0)
     assert committed(store) == [0]
     with pytest.raises(Broken), BackgroundWriter(store) as writer:
-        writer.compute(fail)
+        writer.compute(fail, 1)

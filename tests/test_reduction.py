@@ -240,7 +240,7 @@ def test_draws_do_not_depend_on_how_many_rows_are_drawn_at_once(rows, monkeypatc
     numbers = uniforms(torch.arange(30), torch.arange(30), 1, 50)[:, 0]
     target = TopK(k=4, tail_samples=1)
     together = reduce(logits, codes, target, FORBIDDEN, END, numbers)
-    monkeypatch.setattr("stages.reduction.DRAW_VALUES", rows * VOCABULARY)
+    monkeypatch.setattr("stages.reduction.DRAW_VALUES", (0, rows * VOCABULARY))
     parted = reduce(logits, codes, target, FORBIDDEN, END, numbers)
     alone = [
         reduce(logits[i : i + 1], codes[i : i + 1], target, FORBIDDEN, END, numbers[i : i + 1])
