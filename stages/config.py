@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from store.schema import Full, Guidance, Record, Sampler, Target, TopK
+from store.schema import Fast, Full, Guidance, Profile, Record, Sampler, Target, TopK
 
 FamilyName = Literal["codec_lm"]
 
@@ -353,11 +353,13 @@ class RolloutConfig(Record):
     first_variation: int = Field(0, ge=0)
     """Index of the first variation; a later on-policy round starts after the earlier ones."""
     guidance: Guidance = Guidance(scale=2.5)
-    """Guidance of the targets, and of drawing when the source is the teacher."""
+    """Guidance of drawing when the source is the teacher, and of targets that are not `both`."""
     sampler: Sampler
     """How codes are drawn; it never changes the stored targets."""
     target: Target = TopK(kind="top_k", k=64)
     """What is stored per timestep and stream."""
+    profile: Profile = Fast()
+    """How it is encoded: `fast` is mapped into memory, `compact` takes the fewest bytes."""
     rollouts_per_shard: Positive = 256
     """Rollouts per shard, the unit of commit and of resumption."""
     batch_size: Positive = 32

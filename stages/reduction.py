@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from stages.family import Branches
 from stages.guidance import guide
@@ -161,7 +160,7 @@ def _weights(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
     exponents = logits - peak
     if temperature != 1.0:
         exponents = exponents.div_(temperature)
-    return functional.threshold_(exponents.clamp_min_(-80.0).exp_(), LEAST_WEIGHT, 0.0)
+    return torch.threshold_(exponents.clamp_min_(-80.0).exp_(), LEAST_WEIGHT, 0.0)
 
 
 def _reduce_top_k(

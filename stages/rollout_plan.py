@@ -15,7 +15,7 @@ from stages.family import Family, Sample
 from stages.sampling import keyed_generator
 from store import PredictionStore
 from store.plan import Plan
-from store.schema import Fingerprints, Manifest, Target, TopK
+from store.schema import Fingerprints, Hidden, Manifest, Target, TopK
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +37,11 @@ def create_store(
 
     `samples` are the rows of the split to roll out. Raises `StoreError` when `path` holds a store
     of other settings, another teacher or another dataset, naming what differs, and `UserError`
-    for a teacher of another audio codec, too small a `k` and an empty split.
+    for a teacher of another audio codec or without linear heads for a `hidden` target, too small a
+    `k` and an empty split.
     `student_fingerprint` names the student that drew the codes, where the source is one.
     """
-    if family.condition_dropout == 0 and config.guidance.scale != 1:
-        logger.warning(
-            "guidance of scale %s is asked of a teacher that was trained without condition "
-            "dropout: its unconditional branch has never been trained, so the mix means little. "
-            "Fit it with fit.condition_dropout: 0.1, or set rollout.guidance.scale: 1",
-            config.guidance.scale,
-        )
+    _warn_of_untrained_branch(config, family)
     if family.facts.audio_codec != facts.audio_codec:
         raise UserError(
             f"the teacher speaks the codes of audio codec {family.facts.audio_codec!r}, but those "
@@ -54,6 +49,7 @@ def create_store(
             "the teacher's audio codec (audio_codec: {kind: load}), or fit a teacher on it"
         )
     _check_kept(config.target, family.end_id)
+    _check_heads(config.target, family)
     chosen = samples[: config.samples]
     if not chosen:
         raise UserError(
@@ -77,7 +73,32 @@ def create_store(
         manifest,
         Plan.of(plan(config, family, chosen, seed)),
         conditions_table(family, chosen),
+        heads=family.head_weights() if isinstance(config.target, Hidden) else None,
     )
+
+
+def _warn_of_untrained_branch(config: RolloutConfig, family: Family) -> None:
+    both = getattr(config.target, "branches", "guided") == "both"
+    if family.condition_dropout > 0 or (config.guidance.scale == 1 and not both):
+        return
+    asked = "target.branches: both" if both else f"guidance of scale {config.guidance.scale}"
+    logger.warning(
+        "%s is asked of a teacher that was trained without condition dropout: its unconditional "
+        "branch has never been trained, so mixing with it means little. Fit the teacher with "
+        "fit.condition_dropout: 0.1, or set %s",
+        asked,
+        "rollout.target.branches: guided" if both else "rollout.guidance.scale: 1",
+    )
+
+
+def _check_heads(target: Target, family: Family) -> None:
+    without = {stream.group for stream in family.streams} - {head.group for head in family.heads}
+    if isinstance(target, Hidden) and without:
+        raise UserError(
+            f"rollout.target.kind is 'hidden', but family {family.name!r} has no linear head for "
+            f"the streams of {sorted(without)}, so its states say nothing without the rest of the "
+            "model: use 'top_k', or 'full'"
+        )
 
 
 def _check_kept(target: Target, end_id: int | None) -> None:
@@ -102,6 +123,8 @@ def _manifest(
         forbidden=family.forbidden,
         end_id=family.end_id,
         target=config.target,
+        heads=family.heads if isinstance(config.target, Hidden) else (),
+        profile=config.profile,
         guidance=config.guidance,
         sampler=config.sampler,
         source=config.source,
