@@ -44,7 +44,8 @@ class Distribution:
 
 Divergence = Callable[[Distribution, Distribution], tuple[Tensor, Tensor]]
 """Of teacher and student: value [...], and derivative [..., M] with respect to the student's logs,
-as if they were free. The derivative is a tensor of its own, which may be changed."""
+which may be changed. Any multiple of the student's shares may be left out of it: normalising takes
+it out again."""
 
 
 class AllIds:
@@ -128,8 +129,8 @@ def forward_kl(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor]:
 
 def reverse_kl(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor]:
     """KL(q ‖ p) = Σ q log(q / p). Source: MiniLLM (2306.08543)."""
-    gap = q.logs - p.logs
-    return (q.shares * gap).sum(-1), gap.add_(1).mul_(q.shares)
+    terms = (q.logs - p.logs).mul_(q.shares)
+    return terms.sum(-1), terms
 
 
 def jensen_shannon(beta: float) -> Divergence:
@@ -160,7 +161,7 @@ def skew_reverse_kl(alpha: float) -> Divergence:
 
     def divergence(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor]:
         gap = q.logs - mixture(p, q, 1 - alpha)
-        return (q.shares * gap).sum(-1), q.shares * (gap + 1 - alpha * gap.exp())
+        return (q.shares * gap).sum(-1), q.shares * (gap - alpha * gap.exp())
 
     return divergence
 

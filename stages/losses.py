@@ -147,9 +147,9 @@ def _block(logits: Tensor, batch: _Batch, rows: Tensor) -> tuple[Terms, Tensor]:
     target = batch.target.rows(rows)
     student = _single(logits.index_select(0, rows))
     passes = list(_passes(target, codes, weights, batch.forbidden, batch.config))
-    values, gradient = passes[-1](student.clone() if len(passes) > 1 else student)
-    for number, other in enumerate(passes[:-1]):
-        more, addition = other(student.clone() if number < len(passes) - 2 else student)
+    values, gradient = passes[0](student.clone() if len(passes) > 1 else student)
+    for number, further in enumerate(passes[1:], start=2):
+        more, addition = further(student.clone() if number < len(passes) else student)
         values, gradient = values | more, gradient.add_(addition)
     present = weights > 0
     sums = {

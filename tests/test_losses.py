@@ -224,23 +224,33 @@ def test_all_terms_together_are_their_weighted_sum(kind):
     assert_equals_reference(kind, EVERYTHING[kind])
 
 
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_divergences_and_drawn_codes_share_one_pass_at_temperature_1(kind):
+    assert_equals_reference(kind, config_of(kl=1.0, jsd=0.3, ce=0.7))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("kind", ["full", "hidden"])
-def test_the_reverse_divergence_may_be_taken_over_the_students_own_ids(kind):
+def test_the_reverse_divergence_may_be_taken_over_the_students_own_ids(kind, temperature):
     made, student = scene(kind), student_of(kind)
-    config = config_of(reverse_kl=1.0, reverse_kl_top_k=4, kl=0.5)
+    settings = {"reverse_kl_top_k": 4, "temperature": temperature}
+    config = config_of(reverse_kl=1.0, kl=0.5, nrmse=0.2, **settings)
     loss, _, gradient = computed(made, student, config)
     leaf = student.double().clone().requires_grad_()
-    q, p = log_student(leaf, 1.0).exp(), torch.tensor(made.probabilities())
+    q = log_student(leaf, temperature).exp()
+    p = torch.tensor(made.probabilities(temperature))
     ids = q.topk(4).indices
     q_cut, p_cut = (
         torch.cat([x.gather(-1, ids), 1 - x.gather(-1, ids).sum(-1, keepdim=True)], -1)
         for x in (q, p)
     )
+    reverse = temperature**2 * (q_cut * (q_cut / p_cut).log()).sum(-1)
     forward = reference_term("kl", made, leaf, config)
-    expected = (weights_of() * ((q_cut * (q_cut / p_cut).log()).sum(-1) + 0.5 * forward)).sum()
+    error = reference_term("nrmse", made, leaf, config)
+    expected = (weights_of() * (reverse + 0.5 * forward + 0.2 * error)).sum()
     expected.backward()
     assert float(loss) == pytest.approx(float(expected.detach()), rel=2e-5)
-    torch.testing.assert_close(gradient.double(), leaf.grad, atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(gradient.double(), leaf.grad, atol=6e-6, rtol=2e-5)
 
 
 @pytest.mark.parametrize("kind", TARGETS)

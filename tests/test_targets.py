@@ -20,6 +20,7 @@ from stages.targets import (
     SampledTarget,
     SparseTarget,
     load_heads,
+    log1mexp,
     read_scales,
     restore,
 )
@@ -105,6 +106,13 @@ def test_a_log_mass_above_zero_by_rounding_gives_no_nan():
     logprobs = target.logprobs(1.0)
     assert logprobs.isfinite().all()
     assert logprobs[..., -1].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_the_complement_of_a_mass_keeps_its_digits_at_both_ends():
+    logs = -np.logspace(-7, 2, 200)
+    found = log1mexp(torch.from_numpy(logs).float()).double().numpy()
+    exact = np.log(-np.expm1(logs.astype(np.float32).astype(np.float64)))
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
 
 
 def test_a_temperature_that_was_not_stored_is_refused_with_those_that_were():
