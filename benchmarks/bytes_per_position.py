@@ -10,15 +10,12 @@ tail as one bucket, of hidden states over the whole vocabulary.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
+from measure import report, seconds
 
 from store.encoding import Array, ArraySpec, ids_dtype
 from store.schema import Compact
@@ -27,6 +24,7 @@ from store.zarr_codecs import compact_codec
 STREAMS = 8
 CODEC_VOCABULARY, TEXT_VOCABULARY = 2048, 152_064
 CFG_SCALE = 2.5
+PUBLISHED = "published formula, not measured"
 INDEX_BYTES = 16
 """Offset and length of one chunk in the index of its file."""
 
@@ -81,11 +79,10 @@ PEAKED_TEXT = Teacher(TEXT_VOCABULARY, sharpness=(5.7, 5.7), spread=0.2, zipf=1.
 """About 12 different ids among 50 draws, as random sampling KD reports of text."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stored:
     """An array that went through its codec of the profile `compact`, chunk by chunk."""
 
-    name: str
     values: Array
     decoded: Array
     bytes: int
@@ -100,9 +97,10 @@ class Stored:
             chunk = values[start : start + 256]
             content = codec.encode_chunk(chunk)
             out = decoded[start : start + 256]
-            decode_s += shortest(lambda c=content, o=out: codec.decode_into(c, o), repeats)
+            decode = partial(codec.decode_into, content, out)
+            decode_s += min(seconds(decode) for _ in range(repeats))
             size += len(content) + INDEX_BYTES
-        return cls(name, values, decoded, size, decode_s)
+        return cls(values, decoded, size, decode_s)
 
     @property
     def rate(self) -> float:
@@ -110,14 +108,12 @@ class Stored:
         return self.values.size / self.decode_s
 
 
-def shortest(work: Any, repeats: int) -> float:
-    """Seconds of the fastest of some runs."""
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - started)
-    return best
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    timesteps: int
+    repeats: int
 
 
 @dataclass(frozen=True)
@@ -198,7 +194,7 @@ def sampled_cost(teacher: Teacher, draws: int, options: Options) -> list[Cost]:
     positions = ids[..., 0].size
     different = (np.diff(drawn) != 0).sum() / positions + 1
     note = f"{different:.1f} different ids, {stored.rate / 1e6:.0f} M numbers/s"
-    rskd = Cost("  RS-KD, 3 B each (published)", 3 * different, "bit_exact", 1.0, "not measured")
+    rskd = Cost("  RS-KD, 3 B per different id", 3 * different, "", 0.0, PUBLISHED)
     size = stored.bytes / positions
     return [Cost(f"sampled_n{draws}_v152k", size, "bit_exact", exact, note), rskd]
 
@@ -215,16 +211,15 @@ def hidden_costs(options: Options) -> list[Cost]:
     heads = random.standard_normal((STREAMS, CODEC_VOCABULARY, width)).astype(np.float32)
     heads *= (sharpness / np.sqrt((states**2).sum(-1).mean()))[:, None, None]
     bias = -CODEC.zipf * np.log(np.arange(1, CODEC_VOCABULARY + 1, dtype=np.float32))
-    half = Stored.through("hidden.backbone", states.astype(np.float16), options.repeats)
-    raw = Cost("", 2.0 * width, "kl", 0.0, "")
-    costs = []
-    for name, decoded, size, note in (
-        ("hidden_d768", half.decoded, half.bytes / len(states), f"{half.rate / 1e6:.0f} M/s"),
-        ("  as float16 (exact layout)", half.values, raw.bytes, ""),
-    ):
-        divergence, entropy = full_divergence(states, decoded, heads, bias)
-        costs.append(Cost(name, size, "kl", divergence, f"{note} {entropy:.2f} nats".strip()))
-    return costs
+    half = states.astype(np.float16)
+    stored = Stored.through("hidden.backbone", half, options.repeats)
+    loss, entropy = full_divergence(states, stored.decoded, heads, bias)
+    half_loss, _ = full_divergence(states, half, heads, bias)
+    note = f"{stored.rate / 1e6:.0f} M numbers/s, {entropy:.2f} nats"
+    return [
+        Cost("hidden_d768", stored.bytes / len(states), "kl", loss, note),
+        Cost("  float16 states", 2.0 * width, "kl", half_loss, "exact layout"),
+    ]
 
 
 def full_divergence(
@@ -241,16 +236,16 @@ def full_divergence(
 
 
 def published(vocabulary: int, name: str) -> list[Cost]:
-    """Other layouts by their formula; their losses are the ones that were published or none."""
+    """Bytes of other layouts by their formula."""
     bits = int(np.ceil(np.log2(vocabulary)))
     rows = []
-    for k in (50, 128):
+    for k in (50, 64, 128):
         packed = k * 2 + np.ceil(k * bits / 8) + 4
         rows.append(Cost(f"  float16 + packed ids, k={k}, {name}", packed, "", 0.0, "exact layout"))
     for k, exact, terms, label in ((50, 1, 3, "budget"), (128, 16, 6, "recommended")):
         size = np.ceil(k * bits / 8) + 2 * exact + 4 * terms
         row = f"  DistillKit {label}, k={k}, {name}"
-        rows.append(Cost(row, size, "", 0.0, "published formula, not measured"))
+        rows.append(Cost(row, size, "", 0.0, PUBLISHED))
     return rows
 
 
@@ -284,14 +279,6 @@ def show(cost: Cost) -> None:
     print(f"{cost.name:<44}{cost.bytes:>9.1f} B  {loss:<12}  {cost.note}")
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line says."""
-
-    timesteps: int
-    repeats: int
-
-
 def main() -> None:
     """Measure, print a table, and end with one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -312,20 +299,9 @@ def main() -> None:
         for cost in costs:
             show(cost)
     measured = [cost for cost in costs if not cost.name.startswith(" ")]
-    ratios = {f"{cost.name}_bytes": round(cost.bytes, 2) for cost in measured}
+    ratios = {f"{cost.name}_bytes": cost.bytes for cost in measured}
     ratios |= {f"{cost.name}_{cost.loss_name}": cost.loss for cost in measured}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, numpy {np.__version__}"
-    command = f"python benchmarks/bytes_per_position.py --timesteps {options.timesteps}"
-    print(
-        json.dumps(
-            {
-                "benchmark": "bytes_per_position",
-                "ratios": ratios,
-                "machine": machine,
-                "command": command,
-            }
-        )
-    )
+    report(__file__, ratios, ["numpy", "pcodec"])
 
 
 if __name__ == "__main__":

@@ -57,12 +57,18 @@ class ChunkCodec(ArrayBytesCodec):
         """Bytes of a chunk; raises ValueError for values that the codec cannot hold."""
 
     @abstractmethod
+    def _fill(self, content: bytes, out: Array) -> None:
+        """Decode into a C-contiguous array."""
+
     def decode_into(self, content: bytes, out: Array) -> None:
         """Fill `out`, C-contiguous and of the chunk's shape and type, from a chunk's bytes.
 
-        Memory is bounded by the size of `out`. Raises DamagedChunk, a ValueError; what `out`
-        then holds is undefined.
+        Memory is bounded by the size of `out`. Raises DamagedChunk, a ValueError, after which
+        `out` is undefined; damage that still reads as numbers is for checksums to find.
         """
+        if not out.flags.c_contiguous:
+            raise ValueError("a chunk can only be decoded into a C-contiguous array")
+        self._fill(content, out)
 
     def decode_chunk(self, content: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A chunk as a new array; raises as `decode_into` does."""
@@ -105,9 +111,9 @@ class Pco(ChunkCodec):
         """Bytes of integers or floats of any shape."""
         return _compress(values, self.level)
 
-    def decode_into(self, content: bytes, out: Array) -> None:
+    def _fill(self, content: bytes, out: Array) -> None:
         """Exactly the encoded bits."""
-        _decompress_into(content, _flat(out))
+        _decompress_into(content, out.reshape(-1))
 
 
 @dataclass(frozen=True)
@@ -132,19 +138,20 @@ class RisingIds(ChunkCodec):
         if values.dtype.itemsize < 4 or not values.size:
             return plain
         ids, places = np.unique(values, return_inverse=True)
-        first, second = (_compress(part, self.level, delta=True) for part in (ids, places))
+        parts = (ids, places.astype(np.int64))
+        first, second = (_compress(part, self.level, delta=True) for part in parts)
         return min(plain, _join(len(ids), first, second), key=len)
 
-    def decode_into(self, content: bytes, out: Array) -> None:
+    def _fill(self, content: bytes, out: Array) -> None:
         """Exactly the encoded bits."""
         count, (first, second) = _split(content)
         if not count:
-            return _decompress_into(second, _flat(out))
+            return _decompress_into(second, out.reshape(-1))
         if count > out.size:
             raise DamagedChunk(f"{count} different ids are more than the {out.size} of the chunk")
         ids, places = np.empty(count, out.dtype), np.empty(out.shape, np.int64)
         _decompress_into(first, ids)
-        _decompress_into(second, _flat(places))
+        _decompress_into(second, places.reshape(-1))
         np.take(ids, places, out=out, mode="clip")  # only damage is beyond the dictionary
 
 
@@ -168,7 +175,7 @@ class SortedDraws(ChunkCodec):
         ids = RisingIds(self.level).encode_chunk(values[starts])
         return _join(len(places), ids, _compress(lengths, self.level))
 
-    def decode_into(self, content: bytes, out: Array) -> None:
+    def _fill(self, content: bytes, out: Array) -> None:
         """Exactly the encoded bits."""
         runs, (first, second) = _split(content)
         if runs > out.size:
@@ -178,17 +185,14 @@ class SortedDraws(ChunkCodec):
         _decompress_into(second, lengths)
         if int(lengths.sum(dtype=np.uint64)) != out.size:
             raise DamagedChunk(f"its runs do not add up to the {out.size} ids of the chunk")
-        _flat(out)[:] = np.repeat(ids, lengths)
+        out.reshape(-1)[:] = np.repeat(ids, lengths)
 
 
 DEEPEST = 126
-"""Nats below the least level at which rounding ends: the probability is 0 in fp32 long before."""
+"""Nats below level 2 at which counting ends: the probability is 0 in fp32 long before."""
 
-SPECIALS = 2
-"""Levels below all others: minus infinity, and below it NaN."""
-
-LEVEL_OF_NAN = 2 - DEEPEST - SPECIALS
-LEVEL_OF_MINUS_INFINITY = LEVEL_OF_NAN + 1
+LEVEL_OF_MINUS_INFINITY = 1 - DEEPEST
+LEVEL_OF_NAN = -DEEPEST
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ class Logits(ChunkCodec):
         first, second = (_compress(part, self.level) for part in (tops.astype(np.uint16), levels))
         return _join(len(tops), first, second)
 
-    def decode_into(self, content: bytes, out: Array) -> None:
+    def _fill(self, content: bytes, out: Array) -> None:
         """Logits relative to the row maximum, each the nearest of its type to its level's."""
         count, (first, second) = _split(content)
         rows = _rows(out)
@@ -236,7 +240,7 @@ class Logits(ChunkCodec):
         _decompress_into(first, tops)
         if count and tops.max() >= len(TOPS):
             raise DamagedChunk(f"a row has the scale {tops.max()} of {len(TOPS)}")
-        _decompress_into(second, _flat(levels))
+        _decompress_into(second, levels.reshape(-1))
         levels += ORIGINS[tops][:, None]
         # A level beyond its row's top can only be damage; clipping keeps it within the table.
         np.take(_decoded_levels(out.dtype.char), levels, out=rows, mode="clip")
@@ -358,7 +362,7 @@ class States(ChunkCodec):
         first, second = (_compress(part, self.level) for part in (scales, multiples))
         return _join(len(scales), first, second)
 
-    def decode_into(self, content: bytes, out: Array) -> None:
+    def _fill(self, content: bytes, out: Array) -> None:
         """The rounded states in the type of `out`."""
         count, (first, second) = _split(content)
         rows = _rows(out)
@@ -366,7 +370,7 @@ class States(ChunkCodec):
             raise DamagedChunk(f"it holds {count} rows where {len(rows)} are expected")
         scales, multiples = np.empty(count, np.float32), np.empty(rows.shape, np.int32)
         _decompress_into(first, scales)
-        _decompress_into(second, _flat(multiples))
+        _decompress_into(second, multiples.reshape(-1))
         with np.errstate(over="ignore", invalid="ignore"):  # only damage overflows
             np.multiply(multiples, scales[:, None], out=rows, dtype=np.float32, casting="unsafe")
 
@@ -396,10 +400,10 @@ class LogMass(ChunkCodec):
         multiples[np.isnan(masses)] = -HIGHEST_ODDS - 2
         return _compress(multiples.astype(np.int64), self.level)
 
-    def decode_into(self, content: bytes, out: Array) -> None:
+    def _fill(self, content: bytes, out: Array) -> None:
         """Log masses in the type of `out`, at most 0."""
         multiples = np.empty(out.shape, np.int64)
-        _decompress_into(content, _flat(multiples))
+        _decompress_into(content, multiples.reshape(-1))
         multiples += HIGHEST_ODDS + 2
         np.take(_decoded_odds(self.step, out.dtype.char), multiples, out=out, mode="clip")
 
@@ -440,9 +444,9 @@ class Rounded(ChunkCodec):
         kept = np.where(np.isfinite(values), rounded, words)
         return _compress(kept.view(np.float32), self.level)
 
-    def decode_into(self, content: bytes, out: Array) -> None:
+    def _fill(self, content: bytes, out: Array) -> None:
         """The rounded values."""
-        _decompress_into(content, _flat(out))
+        _decompress_into(content, out.reshape(-1))
 
 
 def compact_codec(spec: ArraySpec, profile: Compact) -> ChunkCodec:
@@ -500,13 +504,6 @@ def _decompress_into(content: bytes, out: Array) -> None:
         raise DamagedChunk(f"it does not hold the {len(out)} numbers that are expected")
 
 
-def _flat(out: Array) -> Array:
-    """The numbers of a C-contiguous array [n], sharing its memory."""
-    if not out.flags.c_contiguous:
-        raise ValueError("a chunk can only be decoded into a C-contiguous array")
-    return out.reshape(-1)
-
-
 def _join(count: int, first: bytes, second: bytes) -> bytes:
     """A chunk of two parts: `count (u32), bytes of the first part (u32)`, both parts."""
     return struct.pack("<II", count, len(first)) + first + second
@@ -520,5 +517,16 @@ def _split(content: bytes) -> tuple[int, tuple[bytes, bytes]]:
     return count, (content[8 : 8 + length], content[8 + length :])
 
 
-for codec in (Pco, RisingIds, SortedDraws, Logits, States, LogMass, Rounded):
-    register_codec(codec.name, codec)
+CODECS: tuple[type[ChunkCodec], ...] = (
+    Pco,
+    RisingIds,
+    SortedDraws,
+    Logits,
+    States,
+    LogMass,
+    Rounded,
+)
+"""All codecs; pyproject.toml lists the same as entry points of Zarr."""
+
+for _codec in CODECS:
+    register_codec(_codec.name, _codec)
