@@ -203,8 +203,10 @@ def _tail_logmass(outside: Tensor, kept: Tensor, temperature: float) -> Tensor:
     """
     # Finite even where nothing is outside.
     peak = outside.amax(-1, keepdim=True).clamp_min(LEAST_LOGIT)
-    tail = _weights(outside, peak, temperature).sum(-1).log() + peak.squeeze(-1) / temperature
-    return tail - torch.logaddexp(tail, (kept / temperature).logsumexp(-1))
+    mass = _weights(outside, peak, temperature).sum(-1, keepdim=True)
+    tail = mass.log() + peak / temperature
+    # Not logaddexp, whose last bit depends on where in a tensor a row lies.
+    return (tail - torch.cat([kept / temperature, tail], -1).logsumexp(-1, keepdim=True))[..., 0]
 
 
 def moments(relative: Tensor, forbidden: Sequence[int]) -> Tensor:

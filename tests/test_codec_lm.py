@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from stages.config import CodecLMConfig, ExpertsConfig, LocalTransformerConfig
 from stages.errors import UserError
 from stages.families.codec_lm import CodecLM
-from stages.family import load_family
+from stages.family import Branch, load_family
 from stages.sampling import RolloutPolicy
 from store.schema import Sampler
 
@@ -142,6 +142,67 @@ def test_rollout_logits_equal_teacher_forced_ones(variant, context, scale):
     for row, length in enumerate(rolled.lengths):
         expected = scores.logits[row, :length]
         torch.testing.assert_close(rolled.logits[row, :length], expected, atol=1e-4, rtol=1e-4)
+
+
+def by_heads(family: CodecLM, branch: Branch) -> torch.Tensor:
+    """Logits [..., C, V] in fp64 from the states of a branch and the weights of the heads."""
+    weights, logits = family.head_weights(), []
+    assert weights.keys() == {
+        f"{h.group}.{part}" for h in family.heads for part in ("weight", "bias")
+    }
+    for head in family.heads:
+        states = torch.cat(branch.hidden[head.group], -2).double()
+        assert states.shape[-2:] == (head.vectors, head.width)
+        weight, bias = (
+            torch.from_numpy(weights[f"{head.group}.{part}"]) for part in ("weight", "bias")
+        )
+        assert weight.dtype == bias.dtype == torch.float32
+        states = states.expand(*states.shape[:-2], len(weight), head.width)
+        logits.append(torch.einsum("cvd,...cd->...cv", weight.double(), states) + bias.double())
+    return torch.cat(logits, -2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize("both", [False, True], ids=["as needed", "both asked"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_branches_are_what_was_mixed_and_their_states_what_the_heads_read(variant, both, scale):
+    family, samples = family_of(**VARIANTS[variant]), samples_of(4)
+    assert [head.group for head in family.heads] == list(
+        dict.fromkeys(stream.group for stream in family.streams)
+    )
+    predictions = []
+    for step in family.rollout(samples, policy_of(family, samples), scale, both_branches=both):
+        predictions.append((step.logits, step.branches))
+    codes = torch.stack([family.reference_codes(samples[0])] * 4)
+    lengths = torch.full((4,), codes.shape[1])
+    with torch.no_grad():
+        scores = family.score(samples, codes, lengths, cfg_scale=scale, both_branches=both)
+    predictions.append((scores.logits, scores.branches))
+    for logits, branches in predictions:
+        parts = {"cond": branches.cond, "uncond": branches.uncond}
+        assert (parts["uncond"] is not None) == (both or scale != 1.0)
+        joined = {
+            name: torch.cat(branch.logits, -2).double()
+            for name, branch in parts.items()
+            if branch is not None
+        }
+        for name, predicted in joined.items():
+            again = by_heads(family, parts[name])
+            torch.testing.assert_close(again, predicted, atol=2e-5, rtol=2e-5)
+        mixed = scale * joined["cond"] + (1 - scale) * joined.get("uncond", joined["cond"])
+        torch.testing.assert_close(logits.double(), mixed, atol=5e-5, rtol=5e-5)
+
+
+def test_asking_for_both_branches_changes_neither_codes_nor_the_conditional_prediction():
+    family, samples = family_of(**VARIANTS["all"]), samples_of(4)
+    policy = policy_of(family, samples)
+    alone = list(family.rollout(samples, policy_of(family, samples), 1.0))
+    both = list(family.rollout(samples, policy, 1.0, both_branches=True))
+    assert len(alone) == len(both)
+    for one, two in zip(alone, both, strict=True):
+        assert torch.equal(one.codes, two.codes)
+        torch.testing.assert_close(one.logits, two.logits, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(two.logits, torch.cat(two.branches.uncond.logits, -2))
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from stages.errors import UserError
 from stages.families.codec_lm import CodecLM
 from stages.family import load_family
 from stages.interruption import StopRequest
+from stages.philox import uniforms
 from stages.rollout import predict, rollout
 from stages.rollout_plan import create_store
 from stages.sampling import keyed_seed
-from stages.targets import restore
+from stages.targets import load_heads, restore
 from store import PredictionStore, StoreError, verify
+from store.commit import ShardWriter
 
 VARIANTS = {
     "plain": {},
@@ -162,6 +165,244 @@ def test_what_a_top_k_store_keeps_is_the_same_distribution(tmp_path):
         drawn = torch.from_numpy(arrays["codes"].astype(np.int64))
         assert (kept.ids.long() == drawn[..., None]).any(-1).all()
         assert (kept.ids.long() == family.end_id).any(-1).all()
+
+
+BOTH = {"branches": "both", "dtype": "float32"}
+WIDE = {"kind": "top_k", "k": 5, "temperatures": [0.5, 1.0, 2.0], "moments": True,
+        "tail_samples": 6, "dtype": "float32"}  # fmt: skip
+
+
+def head_logits(store: PredictionStore, key, part: str) -> torch.Tensor:
+    """Logits [T, C, V] in fp64 of a store of hidden states, by the heads that lie in it."""
+    heads, arrays = store.heads, store[key].arrays
+    logits = []
+    for head in store.manifest.heads:
+        weight = heads[f"{head.group}.weight"].astype(np.float64)
+        bias = heads[f"{head.group}.bias"].astype(np.float64)
+        states = arrays[f"hidden.{part}{head.group}"].astype(np.float64)
+        assert states.shape[1] == head.vectors
+        states = np.broadcast_to(states, (len(states), len(weight), head.width))
+        logits.append(np.einsum("cvd,tcd->tcv", weight, states) + bias)
+    return torch.from_numpy(np.concatenate(logits, 1))
+
+
+def masked_probabilities(logits: torch.Tensor, family: CodecLM) -> torch.Tensor:
+    return logits.index_fill(-1, torch.tensor(family.forbidden), -torch.inf).softmax(-1)
+
+
+@pytest.mark.parametrize("source", ["teacher", "dataset"])
+@pytest.mark.parametrize("branches", ["guided", "both"])
+@pytest.mark.parametrize("variant", ["stacked", "all"])
+def test_stored_states_and_heads_give_the_teacher_s_whole_distribution(
+    tmp_path, variant, branches, source
+):
+    family, samples = teacher_of(**VARIANTS[variant]), samples_of(4)
+    target = {"kind": "hidden", "branches": branches, "dtype": "float32"}
+    store = written(tmp_path / "store", family, samples, target=target, source=source)
+    assert [head.group for head in store.manifest.heads] == sorted(
+        {stream.group for stream in family.streams}
+    )
+    for key in store:
+        for scale in (2.5,) if branches == "guided" else (0.0, 1.0, 2.5, 4.0):
+            if branches == "guided":
+                logits = head_logits(store, key, "")
+            else:
+                cond, uncond = (head_logits(store, key, part) for part in ("cond.", "uncond."))
+                logits = scale * cond + (1 - scale) * uncond
+            again = logprobs_again(family, store, key, samples, scale).exp()
+            stored = masked_probabilities(logits, family)
+            torch.testing.assert_close(stored, again, atol=3e-5, rtol=3e-4, msg=str(key))
+
+
+@pytest.mark.parametrize("drawn_at", [1.0, 2.5])
+def test_both_branches_are_stored_whatever_scale_the_codes_were_drawn_at(tmp_path, drawn_at):
+    family, samples = teacher_of(**VARIANTS["local"]), samples_of(4)
+    guidance, target = {"scale": drawn_at}, {"kind": "full"} | BOTH
+    store = written(tmp_path / "store", family, samples, target=target, guidance=guidance)
+    plain = written(tmp_path / "plain", family, samples, guidance=guidance)
+    for key in store:
+        assert store[key].codes.tolist() == plain[key].codes.tolist()
+        for part, scale in (("cond", 1.0), ("uncond", 0.0)):
+            again = logprobs_again(family, store, key, samples, scale)
+            stored = torch.from_numpy(store[key].arrays[f"full.{part}"].copy()).double()
+            assert (stored.amax(-1) == 0).all()
+            torch.testing.assert_close(
+                stored.softmax(-1), again.exp(), atol=2e-5, rtol=2e-4, msg=str(key)
+            )
+
+
+def restored_probabilities(store: PredictionStore, key, scale: float | None) -> torch.Tensor:
+    """What a loss reads of a stored rollout, [T, C, V] in fp64."""
+    prefix = f"{store.manifest.target.kind}."
+    arrays = {
+        name.removeprefix(prefix): torch.from_numpy(array.copy())[None]
+        for name, array in store[key].arrays.items()
+        if name != "codes"
+    }
+    target = restore(arrays, store.manifest, load_heads(store.heads, "cpu"), "cpu", scale)
+    return target.rows(torch.arange(len(store[key]))).logits.double().softmax(-1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-2)])
+@pytest.mark.parametrize("kind", ["full", "hidden"])
+def test_branches_mixed_when_they_are_read_are_what_a_store_of_that_scale_holds(
+    tmp_path, kind, dtype, tolerance
+):
+    family, samples = teacher_of(**VARIANTS["all"]), samples_of(4)
+    target = {"kind": kind, "dtype": dtype}
+    both = written(
+        tmp_path / "both", family, samples, source="dataset", target=target | {"branches": "both"}
+    )
+    for scale in (1.0, 2.0, 3.5):
+        guidance = {"scale": scale}
+        guided = written(
+            tmp_path / f"{scale}", family, samples, source="dataset", target=target,
+            guidance=guidance,
+        )  # fmt: skip
+        for key in guided:
+            mixed = restored_probabilities(both, key, scale)
+            expected = restored_probabilities(guided, key, None)
+            torch.testing.assert_close(mixed, expected, atol=tolerance, rtol=tolerance)
+
+
+def drawn_again(probabilities: torch.Tensor, store: PredictionStore, key, draws: int) -> np.ndarray:
+    """Ids [T, C, draws] by inverting cumulative sums in NumPy with the numbers of the key."""
+    timesteps, streams, _ = probabilities.shape
+    seed = keyed_seed(store.manifest.seed, "target draws", *key)
+    numbers = uniforms(torch.full((timesteps,), seed), torch.arange(timesteps), streams, draws)
+    ends = probabilities.double().numpy().cumsum(-1)
+    ends /= ends[..., -1:]
+    return np.sort((ends[..., None, :] <= numbers.numpy()[..., None]).sum(-1), -1)
+
+
+@pytest.mark.parametrize("source", ["teacher", "dataset"])
+def test_samples_are_drawn_from_the_guided_teacher_with_numbers_of_their_own(tmp_path, source):
+    family, samples = teacher_of(**VARIANTS["local"]), samples_of(4)
+    greedy = {"temperature": 0.3, "top_k": 2, "max_timesteps": 8}  # of no effect on the target
+    store = written(
+        tmp_path / "store", family, samples, source=source, sampler=greedy,
+        target={"kind": "sampled", "draws": 40},
+    )  # fmt: skip
+    kinds, agreed = set(), []
+    for key in store:
+        again = logprobs_again(family, store, key, samples, 2.5).exp()
+        ids = store[key].arrays["sampled.ids"]
+        # Rounding of the logits moves a draw in a hundred thousand over a border.
+        agreed.append((ids == drawn_again(again, store, key, 40)).mean())
+        kinds.add(ids.tobytes())
+    assert np.mean(agreed) > 0.999
+    assert len(kinds) == len(store), "variations must not share their draws"
+
+
+def test_a_top_k_store_may_carry_moments_and_draws_of_its_tail(tmp_path):
+    family, samples = teacher_of(**VARIANTS["all"]), samples_of(4)
+    store = written(tmp_path / "store", family, samples, target=WIDE)
+    agreed = []
+    for key in store:
+        again = logprobs_again(family, store, key, samples, 2.5)
+        arrays = {n.removeprefix("top_k."): x.copy() for n, x in store[key].arrays.items()}
+        ids = torch.from_numpy(arrays["ids"].astype(np.int64))
+        tail = again.scatter(-1, ids, -torch.inf)
+        for place, temperature in enumerate((0.5, 1.0, 2.0)):
+            exact = (tail / temperature).logsumexp(-1) - (again / temperature).logsumexp(-1)
+            stored = torch.from_numpy(arrays["tail_logmass"][..., place]).double()
+            torch.testing.assert_close(stored, exact, atol=2e-4, rtol=2e-4)
+        agreed.append((arrays["tail_ids"] == drawn_again(tail.exp(), store, key, 6)).mean())
+        allowed = np.delete(again.numpy(), family.forbidden, axis=-1)
+        relative = allowed - allowed.max(-1, keepdims=True)
+        expected = np.stack([relative.mean(-1), relative.std(-1)], -1)
+        np.testing.assert_allclose(arrays["moments"], expected, rtol=1e-3, atol=1e-4)
+    assert np.mean(agreed) > 0.999
+
+
+TARGETS = {
+    "top_k": WIDE,
+    "sampled": {"kind": "sampled"},
+    "full": {"kind": "full", "branches": "both"},
+    "hidden": {"kind": "hidden", "branches": "both"},
+}
+
+
+def arrays_of(store: PredictionStore) -> dict[tuple, bytes]:
+    return {
+        (*key, name): array.tobytes() for key in store for name, array in store[key].arrays.items()
+    }
+
+
+@pytest.mark.parametrize("source", ["teacher", "dataset"])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_store_does_not_depend_on_the_blocks_in_which_it_was_reduced(
+    tmp_path, monkeypatch, kind, source
+):
+    family, samples = teacher_of(**VARIANTS["local"]), samples_of(4)
+    settings = {"target": TARGETS[kind], "source": source}
+    whole = written(tmp_path / "whole", family, samples, **settings)
+    monkeypatch.setattr("stages.capture.CPU_BLOCK_VALUES", 1)
+    monkeypatch.setattr("stages.rollout.SCORED_TIMESTEPS", 3)
+    parted = written(tmp_path / "parted", family, samples, **settings)
+    assert shard_bytes(whole.path) == shard_bytes(parted.path)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled"])
+def test_draws_of_targets_do_not_depend_on_the_batch_or_on_an_interruption(tmp_path, kind):
+    family, samples = teacher_of(), samples_of()
+    names = {"top_k": "top_k.tail_ids", "sampled": "sampled.ids"}
+    store = written(tmp_path / "a", family, samples, target=TARGETS[kind])
+    other = written(
+        tmp_path / "b", family, samples[::-1], target=TARGETS[kind],
+        batch_size=5, rollouts_per_shard=14,
+    )  # fmt: skip
+    for key in store:
+        ours, theirs = (s[key].arrays[names[kind]] for s in (store, other))
+        assert ours.tolist() == theirs.tolist()
+    begun, _ = store_of(tmp_path / "c", family, samples, target=TARGETS[kind])
+    by_id = {sample["sample_id"]: sample for sample in samples}
+    assert not rollout(family, begun, by_id, begun.missing(), batch_size=3, stop=StopAfter(3))
+    resumed = written(tmp_path / "c", family, samples, target=TARGETS[kind])
+    assert shard_bytes(resumed.path) == shard_bytes(store.path)
+
+
+@pytest.mark.parametrize("profile", ["fast", "compact"])
+def test_the_profile_is_the_manifest_s_and_every_array_is_of_it(tmp_path, profile):
+    family, samples = teacher_of(), samples_of(4)
+    store = written(tmp_path / "store", family, samples, target=WIDE, profile={"kind": profile})
+    assert store.manifest.profile.kind == profile
+    assert verify(store.path).ok
+    exact = written(tmp_path / "exact", family, samples, target=WIDE)
+    for key in store:
+        ours, theirs = store[key].arrays, exact[key].arrays
+        for name in ("codes", "top_k.ids", "top_k.tail_ids"):
+            assert ours[name].tolist() == theirs[name].tolist()
+        ours, theirs = (torch.from_numpy(a["top_k.logits"].copy()).double() for a in (ours, theirs))
+        kl = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1)
+        assert kl.max() < (1e-12 if profile == "fast" else 1e-3)
+
+
+class DiskFull(Exception):
+    """What a test lets the store raise."""
+
+
+def test_what_fails_in_the_thread_that_writes_ends_the_rollout_with_its_own_words(
+    tmp_path, monkeypatch
+):
+    family, samples = teacher_of(), samples_of(4)
+    store, _ = store_of(tmp_path / "store", family, samples)
+    commits = iter([ShardWriter.commit])
+
+    def commit(writer: ShardWriter) -> bool:
+        for works in commits:
+            return works(writer)
+        raise DiskFull
+
+    monkeypatch.setattr(ShardWriter, "commit", commit)
+    by_id = {sample["sample_id"]: sample for sample in samples}
+    with pytest.raises(DiskFull):
+        rollout(family, store, by_id, store.missing(), batch_size=3, stop=StopRequest())
+    assert PredictionStore.open(tmp_path / "store").committed == [0]
+    assert not [t for t in threading.enumerate() if t.name.startswith("shard-writer")]
+    monkeypatch.undo()
+    resumed = written(tmp_path / "store", family, samples)
+    assert shard_bytes(resumed.path) == shard_bytes(written(tmp_path / "w", family, samples).path)
 
 
 def test_the_targets_are_of_the_guided_teacher_and_not_of_the_condition_alone(tmp_path):
@@ -343,6 +584,12 @@ def test_guidance_of_a_teacher_without_an_unconditional_branch_warns_with_the_re
     assert "scale 2.5" in record.getMessage()
     assert "trained without condition dropout" in record.getMessage()
     assert "rollout.guidance.scale: 1" in record.getMessage()
+    caplog.clear()
+    both = {"guidance": {"scale": 1.0}, "target": {"kind": "hidden", "branches": "both"}}
+    store_of(tmp_path / "both", family, samples, **both)
+    (record,) = caplog.records
+    assert "target.branches: both is asked" in record.getMessage()
+    assert "rollout.target.branches: guided" in record.getMessage()
 
 
 DIFFERENCES = {
@@ -396,6 +643,28 @@ def test_fewer_kept_ids_than_must_always_be_kept_are_refused(tmp_path, k):
     # The likeliest id, the drawn code and the end id may be three different ones.
     with pytest.raises(UserError, match=rf"k is {k}.* 3"):
         store_of(tmp_path / "s", teacher_of(), samples_of(), target={"kind": "top_k", "k": k})
+
+
+MISFITS = {
+    "no tail to draw from": ({"kind": "top_k", "k": 15, "tail_samples": 2}, "tail_samples is 2"),
+    "continuous targets": ({"kind": "dense"}, "target is 'dense'.*continuous"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_targets_that_do_not_fit_the_teacher_are_refused_with_the_reason(tmp_path, misfit):
+    target, words = MISFITS[misfit]
+    with pytest.raises(UserError, match=f"section rollout does not fit the teacher: .*{words}"):
+        store_of(tmp_path / "store", teacher_of(), samples_of(), target=target)
+    assert not (tmp_path / "store").exists()
+
+
+def test_hidden_states_without_a_linear_head_for_all_streams_are_refused(tmp_path):
+    family = teacher_of(**VARIANTS["local"])
+    family.heads = family.heads[:1]
+    with pytest.raises(UserError, match=r"no linear head for the streams of \['local'\].*top_k"):
+        store_of(tmp_path / "store", family, samples_of(), target={"kind": "hidden"})
+    store_of(tmp_path / "store", family, samples_of())  # no other target minds
 
 
 def test_an_empty_split_is_refused_with_its_name(tmp_path):

@@ -1,0 +1,155 @@
+"""Capture: predictions reach the host whole, in order, in few copies and in bounded memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages import capture as module
+from stages.capture import Capture, HostArrays
+from store.encoding import array_specs, find_fault
+from store.schema import Full, Manifest, Sampled, TopK
+from store.synthetic import synthetic_manifest
+
+CPU = torch.device("cpu")
+DTYPES = ("uint8", "int64", "float16", "float32", "uint16", "uint32")
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(1, 5), min_size=1, max_size=3)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_arrays_of_all_types_and_shapes_travel_in_one_buffer(specs):
+    random = np.random.default_rng(0)
+    sent = {
+        str(place): random.integers(0, 200, shape).astype(dtype)
+        for place, (dtype, shape) in enumerate(specs)
+    }
+    carried = HostArrays.of({name: torch.from_numpy(array) for name, array in sent.items()})
+    assert carried.packed.numel() == sum(array.nbytes for array in sent.values())
+    found = carried.arrays()
+    assert found.keys() == sent.keys()
+    for name, array in found.items():
+        assert array.dtype == sent[name].dtype
+        assert array.flags.aligned
+        np.testing.assert_array_equal(array, sent[name])
+
+
+def test_transposed_predictions_arrive_in_their_own_order():
+    sent = torch.arange(24).reshape(2, 3, 4).transpose(0, 2)
+    (found,) = HostArrays.of({"x": sent}).arrays().values()
+    np.testing.assert_array_equal(found, sent.numpy())
+
+
+def steps_of(manifest: Manifest, lengths: list[int]) -> list[tuple]:
+    """What a family yields for rollouts of these lengths, rows in an order that changes."""
+    generator = torch.Generator().manual_seed(0)
+    streams, size = len(manifest.streams), manifest.vocabulary
+    steps = []
+    for timestep in range(max(lengths)):
+        rows = torch.tensor([row for row, length in enumerate(lengths) if length > timestep])
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        codes = torch.randint(0, size - 2, (len(rows), streams), generator=generator)
+        logits = 3 * torch.randn(len(rows), streams, size, generator=generator)
+        steps.append((rows, timestep, codes, logits, None))
+    return steps
+
+
+LENGTHS = [3, 7, 1, 5]
+KEYS = [(f"sample {row}", row % 2) for row in range(4)]
+TARGETS = [TopK(k=5, tail_samples=3, moments=True), Full(dtype="float32"), Sampled(draws=7)]
+
+
+def captured(
+    manifest: Manifest, steps: list[tuple], device: torch.device = CPU
+) -> list[dict[str, np.ndarray]]:
+    capture = Capture(manifest, KEYS, device)
+    for step in steps:
+        capture.add(*step)
+    return capture.finish()()
+
+
+@pytest.mark.parametrize("values", [1, 200, 10**9], ids=["each step", "some steps", "all"])
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.kind)
+def test_every_rollout_gets_its_own_timesteps_in_order(monkeypatch, target, values):
+    monkeypatch.setattr(module, "CPU_BLOCK_VALUES", values)
+    manifest = synthetic_manifest(target)
+    steps = steps_of(manifest, LENGTHS)
+    rollouts = captured(manifest, steps)
+    assert [len(arrays["codes"]) for arrays in rollouts] == LENGTHS
+    for row, arrays in enumerate(rollouts):
+        assert find_fault(manifest, arrays) is None
+        assert arrays.keys() == array_specs(manifest).keys()
+        for timestep in range(LENGTHS[row]):
+            rows, _, codes, logits, _ = steps[timestep]
+            (place,) = torch.nonzero(rows == row)[:, 0].tolist()
+            assert arrays["codes"][timestep].tolist() == codes[place].tolist()
+            if target.kind == "full":
+                stored = torch.from_numpy(arrays["full.logits"][timestep]).softmax(-1)
+                allowed = logits[place].clone()
+                allowed[:, list(manifest.forbidden)] = -torch.inf
+                torch.testing.assert_close(stored, allowed.softmax(-1))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.kind)
+def test_blocks_of_any_size_hold_the_same_bytes(monkeypatch, target):
+    manifest, seen = synthetic_manifest(target), set()
+    for values in (1, 150, 400, 10**9):
+        monkeypatch.setattr(module, "CPU_BLOCK_VALUES", values)
+        rollouts = captured(manifest, steps_of(manifest, LENGTHS))
+        seen.add(b"".join(a[name].tobytes() for a in rollouts for name in sorted(a)))
+    assert len(seen) == 1
+
+
+def test_predictions_are_reduced_as_soon_as_a_block_is_full(monkeypatch):
+    manifest, blocks, reduce = synthetic_manifest(Sampled()), [], module._reduce
+    per_row = len(manifest.streams) * manifest.vocabulary
+    monkeypatch.setattr(module, "CPU_BLOCK_VALUES", 6 * per_row)
+
+    def spy(manifest, seeds, waiting):
+        blocks.append(sum(len(part.rows) for part in waiting))
+        return reduce(manifest, seeds, waiting)
+
+    monkeypatch.setattr(module, "_reduce", spy)
+    captured(manifest, steps_of(manifest, [8, 8, 8, 8]))
+    # Four rows per timestep: two timesteps are the first to exceed six rows.
+    assert blocks == [8, 8, 8, 8]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_logit_that_is_not_finite_refuses_the_batch(bad):
+    manifest = synthetic_manifest(TopK(k=4))
+    steps = steps_of(manifest, LENGTHS)
+    steps[4][3][0, 1, 7] = bad
+    with pytest.raises(FloatingPointError, match="NaN or infinity"):
+        captured(manifest, steps)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.kind)
+def test_an_accelerator_reduces_to_the_same_and_is_never_waited_for(target):
+    manifest, device = synthetic_manifest(target), torch.device("cuda")
+    steps = steps_of(manifest, LENGTHS)
+    expected = captured(manifest, steps)
+    moved = [tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in s) for s in steps]
+    captured(manifest, moved, device)  # ids that are masked are copied there once per process
+    capture = Capture(manifest, KEYS, device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in moved:
+            capture.add(*step)
+        collect = capture.finish()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip(expected, collect(), strict=True):
+        for name, array in ours.items():
+            if array.dtype.kind == "f":
+                np.testing.assert_allclose(theirs[name], array, rtol=2e-3, atol=2e-3)
+            else:
+                assert (theirs[name] == array).mean() > 0.99
