@@ -6,10 +6,10 @@ import hashlib
 import json
 from typing import Any
 
-from stages.config import OptimizerConfig
+from stages.config import OptimizerConfig, TrainConfig
 from store.schema import Record
 
-VOLATILE = {"processes", "device", "log_every", "checkpoint_every", "micro_batch_size"}
+VOLATILE = {"processes", "device", "log_every", "checkpoint_every", "micro_batch_size", "loader"}
 """Settings that change how fast a stage works, and nothing that it produces."""
 
 
@@ -26,4 +26,4 @@ def _lasting(value: Any) -> Any:
     return [_lasting(inner) for inner in value] if isinstance(value, list) else value
 
 
-assert set(OptimizerConfig.model_fields) >= VOLATILE
+assert {*OptimizerConfig.model_fields, *TrainConfig.model_fields} >= VOLATILE

@@ -478,6 +478,19 @@ class InitConfig(Record):
         return self
 
 
+class LoaderConfig(Record):
+    """How training reads ahead; none of it changes what a batch holds."""
+
+    workers: int = Field(0, ge=0)
+    """Processes that read and pad batches; 0 takes a thread of the training process."""
+    prefetch: Positive = 4
+    """Batches that each of them, or the thread, reads ahead; they bound the memory."""
+    start_method: Literal["fork", "spawn", "forkserver"] = "forkserver"
+    """How the processes begin; `fork` shares the open store, with the others each opens it."""
+    pin_memory: bool = True
+    """Prepare batches in page-locked memory, which a CUDA device copies while it computes."""
+
+
 class TrainConfig(Record):
     """Stage two: one student and how it learns from the store."""
 
@@ -489,8 +502,14 @@ class TrainConfig(Record):
     """What it minimises."""
     optimizer: OptimizerConfig
     """Steps, batches and learning rate."""
+    variations: Literal["all", "one"] = "all"
+    """Rollouts of a sample in an epoch: `all` its variations, or `one` that the epoch draws."""
     buffer_shards: Positive = 4
-    """Shards that are shuffled together."""
+    """Shards that are shuffled together, and held in memory by each loader process."""
+    neighbours: Positive = 64
+    """Rollouts alike in length that stay together; a multiple of the batch size pads least."""
+    loader: LoaderConfig = LoaderConfig()
+    """How batches are read ahead."""
 
 
 class EvaluateConfig(Record):

@@ -6,9 +6,12 @@ run (`store.order`), so any batch size and any number of processes may continue 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,12 +22,16 @@ from stages.config import OptimizerConfig, TrainConfig
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.family import Family, Sample
+from stages.loader import Loader
 from stages.losses import element_weights
-from stages.targets import RestoredTarget, restore
-from store import PredictionStore
-from store.order import Order, rank_share
+from stages.targets import RestoredTarget, load_heads, read_scales, restore
+from store import PredictionStore, Rollout, StoreError
+from store.order import Array, Order, rank_share
+from store.plan import Key, Plan
+from store.schema import Manifest
 
-Key = tuple[str, int]
+ALIGNMENT_BYTES = 64
+"""Where an array may begin in packed memory: any element size divides it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class CodeBatch:
 class TargetBatch:
     """Rollouts of a micro-batch with what the teacher predicted, padded to the longest."""
 
+    keys: Sequence[Key]
+    """(sample_id, variation) of each."""
+    epochs: Sequence[int]
+    """In which epoch each is read; keys what is random about it."""
     samples: Sequence[Sample]
     codes: Tensor
     """[B, T, C] int64; what lies beyond a length is 0 and never read."""
@@ -60,11 +71,8 @@ class TargetBatch:
     """[B, T, C, ...]; NaN beyond a length, so that reading there shows."""
     element_weights: Tensor
     """[B, T, C] float32: the rollout's weight, 0 beyond its length."""
-
-    @cached_property
-    def weight(self) -> float:
-        """Sum of the weights of the predictions."""
-        return float(self.element_weights.sum())
+    weight: float
+    """Sum of the weights of the predictions, known without asking the device."""
 
 
 class DatasetBatches:
@@ -89,7 +97,7 @@ class DatasetBatches:
         epochs = (position + np.arange(self._config.batch_size)) // len(self._order)
         rows = self._order.take(position, self._config.batch_size)[:, 1]
         share = rank_share(np.stack([rows, epochs], 1), self._place.rank, self._place.world_size)
-        return [self._batch(part) for part in _micro(share, self._config)]
+        return [self._batch(part) for part in _micro(share, self._config.micro_batch_size)]
 
     def _batch(self, share: np.ndarray) -> CodeBatch:
         """`share` is [B, 2]: index of the sample, epoch."""
@@ -107,78 +115,237 @@ class DatasetBatches:
         )
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Arrays in one piece of memory, so that one copy moves them and one file shares them."""
+
+    memory: Tensor
+    """[bytes] uint8."""
+    fields: Mapping[str, tuple[int, torch.dtype, tuple[int, ...]]]
+    """First byte, type and shape of each."""
+
+    @classmethod
+    def empty(cls, shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], pin: bool) -> Self:
+        """Make room for arrays of these types and shapes; `pin` makes it page-locked."""
+        fields, end = {}, 0
+        for name, (dtype, shape) in shapes.items():
+            fields[name] = (end, torch.from_numpy(np.empty(0, dtype)).dtype, shape)
+            size = dtype.itemsize * math.prod(shape)
+            end += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return cls(torch.empty(end, dtype=torch.uint8, pin_memory=pin), fields)
+
+    def __getitem__(self, name: str) -> Tensor:
+        start, dtype, shape = self.fields[name]
+        stop = start + dtype.itemsize * math.prod(shape)
+        return self.memory[start:stop].view(dtype).view(shape)
+
+    def to(self, device: torch.device) -> Packed:
+        """Copy all of it; from page-locked memory to CUDA the copy is not waited for."""
+        return replace(self, memory=self.memory.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Packed:
+        """Copy all of it into page-locked memory."""
+        return replace(self, memory=self.memory.pin_memory())
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """Rollouts of a micro-batch as they were read: padded, in the types of the store."""
+
+    keys: Sequence[Key]
+    epochs: Sequence[int]
+    samples: Sequence[Sample]
+    arrays: Packed
+    """`lengths` [B] int64, `weights` [B] float32, and [B, T, ...] all others."""
+    weight: float
+
+    def pin_memory(self) -> HostBatch:
+        """Copy the arrays into page-locked memory."""
+        return replace(self, arrays=self.arrays.pin_memory())
+
+
+@dataclass
+class BatchReader:
+    """Reads one process's micro-batches of a store; it may travel to other processes.
+
+    There it opens the store again, and refuses another one that has taken its place.
+    """
+
+    store: PredictionStore | None
+    path: Path
+    fingerprint: str
+    shards: Sequence[int]
+    """The committed shards that the order counts."""
+    order: Order
+    batch_size: int
+    micro_batch_size: int | None
+    rank: int
+    world_size: int
+    pin: bool
+    """Whether to read into page-locked memory."""
+
+    def __call__(self, position: int) -> list[HostBatch]:
+        """Return the micro-batches of the global batch that starts at `position`."""
+        rollouts = self.order.take(position, self.batch_size)
+        epochs = self.order.epochs(position, self.batch_size)
+        batch = np.column_stack([rollouts, epochs])
+        share = rank_share(batch, self.rank, self.world_size)
+        return [self._read(part) for part in _micro(share, self.micro_batch_size)]
+
+    def _read(self, part: Array) -> HostBatch:
+        """`part` is [B, 3]: place of the shard, row in the shard, epoch."""
+        store = self._opened()
+        rollouts = [store.shard(self.shards[shard])[row] for shard, row, _ in part.tolist()]
+        return host_batch(store, rollouts, part[:, 2].tolist(), self.pin)
+
+    def _opened(self) -> PredictionStore:
+        if self.store is None:
+            store = PredictionStore.open(self.path, cached_shards=self.order.buffer_shards)
+            if store.fingerprint != self.fingerprint:
+                raise StoreError(
+                    f"{self.path} is not the store it was when training began: restore it, or "
+                    "give this run another name"
+                )
+            self.store = store
+        return self.store
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"store": None}
+
+
 class StoreBatches:
-    """Micro-batches of a store's rollouts, for this process's share of every global batch."""
+    """Micro-batches of a store's rollouts, for this process's share of every global batch.
+
+    They are read ahead as `config.loader` says; `close` ends that.
+    """
 
     def __init__(
         self, store: PredictionStore, config: TrainConfig, seed: int, place: Place
     ) -> None:
-        self._store, self._place, self._config = store, place, config.optimizer
-        self._order = Order.of(store.lengths(), seed, config.buffer_shards)
+        self._manifest, self._device = store.manifest, place.device
+        self._scale, self._seed = config.loss.guidance_scale, seed
+        self._heads = _heads(store, place.device)
+        samples = planned_samples(store.plan, store.committed)
+        pin = config.loader.pin_memory and place.device.type == "cuda"
+        reader = BatchReader(
+            store,
+            store.path,
+            store.fingerprint,
+            store.committed,
+            Order.of(
+                store.lengths(),
+                seed,
+                config.buffer_shards,
+                config.neighbours,
+                samples if config.variations == "one" else None,
+            ),
+            config.optimizer.batch_size,
+            config.optimizer.micro_batch_size,
+            place.rank,
+            place.world_size,
+            pin and not config.loader.workers,
+        )
+        self._loader = Loader(reader, config.loader, config.optimizer.batch_size, pin)
 
     def batches(self, position: int) -> list[TargetBatch]:
         """Return this process's micro-batches of the global batch that starts at `position`."""
-        place, config = self._place, self._config
-        chosen = self._order.take(position, config.batch_size)
-        share = rank_share(chosen, place.rank, place.world_size)
-        return [
-            rollout_batch(self._store, [self._key(*row) for row in part], place.device)
-            for part in _micro(share, config)
-        ]
+        return [self._restored(batch) for batch in self._loader[position]]
 
-    def _key(self, shard: int, row: int) -> Key:
-        return self._store.plan[self._store.committed[shard]][row]
+    def _restored(self, batch: HostBatch) -> TargetBatch:
+        scale = read_scales(self._scale, self._seed, batch.keys, batch.epochs)
+        return restored_batch(batch, self._manifest, self._heads, self._device, scale)
+
+    def close(self) -> None:
+        """End the thread or the processes that read ahead."""
+        self._loader.close()
 
 
-def _micro(share: np.ndarray, config: OptimizerConfig) -> Iterator[np.ndarray]:
+def planned_samples(plan: Plan, shards: Sequence[int]) -> Array:
+    """Return the number of the sample of every rollout of some shards, [R] int64."""
+    parts = [plan.samples[plan.starts[shard] : plan.starts[shard + 1]] for shard in shards]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _heads(store: PredictionStore, device: torch.device) -> dict[str, Tensor] | None:
+    return load_heads(store.heads, device) if store.manifest.heads else None
+
+
+def _micro(share: np.ndarray, micro_batch_size: int | None) -> Iterator[np.ndarray]:
     """Cut a process's share of a global batch into micro-batches; it may be empty."""
-    size = config.micro_batch_size or max(len(share), 1)
+    size = micro_batch_size or max(len(share), 1)
     for start in range(0, len(share), size):
         yield share[start : start + size]
 
 
-def rollout_batch(
-    store: PredictionStore,
-    keys: Sequence[Key],
-    device: torch.device,
-    heads: Mapping[str, Tensor] | None = None,
-    scale: float | Tensor | None = None,
-) -> TargetBatch:
-    """Read rollouts of a store into one padded batch on `device`; `restore` says what else."""
-    rollouts = [store[key] for key in keys]
-    lengths = torch.tensor([len(r.codes) for r in rollouts], device=device)
+def host_batch(
+    store: PredictionStore, rollouts: Sequence[Rollout], epochs: Sequence[int], pin: bool = False
+) -> HostBatch:
+    """Pad the codes and the target's arrays of some rollouts of a store into one batch."""
     prefix = f"{store.manifest.target.kind}."
-    arrays = {
-        name.removeprefix(prefix): _pad([r.arrays[name] for r in rollouts])
-        for name in rollouts[0].arrays
-        if name.startswith(prefix)
-    }
-    codes = _pad([r.codes for r in rollouts]).long().to(device)
-    weights = torch.tensor([r.weight for r in rollouts], device=device)
+    names = [name for name in rollouts[0].arrays if name == "codes" or name.startswith(prefix)]
+    lengths = np.array([len(rollout) for rollout in rollouts])
+    weights = np.array([rollout.weight for rollout in rollouts], np.float32)
+    like = {name: rollouts[0].arrays[name] for name in names}
+    frame = len(rollouts), int(lengths.max())
+    shapes = {name: (array.dtype, (*frame, *array.shape[1:])) for name, array in like.items()}
+    each = {"lengths": lengths, "weights": weights}
+    arrays = Packed.empty(shapes | {n: (a.dtype, a.shape) for n, a in each.items()}, pin)
+    for name, values in each.items():
+        arrays[name].numpy()[:] = values
+    for name in names:
+        pad(arrays[name].numpy(), [rollout.arrays[name] for rollout in rollouts])
+    return HostBatch(
+        keys=[(rollout.sample_id, rollout.variation) for rollout in rollouts],
+        epochs=epochs,
+        samples=[store.sample(rollout.sample_id) for rollout in rollouts],
+        arrays=arrays,
+        weight=float(lengths @ weights.astype(np.float64)) * len(store.manifest.streams),
+    )
+
+
+def pad(out: np.ndarray, arrays: Sequence[np.ndarray]) -> None:
+    """Write arrays [T, ...] of different lengths into `out` [B, T, ...]; beyond is NaN, or 0."""
+    beyond = np.nan if out.dtype.kind == "f" else 0
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+        row[len(array) :] = beyond
+
+
+def restored_batch(
+    batch: HostBatch,
+    manifest: Manifest,
+    heads: Mapping[str, Tensor] | None,
+    device: torch.device,
+    scale: float | Tensor | None,
+) -> TargetBatch:
+    """Move a batch to `device` in the types of the store; `restore` says what else."""
+    arrays = batch.arrays.to(device)
+    prefix = f"{manifest.target.kind}."
+    target = {n.removeprefix(prefix): arrays[n] for n in arrays.fields if n.startswith(prefix)}
+    codes, lengths = arrays["codes"].long(), arrays["lengths"]
     streams = torch.ones(codes.shape[2], device=device)
     return TargetBatch(
-        samples=[store.sample(sample_id) for sample_id, _ in keys],
+        keys=batch.keys,
+        epochs=batch.epochs,
+        samples=batch.samples,
         codes=codes,
         lengths=lengths,
-        target=restore(arrays, store.manifest, heads, device, scale),
-        element_weights=element_weights(lengths, weights, streams, codes.shape[1]),
+        target=restore(target, manifest, heads, device, scale),
+        element_weights=element_weights(lengths, arrays["weights"], streams, codes.shape[1]),
+        weight=batch.weight,
     )
 
 
 def rollout_batches(
     store: PredictionStore, keys: Sequence[Key], size: int, device: torch.device
 ) -> Iterator[TargetBatch]:
-    """Yield the rollouts of `keys` in order, `size` at a time."""
+    """Yield the rollouts of `keys` in order, `size` at a time.
+
+    Branches that are stored apart are mixed at the scale at which the codes were drawn.
+    """
+    manifest, heads = store.manifest, _heads(store, device)
+    scale = manifest.guidance.scale if manifest.branches == "both" else None
     for start in range(0, len(keys), size):
-        yield rollout_batch(store, keys[start : start + size], device)
-
-
-def _pad(arrays: Sequence[np.ndarray]) -> Tensor:
-    """Stack arrays [T, ...] of different lengths to [B, T, ...]; beyond is NaN, or id 0."""
-    longest = max(len(array) for array in arrays)
-    first = arrays[0]
-    fill = np.nan if first.dtype.kind == "f" else 0
-    padded = np.full((len(arrays), longest, *first.shape[1:]), fill, first.dtype)
-    for row, array in enumerate(arrays):
-        padded[row, : len(array)] = array
-    return torch.from_numpy(padded)
+        rollouts = [store[key] for key in keys[start : start + size]]
+        batch = host_batch(store, rollouts, epochs=[0] * len(rollouts))
+        yield restored_batch(batch, manifest, heads, device, scale)

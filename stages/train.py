@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
@@ -41,19 +42,19 @@ def train(
     require_match(family, store.manifest)
     require_supported(config.loss, store.manifest)
     require_complete(store)
-    learner = TargetLearner(family, store, config, seed, place)
-    network = attach(family, config.optimizer, place)
-    finished = optimize(
-        family.module,
-        network,
-        learner,
-        config.optimizer,
-        folder,
-        seed=seed,
-        identity=identity,
-        place=place,
-        stop=stop,
-    )
+    with closing(TargetLearner(family, store, config, seed, place)) as learner:
+        network = attach(family, config.optimizer, place)
+        finished = optimize(
+            family.module,
+            network,
+            learner,
+            config.optimizer,
+            folder,
+            seed=seed,
+            identity=identity,
+            place=place,
+            stop=stop,
+        )
     if finished and place.leads:
         family.save(folder)
     return finished
@@ -108,6 +109,10 @@ class TargetLearner:
     def batches(self, position: int) -> Sequence[TargetBatch]:
         """Return this process's micro-batches of the global batch that starts at `position`."""
         return self._batches.batches(position)
+
+    def close(self) -> None:
+        """End what reads batches ahead."""
+        self._batches.close()
 
     def objective(self, step: int, batch: TargetBatch) -> Objective:
         """Return the weighted loss terms of a micro-batch and the model's own losses."""

@@ -1,0 +1,494 @@
+"""Whoever reads ahead, and however a run is split or resumed, the batches are the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stages.config import LoaderConfig, TrainConfig
+from stages.data import HostBatch, Packed, StoreBatches, TargetBatch, rollout_batches
+from stages.distributed import Place
+from stages.errors import UserError
+from stages.loader import Loader
+from stages.targets import BranchedTarget, SparseTarget
+from store import DamagedShard, PredictionStore, StoreError
+from store.schema import Full, Sampled, Target, TopK
+from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
+
+CPU = torch.device("cpu")
+SAMPLES, VARIATIONS, ROLLOUTS_PER_SHARD = 22, 2, 6
+ROLLOUTS = SAMPLES * VARIATIONS
+STARTS = ("fork", "spawn", "forkserver")
+PROCESSES = [pytest.param(s, marks=[pytest.mark.slow] if s != "fork" else []) for s in STARTS]
+
+
+def made(path: Path, target: Target, samples: int = SAMPLES) -> PredictionStore:
+    store = synthetic_store(
+        path, synthetic_manifest(target), samples, VARIATIONS, ROLLOUTS_PER_SHARD
+    )
+    for shard in range(len(store.plan)):
+        write_synthetic_shard(store, shard, 9)
+    return PredictionStore.open(path)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> PredictionStore:
+    """Eight shards of six rollouts, the last one of two."""
+    return made(tmp_path_factory.mktemp("data") / "store", TopK(k=4, moments=True))
+
+
+def config_of(batch_size: int = 8, workers: int = 0, start: str = "fork", **changes) -> TrainConfig:
+    optimizer = {"steps": 100, "batch_size": batch_size}
+    optimizer |= {"micro_batch_size": changes.pop("micro", None)}
+    loader = {"workers": workers, "start_method": start, "prefetch": 2}
+    plain = {"model": {}, "optimizer": optimizer, "loader": loader, "buffer_shards": 2}
+    return TrainConfig.model_validate(plain | {"neighbours": 8} | changes)
+
+
+@contextmanager
+def batches_of(
+    store: PredictionStore, config: TrainConfig, rank: int = 0, world_size: int = 1
+) -> Iterator[StoreBatches]:
+    with closing(StoreBatches(store, config, 5, Place(rank, world_size, CPU))) as batches:
+        yield batches
+
+
+def walked(
+    store: PredictionStore, config: TrainConfig, positions: range, **place: int
+) -> list[TargetBatch]:
+    with batches_of(store, config, **place) as batches:
+        return [batch for position in positions for batch in batches.batches(position)]
+
+
+def seen(batches: list[TargetBatch]) -> list[tuple[str, int, int]]:
+    """(sample_id, variation, epoch) of every rollout, in order."""
+    return [(*k, e) for batch in batches for k, e in zip(batch.keys, batch.epochs, strict=True)]
+
+
+def tensors(batch: TargetBatch) -> dict[str, Tensor]:
+    own = {name: getattr(batch, name) for name in ("codes", "lengths", "element_weights")}
+    return own | {n: x for n, x in vars(batch.target).items() if isinstance(x, Tensor)}
+
+
+def assert_equal(ours: list[TargetBatch], theirs: list[TargetBatch]) -> None:
+    assert seen(ours) == seen(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.samples == other.samples
+        assert one.weight == other.weight
+        mine, others = tensors(one), tensors(other)
+        assert mine.keys() == others.keys()
+        for name, tensor in mine.items():
+            assert tensor.dtype == others[name].dtype
+            assert bits(tensor).equal(bits(others[name])), name
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Content as bytes: NaN equals NaN."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+# What a batch holds.
+
+
+def test_a_batch_holds_its_rollouts_and_nothing_that_could_be_read_beyond_them(
+    store: PredictionStore,
+) -> None:
+    for batch in walked(store, config_of(), range(0, ROLLOUTS, 8)):
+        assert isinstance(batch.target, SparseTarget)
+        assert batch.codes.shape[1] == batch.lengths.max()
+        stored = {
+            "ids": "ids",
+            "logits": "logits",
+            "tail_logmass": "tail_logmass",
+            "moments": "moments",
+        }
+        for row, key in enumerate(batch.keys):
+            rollout, length = store[key], int(batch.lengths[row])
+            assert length == len(rollout)
+            assert batch.samples[row] == store.sample(key[0])
+            np.testing.assert_array_equal(batch.codes[row, :length], rollout.codes)
+            assert (batch.codes[row, length:] == 0).all()
+            for field, name in stored.items():
+                tensor = getattr(batch.target, field).numpy()
+                array = rollout.arrays[f"top_k.{name}"]
+                assert tensor.dtype == array.dtype, "as narrow as in the store"
+                np.testing.assert_array_equal(tensor[row, :length], array)
+                beyond = tensor[row, length:]
+                assert (np.isnan(beyond) if beyond.dtype.kind == "f" else beyond == 0).all()
+            expected = rollout.weight * (torch.arange(batch.codes.shape[1]) < length)
+            assert torch.equal(batch.element_weights[row], expected[:, None].expand(-1, 2))
+        assert batch.weight == float(batch.element_weights.double().sum())
+
+
+@pytest.mark.parametrize(
+    "target",
+    [Full(), Full(branches="both", dtype="float32"), Sampled(draws=7), TopK(k=3, tail_samples=2)],
+    ids=lambda target: target.kind,
+)
+def test_every_kind_of_target_arrives_whole(tmp_path: Path, target: Target) -> None:
+    store = made(tmp_path, target, samples=6)
+    loss = {"guidance_scale": 1.5} if store.manifest.branches == "both" else {}
+    (batch,) = walked(store, config_of(batch_size=12, loss=loss), range(1))
+    for row, key in enumerate(batch.keys):
+        for name, array in store[key].arrays.items():
+            if name != "codes":
+                stored = getattr(batch.target, name.split(".", 1)[1].replace("guided", "logits"))
+                np.testing.assert_array_equal(stored[row, : len(array)], array)
+
+
+@given(
+    st.dictionaries(
+        st.text("ab.", min_size=1),
+        st.tuples(
+            st.sampled_from(["u1", "u2", "u4", "i8", "f2", "f4", "f8"]),
+            st.lists(st.integers(0, 4), max_size=3).map(tuple),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_packed_arrays_lie_apart_in_one_piece_of_memory(
+    fields: dict[str, tuple[str, tuple[int, ...]]],
+) -> None:
+    packed = Packed.empty({n: (np.dtype(d), shape) for n, (d, shape) in fields.items()}, pin=False)
+    contents = {}
+    for number, (name, (dtype, shape)) in enumerate(fields.items()):
+        contents[name] = np.full(shape, number + 1, dtype)
+        packed[name].numpy()[...] = contents[name]
+    copy = pickle.loads(pickle.dumps(packed.to(CPU)))
+    for name, content in contents.items():
+        assert copy[name].numpy().dtype == content.dtype
+        np.testing.assert_array_equal(copy[name].numpy(), content)
+
+
+# The same batches, whoever reads them.
+
+
+@pytest.fixture(scope="module")
+def reference(store: PredictionStore) -> list[TargetBatch]:
+    """More than an epoch of batches of 8 in micro-batches of 3, read by the thread."""
+    return walked(store, config_of(micro=3), range(0, 56, 8))
+
+
+@pytest.mark.parametrize("start", PROCESSES)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_processes_read_the_same_batches_as_a_thread(
+    store: PredictionStore, reference: list[TargetBatch], start: str, workers: int
+) -> None:
+    config = config_of(micro=3, workers=workers, start=start)
+    assert_equal(walked(store, config, range(0, 56, 8)), reference)
+    assert not multiprocessing.active_children()
+
+
+def test_a_batch_read_alone_equals_the_one_that_was_read_ahead(
+    store: PredictionStore, reference: list[TargetBatch]
+) -> None:
+    with batches_of(store, config_of(micro=3)) as batches:
+        backwards = [batches.batches(position) for position in range(48, -1, -8)]
+    assert_equal([batch for part in reversed(backwards) for batch in part], reference)
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(4, 0), (11, 0), (6, 2), (50, 1)])
+def test_a_run_resumes_anywhere_with_another_batch_size_and_other_processes(
+    store: PredictionStore, batch_size: int, workers: int
+) -> None:
+    sequence = seen(walked(store, config_of(batch_size=1), range(130)))
+    assert len({*sequence[:ROLLOUTS]}) == len({*sequence[ROLLOUTS : 2 * ROLLOUTS]}) == ROLLOUTS
+    assert {epoch for *_, epoch in sequence[:ROLLOUTS]} == {0}
+    config = config_of(batch_size=batch_size, workers=workers)
+    resumed = walked(store, config, range(24, 25 + batch_size, batch_size))
+    assert seen(resumed) == sequence[24 : 24 + 2 * batch_size]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_processes_of_a_run_share_every_batch_without_gaps(
+    store: PredictionStore, world_size: int, workers: int
+) -> None:
+    whole = seen(walked(store, config_of(), range(0, 24, 8)))
+    shares = [
+        walked(store, config_of(workers=workers), range(0, 24, 8), rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for step in range(3):
+        parts = [seen([share[step]]) for share in shares]
+        found = whole[step * 8 : step * 8 + 8]
+        assert [found[rank::world_size] for rank in range(world_size)] == parts
+
+
+def test_micro_batches_are_the_batch_in_parts(
+    store: PredictionStore, reference: list[TargetBatch]
+) -> None:
+    assert [len(batch.keys) for batch in reference[:3]] == [3, 3, 2]
+    assert seen(reference) == seen(walked(store, config_of(), range(0, 56, 8)))
+
+
+def test_reading_ahead_takes_nothing_from_the_random_state_of_a_step(
+    store: PredictionStore,
+) -> None:
+    for workers in (0, 1):
+        torch.manual_seed(3)
+        walked(store, config_of(workers=workers), range(0, 16, 8))
+        drawn = torch.rand(3)
+        torch.manual_seed(3)
+        assert torch.equal(drawn, torch.rand(3))
+
+
+def test_an_epoch_may_hold_one_variation_of_every_sample(store: PredictionStore) -> None:
+    config = config_of(batch_size=SAMPLES, variations="one")
+    epochs = [seen([batch]) for batch in walked(store, config, range(0, 12 * SAMPLES, SAMPLES))]
+    for number, epoch in enumerate(epochs):
+        assert sorted(sample for sample, _, _ in epoch) == sorted(f"sample-{n}" for n in range(22))
+        assert {e for *_, e in epoch} == {number}
+    assert {(s, v) for epoch in epochs for s, v, _ in epoch} == {*store}
+    workers = config_of(batch_size=5, variations="one", workers=1)
+    resumed = seen(walked(store, workers, range(SAMPLES, SAMPLES + 20, 5)))
+    assert resumed == epochs[1][:20]
+
+
+def test_the_scale_of_a_rollout_depends_on_itself_and_the_epoch_alone(tmp_path: Path) -> None:
+    store = made(tmp_path, Full(branches="both"), samples=8)
+    found: list[dict[tuple[str, int, int], float]] = []
+    for changes in (
+        {"batch_size": 16},
+        {"batch_size": 5, "workers": 1},
+        {"batch_size": 6, "micro": 1},
+    ):
+        config = config_of(loss={"guidance_scale": (1.0, 3.0)}, **changes)
+        scales = {}
+        for batch in walked(store, config, range(0, 30, config.optimizer.batch_size)):
+            assert isinstance(batch.target, BranchedTarget)
+            for rollout, scale in zip(
+                seen([batch]), batch.target.scale[:, 0].tolist(), strict=True
+            ):
+                scales[rollout] = scale
+        found.append(scales)
+    first = found[0]
+    assert len({*first.values()}) == len(first)
+    assert all(1 <= scale <= 3 for scale in first.values())
+    for scales in found[1:]:
+        both = first.keys() & scales.keys()
+        assert len(both) >= 30
+        assert all(first[rollout] == scales[rollout] for rollout in both)
+
+
+def test_rollouts_are_evaluated_in_the_order_that_is_asked_for(store: PredictionStore) -> None:
+    keys = list(store.keys())[::-3]
+    batches = list(rollout_batches(store, keys, 4, CPU))
+    assert [key for batch in batches for key in batch.keys] == keys
+    assert [len(batch.keys) for batch in batches] == [4, 4, 4, 3]
+
+
+# What goes wrong surfaces where it belongs, and nothing hangs.
+
+
+@contextmanager
+def no_longer_than(seconds: int) -> Iterator[None]:
+    """Fail, rather than hang."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError(f"it hung for {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize(("workers", "start"), [(0, "fork"), (1, "fork"), (2, "fork")])
+def test_a_damaged_shard_surfaces_at_the_batch_that_needs_it(
+    store: PredictionStore, tmp_path: Path, workers: int, start: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(store.path, copy)
+    config = config_of(batch_size=2, workers=workers, start=start, buffer_shards=1)
+    expected = seen(walked(store, config, range(0, 20, 2)))
+    damaged, _ = store.plan.locate(expected[-1][:2])
+    first = next(n for n, r in enumerate(expected) if store.plan.locate(r[:2])[0] == damaged)
+    assert first >= 6, "it lies in the middle"
+    files = (copy / f"shards/{damaged:05d}/top_k.ids/c").rglob("*")
+    file = max(files, key=lambda path: path.stat().st_size if path.is_file() else 0)
+    content = bytearray(file.read_bytes())
+    content[10] ^= 1
+    file.write_bytes(content)
+    with no_longer_than(60), batches_of(PredictionStore.open(copy), config) as batches:
+        for position in range(0, first // 2 * 2, 2):
+            assert seen(batches.batches(position)) == expected[position : position + 2]
+        for _ in range(2):  # asked again it fails again
+            with pytest.raises(
+                DamagedShard, match=rf"shard {damaged:05d}, file 'top_k.ids"
+            ) as error:
+                batches.batches(first // 2 * 2)
+            assert error.value.shard == damaged
+        assert seen(batches.batches(0)) == expected[:2]
+
+
+class Numbers:
+    """Reads a position as the number itself, notes it in a folder, and may fail."""
+
+    def __init__(self, folder: Path, failing: int = -1, error: Exception | None = None) -> None:
+        self.folder, self.failing, self.error = folder, failing, error
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        (self.folder / f"{position}-{time.monotonic_ns()}").touch()
+        if position == self.failing and self.error is not None:
+            raise self.error
+        return position, os.getpid()
+
+    @property
+    def count(self) -> int:
+        return len(list(self.folder.iterdir()))
+
+    def settled(self, expected: int) -> bool:
+        """Whether this many positions were read and, given time, no more."""
+        deadline = time.monotonic() + 30
+        while self.count < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        return self.count == expected
+
+
+def loader_of(read: Callable[[int], Any], workers: int, prefetch: int = 3) -> Loader[Any]:
+    config = LoaderConfig(workers=workers, prefetch=prefetch, start_method="fork")
+    return Loader(read, config, step=10)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_no_more_is_read_ahead_than_was_allowed(tmp_path: Path, workers: int) -> None:
+    numbers = Numbers(tmp_path)
+    with no_longer_than(60), closing(loader_of(numbers, workers)) as loader:
+        for taken in range(1, 6):
+            assert loader[10 * taken][0] == 10 * taken
+            assert numbers.settled(taken + 3 * max(workers, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize(
+    "error", [StoreError("no disk"), ValueError("no number"), MemoryError("no room")]
+)
+def test_what_a_reader_raises_is_raised_at_its_position_and_no_other(
+    tmp_path: Path, workers: int, error: Exception
+) -> None:
+    numbers = Numbers(tmp_path, 30, error)
+    with no_longer_than(60), closing(loader_of(numbers, workers)) as loader:
+        assert [loader[position][0] for position in (0, 10, 20)] == [0, 10, 20]
+        with pytest.raises(type(error), match=str(error)):
+            loader[30]
+        assert loader[40][0] == 40
+
+
+@pytest.mark.parametrize("start", PROCESSES)
+def test_a_process_that_is_killed_is_an_error_and_no_hang(tmp_path: Path, start: str) -> None:
+    config = LoaderConfig(workers=2, prefetch=1, start_method=start)
+    with no_longer_than(60), closing(Loader(Numbers(tmp_path), config, step=1)) as loader:
+        _, pid = loader[0]
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises((UserError, RuntimeError), match=r"worker \(pid"):
+            assert {loader[position][1] for position in range(1, 9)}
+        loader.close()
+        assert loader[9][0] == 9
+
+
+@pytest.mark.parametrize("start", PROCESSES)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_that_asks_for_a_stop_leaves_the_reading_processes_alone(
+    tmp_path: Path, start: str, number: signal.Signals
+) -> None:
+    config = LoaderConfig(workers=1, prefetch=1, start_method=start)
+    with no_longer_than(60), closing(Loader(Numbers(tmp_path), config, step=1)) as loader:
+        _, pid = loader[0]
+        os.kill(pid, number)
+        assert [loader[position] for position in range(1, 6)] == [(p, pid) for p in range(1, 6)]
+    assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_closing_ends_threads_and_processes_and_a_later_batch_begins_anew(
+    tmp_path: Path, workers: int
+) -> None:
+    loader = loader_of(Numbers(tmp_path), workers)
+    loader.close()
+    assert loader[0][0] == 0
+    running = [thread.name for thread in threading.enumerate() if thread.name.startswith("loader")]
+    assert len(running) + len(multiprocessing.active_children()) >= 1
+    loader.close()
+    assert not multiprocessing.active_children()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+    assert loader[70][0] == 70
+    loader.close()
+
+
+# The store that readers hold.
+
+
+def test_every_shard_is_loaded_once_in_an_epoch_with_no_more_than_a_buffer_in_memory(
+    store: PredictionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: OrderedDict[int, None] = OrderedDict()
+    loads: list[int] = []
+    plain = PredictionStore.shard
+
+    def counted(self: PredictionStore, shard: int) -> Any:
+        if shard not in held:
+            loads.append(shard)
+            if len(held) == 2:
+                held.popitem(last=False)
+            held[shard] = None
+        held.move_to_end(shard)
+        return plain(self, shard)
+
+    monkeypatch.setattr(PredictionStore, "shard", counted)
+    # 44 rollouts in batches of 5 and micro-batches of 2, so that some span two buffers.
+    reader = StoreBatches(store, config_of(batch_size=5, micro=2), 5, Place(0, 1, CPU))
+    with closing(reader):
+        read = [
+            len(batch.keys) for position in range(0, 40, 5) for batch in reader.batches(position)
+        ]
+    assert sum(read) == 40
+    assert len({*loads[:8]}) == 8
+    assert len(loads) <= 10  # what was read ahead may reach into the second epoch
+
+
+def test_a_reader_in_another_process_reads_the_shards_that_were_pinned(tmp_path: Path) -> None:
+    made_store = synthetic_store(tmp_path / "s", synthetic_manifest(TopK(k=4)), 12, 1, 4)
+    for shard in (0, 2):
+        write_synthetic_shard(made_store, shard, 5)
+    reader = reader_of(PredictionStore.open(tmp_path / "s"))
+    write_synthetic_shard(made_store, 1, 5)
+    plain = [keys_of(reader(position)) for position in range(0, 16, 8)]
+    travelled = pickle.loads(pickle.dumps(reader))
+    assert [keys_of(travelled(position)) for position in range(0, 16, 8)] == plain
+    assert {*plain[0]} == {*made_store.plan[0], *made_store.plan[2]}
+    shutil.rmtree(tmp_path / "s")
+    made(tmp_path / "s", TopK(k=3))
+    with pytest.raises(StoreError, match="is not the store it was when training began: restore"):
+        pickle.loads(pickle.dumps(reader))(0)
+
+
+def reader_of(store: PredictionStore) -> Callable[[int], list[HostBatch]]:
+    batches = StoreBatches(store, config_of(), 5, Place(0, 1, CPU))
+    return batches._loader._read
+
+
+def keys_of(batches: list[HostBatch]) -> list[tuple[str, int]]:
+    return [key for batch in batches for key in batch.keys]
