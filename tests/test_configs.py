@@ -268,6 +268,8 @@ DEPENDS = {
     "fit.optimizer.device": ("cpu", set()),
     "rollout.processes": (3, set()),
     "students.student.optimizer.micro_batch_size": (1, set()),
+    "students.student.loader": ({"workers": 2}, set()),
+    "students.student.variations": ("one", {"train:student", "evaluate"}),
     "runs": ("other", set()),
     "name": ("other", set()),
 }
@@ -282,5 +284,5 @@ def test_a_stage_is_stale_exactly_when_something_it_depends_on_has_changed(load,
 
 
 def test_what_never_makes_a_stage_stale_is_what_changes_only_its_speed():
-    fast = {"processes", "device", "log_every", "checkpoint_every", "micro_batch_size"}
+    fast = {"processes", "device", "log_every", "checkpoint_every", "micro_batch_size", "loader"}
     assert fast == VOLATILE
