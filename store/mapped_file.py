@@ -51,6 +51,13 @@ class MappedFile:
     def unchanged(self) -> bool:
         """Whether the same file still lies there, not written to since it was mapped."""
         try:
-            return Identity.of(os.lstat(self.path)) == self.identity
+            found = os.lstat(self.path)
         except OSError:
             return False
+        inode, size, modified_ns, changed_ns = self.identity
+        return (
+            found.st_mtime_ns == modified_ns
+            and found.st_ctime_ns == changed_ns
+            and found.st_size == size
+            and found.st_ino == inode
+        )

@@ -169,11 +169,11 @@ class Plan:
             return None
         pairs, order = self._pairs
         pair = _pair(sample, int(variation))
-        at = int(np.searchsorted(pairs, pair))
+        at = int(pairs.searchsorted(pair))
         if at == len(pairs) or pairs[at] != pair:
             return None
         position = int(order[at])
-        shard = int(np.searchsorted(self.starts, position, side="right")) - 1
+        shard = int(self.starts.searchsorted(position, side="right")) - 1
         return shard, position - int(self.starts[shard])
 
     @cached_property

@@ -23,6 +23,7 @@ from store.shard import Rollout, RolloutTable, Shard, Timestep
 from store.shard_folder import MappedShard, ShardFolder, VerifiedShard
 from store.tables import read_table
 from store.text_index import TextIndex
+from store.threads import in_threads
 from store.zarr_files import ArrayFiles
 
 MAPPED_SHARDS = 64
@@ -61,6 +62,7 @@ class PredictionStore:
         self._pin(layout.committed())
         specs = array_specs(self.manifest).values()
         self._files = {spec.name: ArrayFiles.of(spec, self.manifest.profile) for spec in specs}
+        self._mapped_only = isinstance(self.manifest.profile, Fast)
         self._cached_shards = cached_shards
         self._verified: dict[int, VerifiedShard] = {}
         mapped = cached_shards if self._mapped_only else None
@@ -146,7 +148,7 @@ class PredictionStore:
 
         Reads only each shard's record and table; raises DamagedShard.
         """
-        return [self.rollout_table(shard).lengths for shard in self.committed]
+        return list(in_threads(lambda shard: self.folder(shard).read_lengths(), self.committed))
 
     def rollout_table(self, shard: int) -> RolloutTable:
         """Lengths, stop reasons and weights of a committed shard, without its arrays.
@@ -199,7 +201,7 @@ class PredictionStore:
         if not isinstance(key, tuple) or len(key) not in (2, 3):
             raise StoreError(f"key {key!r} must be (sample_id, variation[, timestep]): correct it")
         shard, row = self._locate(key[0], key[1])
-        decoded = self._decoded.get(shard)
+        decoded = None if self._mapped_only else self._decoded.get(shard)
         rollout = decoded[row] if decoded else self._mapped_shard(shard).rollout(row, key[:2])
         return rollout[key[2]] if len(key) == 3 else rollout
 
@@ -217,10 +219,6 @@ class PredictionStore:
     @cached_property
     def _sample_rows(self) -> TextIndex:
         return TextIndex(self.samples["sample_id"].combine_chunks())
-
-    @property
-    def _mapped_only(self) -> bool:
-        return isinstance(self.manifest.profile, Fast)
 
     def _mapped_shard(self, shard: int) -> MappedShard:
         mapped = self._mapped.get(shard)
@@ -244,19 +242,19 @@ class PredictionStore:
         self._pinned = frozenset(committed)
 
     def _locate(self, sample_id: str, variation: int) -> tuple[int, int]:
-        where = f"sample {sample_id!r}, variation {variation!r}"
         place = self.plan.locate((sample_id, variation))
+        if place is not None and place[0] in self._pinned:
+            return place
+        where = f"sample {sample_id!r}, variation {variation!r}"
         if place is None:
             raise RolloutNotFound(
                 f"{where} is not planned in {self.path}: its plan has {self.plan.rollouts} "
                 "rollouts; take a key from keys()"
             )
-        if place[0] not in self._pinned:
-            raise RolloutNotFound(
-                f"{where} is planned in shard {shard_name(place[0])}, which is not committed: "
-                f"{self._how_to_commit()}"
-            )
-        return place
+        raise RolloutNotFound(
+            f"{where} is planned in shard {shard_name(place[0])}, which is not committed: "
+            f"{self._how_to_commit()}"
+        )
 
     def _check_planned(self, shard: int) -> None:
         if not 0 <= shard < len(self.plan):

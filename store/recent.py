@@ -22,11 +22,11 @@ class Recent(Generic[Thing]):
 
     def get(self, number: int) -> Thing | None:
         """The thing with this number, now the most recent; None where it is not held."""
-        thing = self._things.get(number)
-        if thing is not None:
-            with suppress(KeyError):  # another thread has let it go since
-                self._things.move_to_end(number)
-        return thing
+        try:
+            self._things.move_to_end(number)
+            return self._things[number]
+        except KeyError:
+            return None
 
     def put(self, number: int, thing: Thing) -> None:
         """Hold a thing as the most recent."""

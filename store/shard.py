@@ -113,8 +113,8 @@ class RolloutTable:
 
     def rollout(self, row: int, key: Key, arrays: Mapping[str, Array]) -> Rollout:
         """The rollout of a row, whose key and arrays [T, …] are given."""
-        reason, weight, seed = self.stop_reasons[row], self.weights[row], self.seeds[row]
-        return Rollout(*key, arrays, reason, float(weight), int(seed))
+        reason, weight, seed = self.stop_reasons[row], self.weights.item(row), self.seeds.item(row)
+        return Rollout(key[0], key[1], arrays, reason, weight, seed)
 
     def row_of(self, timestep: int) -> int:
         """The rollout that holds a timestep of the shard; the last one for those behind its end."""
@@ -190,7 +190,7 @@ class Shard:
 
     def __getitem__(self, row: int) -> Rollout:
         row = range(len(self))[row]
-        start, stop = self.offsets[row], self.offsets[row + 1]
+        start, stop = self.offsets.item(row), self.offsets.item(row + 1)
         arrays = {name: array[start:stop] for name, array in self.arrays.items()}
         return self.rollouts.rollout(row, self.keys[row], arrays)
 

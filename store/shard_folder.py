@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 
@@ -30,6 +31,12 @@ from store.zarr_files import (
 
 RECORD_FILE = "shard.json"
 ROLLOUTS_FILE = "rollouts.parquet"
+
+THREADED_BYTES = 2**22
+"""Arrays smaller than this are decoded before threads would have begun."""
+
+RECHECK_S = 0.1
+"""Seconds for which a mapped file may be gone, cut or written to before a reader looks again."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,11 @@ class ShardFolder:
         """Number of the shard."""
         return int(self.path.name)
 
+    @property
+    def _planned(self) -> int:
+        """R: planned rollouts."""
+        return int(self.plan.starts[self.number + 1] - self.plan.starts[self.number])
+
     def damaged(
         self, file: str, reason: str, table: RolloutTable | None = None, timestep: int | None = None
     ) -> DamagedShard:
@@ -86,7 +98,7 @@ class ShardFolder:
         for name, found, expected in (
             ("shard", record.shard, self.number),
             ("manifest", record.manifest, self.manifest),
-            ("rollouts", record.rollouts, int(self.plan.sizes[self.number])),
+            ("rollouts", record.rollouts, self._planned),
         ):
             if found != expected:
                 reason = f"{name} is {found!r} but must be {expected!r}: it is of another store"
@@ -117,6 +129,18 @@ class ShardFolder:
             return RolloutTable.from_table(table, self.plan, self.number, record.rows)
         except StoreError as error:
             raise self.damaged(ROLLOUTS_FILE, str(error)) from error
+
+    def read_lengths(self) -> Array:
+        """[R] int64 timesteps of every rollout, from record and table; raises DamagedShard."""
+        record = self.record()
+        content = self.read(ROLLOUTS_FILE, record)
+        try:
+            lengths: Array = parse_table(content, ROLLOUTS_FILE, ["length"])["length"].to_numpy()
+            if len(lengths) != record.rollouts or lengths.sum() != record.rows:
+                raise StoreError(f"its lengths are not those of {record.rollouts} rollouts")
+        except StoreError as error:
+            raise self.damaged(ROLLOUTS_FILE, str(error)) from error
+        return lengths
 
     def open(self) -> MappedShard:
         """Verify every byte of the shard and map its arrays; raises DamagedShard."""
@@ -192,7 +216,7 @@ class ShardFolder:
             raise self.damaged(RECORD_FILE, f"rows is {record.rows} but must be in [1, {limit}]")
 
 
-@dataclass(frozen=True)
+@dataclass
 class MappedShard:
     """A verified shard whose arrays are mapped into memory."""
 
@@ -200,9 +224,18 @@ class MappedShard:
     verified: VerifiedShard
     mapped: Mapping[str, MappedFile]
     """The data file of each array."""
+    checked_s: float = field(default_factory=monotonic)
+    """When the files were last looked at."""
 
     def unchanged(self) -> bool:
-        """Whether every mapped file still lies there as it was."""
+        """Whether every mapped file lies there as it was, as far as is known by now.
+
+        To look at the files every time would double the cost of a rollout.
+        """
+        now = monotonic()
+        if now - self.checked_s < RECHECK_S:
+            return True
+        self.checked_s = now
         return all(file.unchanged() for file in self.mapped.values())
 
     @cached_property
@@ -227,9 +260,9 @@ class MappedShard:
     def rollout(self, row: int, key: Key) -> Rollout:
         """The rollout of a row, whose key is given; raises DamagedShard."""
         table, views = self.verified.rollouts, self.views
-        start, stop = table.offsets[row], table.offsets[row + 1]
+        start, stop = table.offsets.item(row), table.offsets.item(row + 1)
         if views is None:
-            arrays = self.decode_rows(int(start), int(stop))
+            arrays = self.decode_rows(start, stop)
         else:
             arrays = {name: array[start:stop] for name, array in views.items()}
         return table.rollout(row, key, arrays)
@@ -252,7 +285,8 @@ class MappedShard:
             at = (chunk - first) * CHUNK_TIMESTEPS
             self._decode_chunk(name, chunk, arrays[name][at : at + CHUNK_TIMESTEPS])
 
-        for _ in in_threads(decode, jobs):
+        size = sum(array.nbytes for array in arrays.values())
+        for _ in map(decode, jobs) if size < THREADED_BYTES else in_threads(decode, jobs):
             pass
         offset = first * CHUNK_TIMESTEPS
         rows = {name: array[start - offset : stop - offset] for name, array in arrays.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -31,10 +32,11 @@ def table_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def parse_table(content: bytes, source: str) -> pa.Table:
-    """Table of a Parquet file; raises StoreError naming `source`."""
+def parse_table(content: bytes, source: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Table of a Parquet file, or some columns of it; raises StoreError naming `source`."""
     try:
-        return pq.read_table(pa.BufferReader(content), use_threads=False)
+        # Not read_table: it waits for a pool of threads, even where it is told to use none.
+        return pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
             f"{source} is no Parquet file ({error}): restore it from a copy"

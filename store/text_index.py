@@ -35,9 +35,13 @@ class TextIndex:
         """Row that holds a text; None where no row does."""
         # What UTF-8 cannot encode is in no column, and its hash may be any.
         digest = np.uint64(self._digest(text.encode(errors="surrogatepass")))
-        first, stop = (np.searchsorted(self._hashes, digest, side) for side in ("left", "right"))
-        rows = self._rows[first:stop].tolist()
-        return next((row for row in rows if self._column[row].as_py() == text), None)
+        place = int(self._hashes.searchsorted(digest))
+        while place < len(self._hashes) and self._hashes[place] == digest:
+            row = int(self._rows[place])
+            if self._column[row].as_py() == text:
+                return row
+            place += 1
+        return None
 
 
 def _digests(column: pa.Array | pa.ChunkedArray, digest: Digest) -> Iterator[int]:

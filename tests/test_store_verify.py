@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from store import DamagedShard, PredictionStore, StoreError
+from store import DamagedShard, PredictionStore, StoreError, shard_folder
 from store.schema import Compact, Hidden, TopK
 from store.sealed import seal, unseal
 from store.shard import ShardRecord
@@ -345,8 +345,11 @@ def test_a_chunk_that_no_codec_wrote_is_refused_with_its_rollout(tmp_path: Path)
     assert damage.reason.startswith(f"sample {key[0]!r}, variation 0: chunk 1")
 
 
-def test_a_file_that_changes_while_the_store_is_open_is_refused(path: Path) -> None:
+def test_a_file_that_changes_while_the_store_is_open_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rollout that was read before does not vouch for the files after."""
+    monkeypatch.setattr(shard_folder, "RECHECK_S", 0)
     store = PredictionStore.open(path, cached_shards=1)
     key = store.plan[1][0]
     content, place = (path / CHUNKS).read_bytes(), path / CHUNKS
