@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -25,7 +24,7 @@ from stages.family import Family, Sample
 from stages.loader import Loader
 from stages.losses import element_weights
 from stages.targets import RestoredTarget, load_heads, read_scales, restore
-from store import PredictionStore, Rollout, StoreError
+from store import PredictionStore, Rollout
 from store.order import Array, Order, rank_share
 from store.plan import Key, Plan
 from store.schema import Manifest
@@ -164,19 +163,13 @@ class HostBatch:
         return replace(self, arrays=self.arrays.pin_memory())
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchReader:
-    """Reads one process's micro-batches of a store; it may travel to other processes.
+    """Reads one process's micro-batches of a store; with it, it may travel to other processes."""
 
-    There it opens the store again, and refuses another one that has taken its place.
-    """
-
-    store: PredictionStore | None
-    path: Path
-    fingerprint: str
-    shards: Sequence[int]
-    """The committed shards that the order counts."""
+    store: PredictionStore
     order: Order
+    """Over the shards that are committed in `store`."""
     batch_size: int
     micro_batch_size: int | None
     rank: int
@@ -194,23 +187,10 @@ class BatchReader:
 
     def _read(self, part: Array) -> HostBatch:
         """`part` is [B, 3]: place of the shard, row in the shard, epoch."""
-        store = self._opened()
-        rollouts = [store.shard(self.shards[shard])[row] for shard, row, _ in part.tolist()]
-        return host_batch(store, rollouts, part[:, 2].tolist(), self.pin)
-
-    def _opened(self) -> PredictionStore:
-        if self.store is None:
-            store = PredictionStore.open(self.path, cached_shards=self.order.buffer_shards)
-            if store.fingerprint != self.fingerprint:
-                raise StoreError(
-                    f"{self.path} is not the store it was when training began: restore it, or "
-                    "give this run another name"
-                )
-            self.store = store
-        return self.store
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"store": None}
+        shards = [self.store.committed[place] for place in part[:, 0].tolist()]
+        rows, epochs = part[:, 1].tolist(), part[:, 2].tolist()
+        rollouts = [self.store.shard(shard)[row] for shard, row in zip(shards, rows, strict=True)]
+        return host_batch(self.store, rollouts, epochs, self.pin)
 
 
 class StoreBatches:
@@ -226,24 +206,22 @@ class StoreBatches:
         self._scale, self._seed = config.loss.guidance_scale, seed
         self._heads = _heads(store, place.device)
         samples = planned_samples(store.plan, store.committed)
+        order = Order.of(
+            store.lengths(),
+            seed,
+            config.buffer_shards,
+            config.neighbours,
+            samples if config.variations == "one" else None,
+        )
         pin = config.loader.pin_memory and place.device.type == "cuda"
         reader = BatchReader(
             store,
-            store.path,
-            store.fingerprint,
-            store.committed,
-            Order.of(
-                store.lengths(),
-                seed,
-                config.buffer_shards,
-                config.neighbours,
-                samples if config.variations == "one" else None,
-            ),
+            order,
             config.optimizer.batch_size,
             config.optimizer.micro_batch_size,
             place.rank,
             place.world_size,
-            pin and not config.loader.workers,
+            pin and not config.loader.workers,  # a process has no device to pin memory for
         )
         self._loader = Loader(reader, config.loader, config.optimizer.batch_size, pin)
 
