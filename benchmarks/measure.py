@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+Clock = Callable[[], float]
+
 
 @dataclass(frozen=True)
 class Turns:
@@ -38,15 +40,18 @@ class Turns:
         return 1 / self.speedup
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Seconds of wall clock that `work` takes."""
-    started = time.perf_counter()
+def seconds(work: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+    """Seconds that `work` takes, of wall clock or what else `clock` counts."""
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def interleaved(
-    ways: Mapping[str, Callable[[], object]], reference: str, repeats: int
+    ways: Mapping[str, Callable[[], object]],
+    reference: str,
+    repeats: int,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Turns]:
     """Time every way `repeats` times in turns, each right after a turn of the way `reference`.
 
@@ -61,9 +66,9 @@ def interleaved(
     anchors: list[float] = []
     for _ in range(repeats):
         for name in others:
-            anchors.append(seconds(ways[reference]))
-            pairs[name].append((anchors[-1], seconds(ways[name])))
-    anchors.append(seconds(ways[reference]))
+            anchors.append(seconds(ways[reference], clock))
+            pairs[name].append((anchors[-1], seconds(ways[name], clock)))
+    anchors.append(seconds(ways[reference], clock))
     turns = {
         name: Turns([after for _, after in pair], [before for before, _ in pair])
         for name, pair in pairs.items()

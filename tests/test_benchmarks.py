@@ -17,6 +17,7 @@ SMALL = {
     "bytes_per_position": ["--timesteps", "8", "--repeats", "1"],
     "capture_overhead": "--batch-size 2 --timesteps 3 --shards 1 --layers 1 --repeats 1".split(),
     "guided_decoding": ["--batch-size", "2", "--timesteps", "3", "--repeats", "1"],
+    "loss_overhead": ["--ways", "top_k", "--batches", "1", "--timesteps", "6", "--repeats", "1"],
     "read_rate": ["--gib", "0.002", "--repeats", "1", "--lookups", "20", "--peers", "none"],
 }
 """Arguments that make each benchmark short; a new one must be named here."""
