@@ -21,6 +21,7 @@ from store.schema import Compact, Dense, Full, Hidden, Sampled, TopK
 from store.synthetic import synthetic_arrays, synthetic_manifest
 from store.zarr_codecs import (
     CODECS,
+    TOPS,
     ChunkCodec,
     DamagedChunk,
     Logits,
@@ -30,6 +31,9 @@ from store.zarr_codecs import (
     Rounded,
     SortedDraws,
     States,
+    _look_up,
+    _pack_levels,
+    _unpack_levels,
     compact_codec,
 )
 
@@ -224,6 +228,43 @@ def test_infinite_logits_and_an_impossible_bound_are_refused():
     rows = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float16)
     with pytest.raises(ValueError, match="raise loss_nats"):
         Logits(1e-12).encode_chunk(rows)
+
+
+def form(content: bytes) -> int:
+    """How the levels of a chunk of logits are stored: behind its header, places and least level."""
+    return content[8 + int.from_bytes(content[4:8], "little") + 2]
+
+
+def test_levels_are_bytes_but_for_few_and_else_numbers_of_16_bits():
+    flat = np.random.default_rng(0).uniform(-2, 0, (64, 64)).astype(np.float16)
+    flat[:, 0] = 0
+    one = flat.copy()
+    one[7, 1:] = -30  # a row of one id has the largest levels
+    peaked = np.where(np.arange(64) == 0, 0, flat - 30).astype(np.float16)
+    for rows, loss_nats, expected in ((flat, 3e-4, 1), (one, 1e-4, 1), (peaked, 1e-4, 0)):
+        codec = Logits(loss_nats)
+        content = codec.encode_chunk(rows)
+        assert form(content) == expected
+        decoded = codec.decode_chunk(content, rows.shape, rows.dtype)
+        assert divergence(rows, decoded).max() <= loss_nats * (1 + 1e-6)
+    levels = np.array([[-5, 255 - 5, 256 - 5, 700]] + [[0] * 4] * 500)
+    packed = _pack_levels(levels, 8)
+    assert packed[2] == 1
+    least, above = _unpack_levels(packed, levels.shape)
+    assert np.array_equal(least + above.astype(int), levels)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_of_the_least_and_the_largest_scale_share_a_chunk(dtype):
+    places = np.array([0, 3, len(TOPS) - 1])
+    levels = np.stack([np.array([t, t // 2, 2, 1, -20, -40]) for t in TOPS[places].tolist()])
+    expected = np.where(levels >= 2, 2 * np.log(levels.clip(2)), 2 * np.log(2) + levels - 2.0)
+    expected = (expected - 2 * np.log(TOPS[places])[:, None]).astype(dtype)
+    for rows in (slice(0, 2), slice(0, 3), slice(2, 3)):
+        out = np.empty(expected[rows].shape, dtype)
+        least = int(levels[rows].min())
+        _look_up(places[rows], least, (levels[rows] - least).astype(np.uint16), out)
+        assert np.allclose(out, expected[rows], rtol=1e-3 if dtype == "float16" else 1e-6)
 
 
 # Hidden states, log masses, moments
