@@ -1,0 +1,277 @@
+"""Stage two end to end: every kind of store teaches the distribution that its teacher predicted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from stages.config import CodecLMConfig, DatasetFacts, RolloutConfig, TrainConfig
+from stages.distributed import Place
+from stages.errors import UserError
+from stages.families.codec_lm import CodecLM
+from stages.interruption import StopRequest
+from stages.rollout import rollout
+from stages.rollout_plan import create_store
+from stages.sampling import mask_forbidden
+from stages.train import TargetLearner, require_match, train
+from store import PredictionStore
+from store.schema import Dense, Latent
+from store.synthetic import synthetic_manifest
+
+HERE = Place(0, 1, torch.device("cpu"))
+SCALE = 2.5
+FACTS = DatasetFacts(
+    alphabet=" abcdefg",
+    speakers=("low", "high"),
+    codebooks=2,
+    codes_per_codebook=14,
+    frame_rate_hz=25.0,
+    audio_codec="ab",
+)
+MODEL = {
+    "d_model": 16, "heads": 2, "text_layers": 1, "decoder_layers": 1, "feed_forward": 24,
+    "dropout": 0.0, "max_timesteps": 40, "max_characters": 20,
+}  # fmt: skip
+LOCAL = MODEL | {"local_transformer": {"d_model": 16, "layers": 1, "heads": 2}}
+BOTH = {"branches": "both", "dtype": "float32"}
+STORES = {
+    "full": {"kind": "full", "dtype": "float32"},
+    "full_both": {"kind": "full"} | BOTH,
+    "hidden": {"kind": "hidden", "dtype": "float32"},
+    "hidden_both": {"kind": "hidden"} | BOTH,
+    "top_k": {"kind": "top_k", "k": 5, "tail_samples": 4, "moments": True, "dtype": "float32"},
+    "sampled": {"kind": "sampled", "draws": 20},
+}
+SAMPLES = [
+    {
+        "sample_id": f"clip {number}",
+        "text": "".join(np.random.default_rng(number).choice(list(" abcdefg"), size=4)),
+        "speaker": ("low", "high")[number % 2],
+        "codes": np.random.default_rng(number).integers(0, 14, size=2 * (3 + number)),
+    }
+    for number in range(6)
+]
+
+
+def family_of(seed: int, model: dict = MODEL) -> CodecLM:
+    """A model whose branches disagree."""
+    family = CodecLM.build(
+        CodecLMConfig.model_validate(model), FACTS.model_dump(mode="json"), seed=seed
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in family.module.named_parameters():
+            if "norm" not in name and "position" not in name:
+                parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+    family.condition_dropout = 0.1
+    return family
+
+
+def store_of(path: Path, kind: str, model: dict = MODEL, profile: str = "fast") -> PredictionStore:
+    config = RolloutConfig.model_validate(
+        {
+            "source": "dataset", "guidance": {"scale": SCALE}, "target": STORES[kind],
+            "sampler": {"max_timesteps": 30}, "profile": {"kind": profile},
+            "rollouts_per_shard": 3, "batch_size": 3,
+        }
+    )  # fmt: skip
+    teacher = family_of(0, model)
+    store = create_store(
+        path, config, teacher, SAMPLES, facts=FACTS, dataset_fingerprint="d", seed=0
+    )
+    by_id = {sample["sample_id"]: sample for sample in SAMPLES}
+    assert rollout(teacher, store, by_id, store.missing(), batch_size=3, stop=StopRequest())
+    return PredictionStore.open(path)
+
+
+def config_of(loss: dict, model: dict = MODEL, **optimizer) -> TrainConfig:
+    plain = {"steps": 12, "batch_size": 6, "learning_rate": 0.02, "warmup_steps": 1, "log_every": 1}
+    return TrainConfig.model_validate(
+        {"model": model, "loss": loss, "optimizer": plain | optimizer}
+    )
+
+
+def learned(
+    store: PredictionStore, loss: dict, model: dict = MODEL, step: int = 0, network=lambda x: x
+):
+    """Terms, loss and gradients of the first batch, of a student that is not the teacher."""
+    student = family_of(1, model)
+    student.network = network(student.module)
+    learner = TargetLearner(student, store, config_of(loss, model), 0, HERE)
+    (batch,) = learner.batches(0)
+    objective = learner.objective(step, batch)
+    objective.total.backward()
+    learner.close()
+    gradient = {n: p.grad for n, p in student.module.named_parameters() if p.grad is not None}
+    return objective, gradient, batch
+
+
+def teacher_kl(scale: float, model: dict = MODEL) -> tuple[float, dict]:
+    """Summed KL(guided teacher ‖ student) of all samples, and gradients, by its definition."""
+    teacher, student = family_of(0, model), family_of(1, model)
+    total = torch.zeros((), dtype=torch.float64)
+    for sample in SAMPLES:
+        codes = teacher.reference_codes(sample)[None]
+        lengths = torch.tensor([codes.shape[1]])
+        with torch.no_grad():
+            teacher.module.eval()
+            guided = teacher.score([sample], codes, lengths, cfg_scale=scale).logits
+        ours = student.score([sample], codes, lengths).logits
+        p, q = (
+            mask_forbidden(x.double(), student.forbidden).log_softmax(-1) for x in (guided, ours)
+        )
+        allowed = p.isfinite()
+        total = total + (p[allowed].exp() * (p[allowed] - q[allowed])).sum()
+    total.backward()
+    found = {n: p.grad for n, p in student.module.named_parameters() if p.grad is not None}
+    return float(total.detach()), found
+
+
+@pytest.mark.parametrize("model", [MODEL, LOCAL], ids=["parallel", "local"])
+@pytest.mark.parametrize("kind", ["full", "full_both", "hidden", "hidden_both"])
+def test_a_store_of_whole_distributions_teaches_the_divergence_from_the_guided_teacher(
+    tmp_path, kind, model
+):
+    store = store_of(tmp_path / "store", kind, model)
+    scale = {"guidance_scale": SCALE} if kind.endswith("both") else {}
+    objective, gradient, _ = learned(store, {"kl": 1.0} | scale, model)
+    expected, reference = teacher_kl(SCALE, model)
+    assert float(objective.terms["kl"]) == pytest.approx(expected, rel=1e-4)
+    assert gradient.keys() == reference.keys()
+    assert max(float(x.abs().max()) for x in reference.values()) > 1
+    for name, expected_gradient in reference.items():
+        torch.testing.assert_close(
+            gradient[name], expected_gradient, atol=1e-3, rtol=1e-3, msg=name
+        )
+
+
+@pytest.mark.parametrize("kind", ["full_both", "hidden_both"])
+def test_one_store_of_both_branches_teaches_at_any_scale(tmp_path, kind):
+    store = store_of(tmp_path / "store", kind)
+    for scale in (1.0, 4.0):
+        objective, _, _ = learned(store, {"guidance_scale": scale})
+        assert float(objective.terms["kl"]) == pytest.approx(teacher_kl(scale)[0], rel=1e-4)
+    low, high = (teacher_kl(scale)[0] for scale in (1.0, 4.0))
+    drawn, _, _ = learned(store, {"guidance_scale": [1.0, 4.0]})
+    assert min(low, high) < float(drawn.terms["kl"]) < max(low, high)
+
+
+def test_a_compact_store_teaches_the_same_within_its_stated_loss(tmp_path):
+    loss = {"kl": 1.0, "tail_share": 0.2}
+    fast, _, batch = learned(store_of(tmp_path / "fast", "top_k"), loss)
+    compact, _, _ = learned(store_of(tmp_path / "compact", "top_k", profile="compact"), loss)
+    for name in ("kl", "kl_tail"):
+        mean = float(compact.terms[name]) / batch.weight
+        assert mean == pytest.approx(float(fast.terms[name]) / batch.weight, abs=0.02)
+
+
+def test_the_total_is_the_weighted_sum_of_the_terms_that_are_logged(tmp_path):
+    loss = {
+        "kl": 1.0, "tail_share": 0.5, "reverse_kl": 0.1, "jsd": 0.2, "skew_kl": 0.3,
+        "skew_reverse_kl": 0.4, "tvd": 0.5, "ce": 0.6, "nrmse": 0.7, "logit_mse": 0.8,
+    }  # fmt: skip
+    objective, _, _ = learned(store_of(tmp_path / "store", "top_k"), loss)
+    weights = loss | {"kl_tail": 0.5}
+    del weights["tail_share"]
+    assert set(objective.terms) == set(weights)
+    expected = sum(weights[name] * float(term) for name, term in objective.terms.items())
+    assert float(objective.total.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_streams_of_the_local_transformer_learn_from_the_step_that_is_set(tmp_path):
+    store = store_of(tmp_path / "store", "hidden", LOCAL)
+    loss = {"kl": 1.0, "local_start_step": 3}
+    _, before, _ = learned(store, loss, LOCAL, step=2)
+    _, after, _ = learned(store, loss, LOCAL, step=3)
+    heads = [name for name in after if name.startswith("local.")]
+    assert heads
+    assert all((before[name] == 0).all() for name in heads)
+    assert all((after[name] != 0).any() for name in heads)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same_for_the_loss_lies_outside_of_it(tmp_path):
+    store, loss = store_of(tmp_path / "store", "top_k"), {"kl": 1.0, "ce": 0.5}
+    plain, expected, _ = learned(store, loss)
+    compiled, gradient, _ = learned(
+        store, loss, network=lambda x: torch.compile(x, backend="eager", fullgraph=True)
+    )
+    torch.testing.assert_close(compiled.total, plain.total)
+    for name, reference in expected.items():
+        torch.testing.assert_close(gradient[name], reference, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "hidden"])
+def test_under_autocast_only_the_network_is_less_precise(tmp_path, kind):
+    store = store_of(tmp_path / "store", kind)
+    plain, expected, batch = learned(store, {"kl": 1.0})
+    with torch.autocast("cpu", torch.bfloat16):
+        lower, gradient, _ = learned(store, {"kl": 1.0})
+    assert lower.total.dtype == torch.float32
+    mean = float(plain.terms["kl"]) / batch.weight
+    assert float(lower.terms["kl"]) / batch.weight == pytest.approx(mean, rel=0.02)
+    size = max(float(x.abs().max()) for x in expected.values())
+    for name, reference in expected.items():
+        torch.testing.assert_close(gradient[name], reference, atol=0.03 * size, rtol=0, msg=name)
+
+
+TAUGHT = {
+    "full": {"reverse_kl": 1.0, "kl": 0.0},
+    "full_both": {"kl": 1.0, "guidance_scale": [1.0, 3.0]},
+    "hidden": {"jsd": 1.0, "kl": 0.0},
+    "hidden_both": {"kl": 1.0, "guidance_scale": 2.0},
+    "top_k": {"kl": 1.0, "tail_share": 0.3, "ce": 0.1},
+    "sampled": {"soft_ce": 1.0, "kl": 0.0},
+}
+
+
+@pytest.mark.parametrize("kind", TAUGHT)
+def test_training_on_every_kind_of_store_lowers_each_of_its_terms(tmp_path, kind):
+    store, config = store_of(tmp_path / "store", kind), config_of(TAUGHT[kind])
+    folder = tmp_path / "student"
+    assert train(
+        family_of(1), store, config, folder, seed=0, identity="", place=HERE, stop=StopRequest()
+    )
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    names = [name for name in config.loss.terms if name != "ce"]
+    for name in names:
+        assert lines[-1][name] < 0.9 * lines[0][name] or name in ("soft_ce", "kl_tail"), name
+    assert all(np.isfinite(line[name]) for line in lines for name in config.loss.terms)
+    if kind == "sampled":
+        assert lines[-1]["soft_ce"] < lines[0]["soft_ce"] - 0.1
+
+
+def test_what_the_store_cannot_teach_is_refused_before_anything_is_read(tmp_path):
+    store = store_of(tmp_path / "store", "sampled")
+    with pytest.raises(UserError, match=r"loss\.kl=1\.0: .*loss\.soft_ce"):
+        train(
+            family_of(1), store, config_of({}), tmp_path / "student",
+            seed=0, identity="", place=HERE, stop=StopRequest(),
+        )  # fmt: skip
+    assert not (tmp_path / "student").exists()
+
+
+def continuous_student(shape: tuple[int, ...]) -> SimpleNamespace:
+    manifest = synthetic_manifest(Dense(), 2)
+    streams = [Latent(name=s.name, group=s.group, shape=shape) for s in manifest.streams]
+    return SimpleNamespace(
+        streams=streams, forbidden=(), end_id=None, tokenizer_fingerprint=lambda: "k",
+        facts=SimpleNamespace(audio_codec="a"),
+    )  # fmt: skip
+
+
+def test_a_student_of_continuous_streams_must_have_their_shape():
+    manifest = synthetic_manifest(Dense(), 2)
+    require_match(continuous_student((4, 3)), manifest)
+    with pytest.raises(UserError, match=r"streams \(backbone\.0:\(4, 2\).*\(backbone\.0:\(4, 3\)"):
+        require_match(continuous_student((4, 2)), manifest)
+
+
+def test_a_student_of_ids_cannot_learn_continuous_streams():
+    with pytest.raises(UserError, match=r"backbone\.0:16.*backbone\.0:\(4, 3\)"):
+        require_match(family_of(0), synthetic_manifest(Dense(), 2))
