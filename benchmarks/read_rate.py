@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
@@ -28,11 +29,14 @@ import pyarrow as pa
 import torch
 import xxhash
 from measure import Turns, interleaved, report, seconds
-from peers import FIELDS, PEERS, Arrays, Engine, Memmap, padded
+from peers import BATCH, FIELDS, PEERS, Arrays, Engine, Memmap, padded
 from torch import Tensor
 
+from stages.config import LoaderConfig
+from stages.data import BatchReader
+from stages.loader import Loader
 from store import PredictionStore
-from store.order import Order
+from store.order import BUFFER_SHARDS, Order
 from store.plan import Key, Plan
 from store.schema import Compact, Fast, Profile, TopK
 from store.synthetic import synthetic_manifest
@@ -81,7 +85,7 @@ def synthetic_rollouts(gib: float) -> list[Arrays]:
     wanted = int(gib * 2**30 / row_bytes)
     answers = teacher(min(wanted, 2**14) + MAX_TIMESTEPS, random)
     rollouts: list[Arrays] = []
-    while wanted > 0 or len(rollouts) % VARIATIONS:
+    while wanted > 0 or len(rollouts) % BATCH:
         length = int(random.integers(100, MAX_TIMESTEPS + 1))
         start = int(random.integers(len(answers["codes"]) - MAX_TIMESTEPS))
         part = {name: array[start : start + length] for name, array in answers.items()}
@@ -150,7 +154,11 @@ class Ours(Engine):
     """A store of one profile, read as training reads it."""
 
     profile: ClassVar[Profile]
-    prefetch = True
+
+    def __init__(self, folder: Path, ahead: bool = True) -> None:
+        """Read ahead as training does by default, or every batch when it is asked for."""
+        super().__init__(folder)
+        self.ahead = ahead
 
     def write(self, rollouts: Sequence[Arrays]) -> None:
         """Write and commit every shard."""
@@ -159,17 +167,31 @@ class Ours(Engine):
     @cached_property
     def store(self) -> PredictionStore:
         """The store, opened once."""
-        return PredictionStore.open(self.folder)
+        return PredictionStore.open(self.folder, cached_shards=BUFFER_SHARDS)
 
     @cached_property
-    def order(self) -> Order:
-        """Rollouts at random, as the peers read them: not by length."""
-        return Order.of(self.store.lengths(), seed=0, neighbours=1)
+    def reader(self) -> BatchReader:
+        """Batches in an order that does not group rollouts by length, for no peer does."""
+        order = Order.of(self.store.lengths(), seed=0, buffer_shards=BUFFER_SHARDS, neighbours=1)
+        return BatchReader(
+            store=self.store,
+            order=order,
+            batch_size=BATCH,
+            micro_batch_size=None,
+            rank=0,
+            world_size=1,
+            pin=False,
+        )
 
-    def rollouts(self, epoch: int) -> Iterator[Arrays]:
-        """Every rollout once, shuffled."""
-        for shard, row in self.order.epoch(epoch).tolist():
-            yield self.store.shard(self.store.committed[shard])[row].arrays
+    def batches(self, epoch: int) -> Iterator[dict[str, Tensor]]:
+        """One epoch of batches as training reads them, the last one filled from the next."""
+        first = epoch * len(self.reader.order)
+        positions = range(first, first + len(self.reader.order), BATCH)
+        with closing(Loader(self.reader, LoaderConfig(), BATCH)) as loader:
+            read = loader.__getitem__ if self.ahead else self.reader
+            for position in positions:
+                for batch in read(position):
+                    yield {name: batch.arrays[name] for name in batch.arrays.fields}
 
     def lookup(self, index: int) -> Arrays:
         """The arrays of one rollout."""
@@ -188,7 +210,7 @@ class CompactStore(Ours):
     profile = Compact()
 
 
-OURS: dict[str, type[Engine]] = {"fast": FastStore, "compact": CompactStore}
+OURS: dict[str, type[Ours]] = {"fast": FastStore, "compact": CompactStore}
 
 
 def consume(engine: Engine, epochs: Iterator[int]) -> None:
@@ -281,7 +303,7 @@ class Measured:
         others = [name for name in speed if name in PEERS]
         memmap_ms = self.percentile_ms("memmap", 50)
         return {
-            **{f"{name}_vs_memmap": speed[name] for name in OURS},
+            **{f"{name}_vs_memmap": speed[name] for name in speed if name.split("_")[0] in OURS},
             **{f"fast_vs_{name}": speed["fast"] / speed[name] for name in others},
             "compact_bytes_vs_fast": self.stored_bytes["compact"] / self.stored_bytes["fast"],
             "random_p50_vs_memmap": self.percentile_ms("fast", 50) / memmap_ms,
@@ -312,23 +334,23 @@ def measure(
     lookups: int,
 ) -> Measured:
     """Write the rollouts with every engine, check what they give, and time them in turns."""
-    folders = {name: folder / name for name in kinds}
-    engines = {name: kind(folders[name]) for name, kind in kinds.items()}
-    for name, engine in engines.items():
-        folders[name].mkdir(exist_ok=True)
+    engines = {name: kind(folder / name) for name, kind in kinds.items()}
+    for engine in engines.values():
+        engine.folder.mkdir()
         engine.write(rollouts)
+    random_access = {n: e for n, e in engines.items() if isinstance(e, Memmap | Ours)}
+    for name, kind in OURS.items():
+        engines[f"{name}_single"] = kind(folder / name, ahead=False)
     check_content(engines, rollouts)
     epochs = count(1)
     ways = {name: partial(consume, engine, epochs) for name, engine in engines.items()}
-    random_access = {
-        name: engine for name, engine in engines.items() if isinstance(engine, Memmap | Ours)
-    }
     return Measured(
         logical_bytes=sum(array.nbytes for rollout in rollouts for array in rollout.values()),
         passes=interleaved(ways, "memmap", repeats),
-        stored_bytes={name: folder_bytes(path) for name, path in folders.items()},
+        stored_bytes={name: folder_bytes(engine.folder) for name, engine in engines.items()},
         first_pass_s={
-            name: in_a_fresh_process(kinds[name], folders[name]) for name in random_access
+            name: in_a_fresh_process(kinds[name], engine.folder)
+            for name, engine in random_access.items()
         },
         lookups_ms=lookup_ms(random_access, len(rollouts), lookups),
     )
@@ -345,7 +367,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the last line only")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = {"memmap": Memmap, **OURS, **chosen_peers(options.peers)}
+    kinds: dict[str, type[Engine]] = {"memmap": Memmap, **OURS, **chosen_peers(options.peers)}
     rollouts = synthetic_rollouts(options.gib)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         measured = measure(kinds, rollouts, Path(folder), options.repeats, options.lookups)
