@@ -147,12 +147,12 @@ class ShardWriter:
 
     def _contents(self, rollouts: RolloutTable) -> Iterator[tuple[str, Iterable[Content]]]:
         """Every file except the record; an array is let go once it is written."""
-        yield HEADER_FILE, [group_header()]
+        profile, timesteps = self._manifest.profile, int(rollouts.offsets[-1])
+        arrays = [ArrayFiles.of(spec, profile) for spec in self._specs.values()]
+        yield HEADER_FILE, [group_header(arrays, timesteps)]
         yield ROLLOUTS_FILE, [table_bytes(rollouts.to_table(tuple(self._keys)))]
-        timesteps = int(rollouts.offsets[-1])
-        for name, spec in self._specs.items():
-            files = ArrayFiles.of(spec, self._manifest.profile)
-            parts = [self._drafts[key].arrays.pop(name) for key in self._keys]
+        for files in arrays:
+            parts = [self._drafts[key].arrays.pop(files.spec.name) for key in self._keys]
             yield files.header, [files.encode_header(timesteps)]
             yield files.data, self._encoded(files, parts, rollouts)
 

@@ -25,6 +25,7 @@ from store.zarr_files import (
     CHUNK_TIMESTEPS,
     HEADER_FILE,
     ArrayFiles,
+    check_group,
     chunk_count,
     most_timesteps,
 )
@@ -147,11 +148,10 @@ class ShardFolder:
         record = self.record()
         for stranger in self.strangers(record):
             raise stranger
-        self.read(HEADER_FILE, record)
+        self._check_headers(record)
         table = self.read_rollouts(record)
         mapped, bounds = {}, {}
         for name, files in self.files.items():
-            self._check_header(files, record)
             mapped[name] = self._map(files, record.files[files.data], table)
             try:
                 bounds[name] = files.chunk_bounds(mapped[name].content, record.rows)
@@ -180,12 +180,18 @@ class ShardFolder:
         else:
             self.read(file, record)
 
-    def _check_header(self, files: ArrayFiles, record: ShardRecord) -> None:
-        content = self.read(files.header, record)
+    def _check_headers(self, record: ShardRecord) -> None:
+        arrays = list(self.files.values())
+        file, content = HEADER_FILE, self.read(HEADER_FILE, record)
         try:
-            files.check_header(content, record.rows)
+            check_group(content, arrays, record.rows)
+            for array in arrays:
+                file, content = array.header, self.read(array.header, record)
+                array.check_header(content, record.rows)
+        except DamagedShard:
+            raise
         except StoreError as error:
-            raise self.damaged(files.header, str(error)) from error
+            raise self.damaged(file, str(error)) from error
 
     def _map(self, files: ArrayFiles, expected: FileSum, table: RolloutTable | None) -> MappedFile:
         end = None

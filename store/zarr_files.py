@@ -38,11 +38,6 @@ SILENT = ("attributes", "dimension_names")
 """Keys of a header that say nothing about the values."""
 
 
-def group_header() -> bytes:
-    """The zarr.json of the group itself."""
-    return _text(GroupMetadata(zarr_format=3))
-
-
 def chunk_count(timesteps: int) -> int:
     """Chunks that hold this many timesteps."""
     return -(-timesteps // CHUNK_TIMESTEPS)
@@ -122,13 +117,13 @@ class ArrayFiles:
         return _text(ArrayV3Metadata.from_dict(self.describe(timesteps) | {"attributes": {}}))
 
     def check_header(self, content: bytes, timesteps: int) -> None:
-        """Refuse a header that is not the array's; raises StoreError."""
-        try:
-            found = json.loads(content)
-        except ValueError as error:
-            raise StoreError(f"it is not JSON ({error})") from error
+        """Refuse the content of a header that is not the array's; raises StoreError."""
+        self.check_description(_parse(content), timesteps)
+
+    def check_description(self, found: object, timesteps: int) -> None:
+        """Refuse the JSON value of a header that is not the array's; raises StoreError."""
         if not isinstance(found, dict):
-            raise StoreError("it is no Zarr array")
+            raise StoreError("it describes no Zarr array")
         found = {"storage_transformers": []} | found
         expected = self.describe(timesteps)
         if '"big"' in json.dumps(found.get("codecs")):
@@ -205,6 +200,41 @@ class ArrayFiles:
 
     def _fill(self, timesteps: int) -> Array:
         return np.full((timesteps, *self.spec.trailing), self.spec.fill, self.stored_dtype)
+
+
+def group_header(arrays: Sequence[ArrayFiles], timesteps: int) -> bytes:
+    """The zarr.json of the group itself, as Zarr writes it, with the headers of its arrays.
+
+    Zarr then need not look for them, and does not stumble over the other files of a shard.
+    """
+    headers = {array.spec.name: array.describe(timesteps) for array in arrays}
+    members = {name: header | {"attributes": {}} for name, header in sorted(headers.items())}
+    consolidated = {"kind": "inline", "must_understand": False, "metadata": members}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    return _text(GroupMetadata.from_dict(group | {"consolidated_metadata": consolidated}))
+
+
+def check_group(content: bytes, arrays: Sequence[ArrayFiles], timesteps: int) -> None:
+    """Refuse a header of the group that does not describe its arrays; raises StoreError."""
+    match _parse(content):
+        case {
+            "zarr_format": 3,
+            "node_type": "group",
+            "consolidated_metadata": {"metadata": dict() as members},
+        }:
+            if set(members) != {array.spec.name for array in arrays}:
+                raise StoreError(f"it lists the arrays {sorted(members)}, not those of its target")
+            for array in arrays:
+                array.check_description(members[array.spec.name], timesteps)
+        case _:
+            raise StoreError("it describes no Zarr group of version 3 with its arrays")
+
+
+def _parse(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise StoreError(f"it is not JSON ({error})") from error
 
 
 def _rows(parts: Sequence[Array], starts: Array, start: int) -> Array:

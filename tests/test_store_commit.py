@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ import numpy as np
 import pytest
 
 from store import PredictionStore, StoreError
-from store.schema import Dense, Full, Hidden, Manifest, Sampled, Target, TopK
+from store.schema import (
+    Compact,
+    Dense,
+    Fast,
+    Full,
+    Hidden,
+    Manifest,
+    Profile,
+    Sampled,
+    Target,
+    TopK,
+)
 from store.synthetic import (
     synthetic_arrays,
     synthetic_manifest,
@@ -23,11 +35,16 @@ from store.synthetic import (
     write_synthetic_shard,
 )
 from store.verify import verify
+from store.zarr_codecs import Pco
 
 MANIFEST = synthetic_manifest(TopK(k=4, moments=True))
+COMPACT = synthetic_manifest(TopK(k=4, moments=True), profile=Compact())
 FACTS: dict[str, Any] = {"stop_reason": "end", "weight": 1.0, "seed": 7}
 CRASH = [sys.executable, "-W", "error", str(Path(__file__).with_name("crash_commit.py"))]
 ROOT = Path(__file__).parent.parent
+by_profile = pytest.mark.parametrize(
+    "profile", [Fast(), Compact()], ids=lambda profile: profile.kind
+)
 
 
 @pytest.fixture
@@ -51,8 +68,11 @@ def run(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_writer_killed_at_any_disk_call_publishes_all_or_nothing(tmp_path: Path) -> None:
-    manifest = synthetic_manifest(Full(), streams=1)
+@by_profile
+def test_a_writer_killed_at_any_disk_call_publishes_all_or_nothing(
+    tmp_path: Path, profile: Profile
+) -> None:
+    manifest = synthetic_manifest(Full(), streams=1, profile=profile)
     whole = synthetic_store(tmp_path / "whole/store", manifest, 4, 1, 2)
     write_synthetic_shard(whole, 0, 8)
     store = synthetic_store(tmp_path / "store", manifest, 4, 1, 2)
@@ -81,8 +101,13 @@ def test_of_writers_that_race_exactly_one_wins(store: PredictionStore) -> None:
     assert verify(store.path).ok
 
 
-def test_an_interrupted_and_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    whole, resumed = (synthetic_store(tmp_path / name, MANIFEST, 4, 2, 3) for name in "ab")
+@by_profile
+@pytest.mark.parametrize("target", [TopK(k=4, moments=True, tail_samples=3), Hidden(), Dense()])
+def test_an_interrupted_and_resumed_run_ends_with_the_same_bytes(
+    tmp_path: Path, target: Target, profile: Profile
+) -> None:
+    manifest = synthetic_manifest(target, profile=profile)
+    whole, resumed = (synthetic_store(tmp_path / name, manifest, 4, 2, 3) for name in "ab")
     for shard in whole.missing():
         write_synthetic_shard(whole, shard, 300)
     write_synthetic_shard(resumed, 1, 300)
@@ -241,6 +266,34 @@ def test_a_full_disk_is_explained_and_the_run_goes_on_once_there_is_space(small_
     (small_disk / "ballast").unlink()
     assert write_synthetic_shard(store, 1, 200)
     assert verify(store.path).ok
+
+
+def test_a_shard_may_be_built_in_one_thread_and_committed_in_another(tmp_path: Path) -> None:
+    one, two = (synthetic_store(tmp_path / name, COMPACT, 4, 1, 4) for name in "ab")
+    assert write_synthetic_shard(one, 0, 300)
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second, two.writer(0) as writer:
+        for rollout in PredictionStore.open(one.path).shard(0):
+            key = (rollout.sample_id, rollout.variation)
+            arrays = synthetic_arrays(COMPACT, key, len(rollout))
+            facts = {"stop_reason": "end", "weight": 1.0, "seed": rollout.seed}
+            first.submit(writer.append, *key, arrays, **facts).result()
+        assert second.submit(writer.commit).result()
+    assert tree(one.path) == tree(two.path)
+
+
+def test_values_that_cannot_be_encoded_are_refused_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = synthetic_store(tmp_path / "store", COMPACT, 4, 1, 2)
+
+    def refuse(codec: Pco, values: np.ndarray) -> bytes:
+        raise ValueError("too odd: use the profile `fast`")
+
+    monkeypatch.setattr(Pco, "encode_chunk", refuse)
+    message = "shard 00000, array 'codes', at or behind sample 'sample-0', variation 0: too odd"
+    with pytest.raises(StoreError, match=message):
+        write_synthetic_shard(store, 0, 300)
+    assert os.listdir(store.path / "tmp") == []
 
 
 def test_a_key_outside_the_shard_is_refused(store: PredictionStore) -> None:

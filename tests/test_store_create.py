@@ -7,13 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from store import Plan, PredictionStore, StoreError
-from store.schema import FileSum, Full, Guidance, Manifest, TopK
+from store.schema import FileSum, Full, Guidance, Hidden, Manifest, TopK
 from store.sealed import seal
-from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
+from store.sums import file_sum
+from store.synthetic import (
+    synthetic_heads,
+    synthetic_manifest,
+    synthetic_store,
+    write_synthetic_shard,
+)
+from store.tables import table_bytes
 
 MANIFEST = synthetic_manifest(TopK(k=4))
 PLAN = Plan.lay_out(["a", "b", "c"], variations=2, rollouts_per_shard=4)
@@ -158,6 +166,64 @@ def test_samples_that_cannot_feed_a_student_are_refused(
     with pytest.raises(StoreError, match=message):
         PredictionStore.create(tmp_path / "store", MANIFEST, PLAN, samples)
     assert not (tmp_path / "store").exists()
+
+
+HIDDEN = synthetic_manifest(Hidden())
+HEADS = synthetic_heads(HIDDEN)
+
+
+def test_heads_are_stored_once_and_read_back(tmp_path: Path) -> None:
+    store = PredictionStore.create(tmp_path / "a", HIDDEN, PLAN, SAMPLES, HEADS)
+    assert store.heads.keys() == HEADS.keys()
+    for name, head in HEADS.items():
+        np.testing.assert_array_equal(store.heads[name], head)
+        assert not store.heads[name].flags.writeable
+    assert "heads/heads.safetensors" in store.manifest.files
+    again = PredictionStore.create(
+        tmp_path / "b", HIDDEN, PLAN, SAMPLES, dict(reversed(HEADS.items()))
+    )
+    assert tree(store.path) == tree(again.path)
+    assert PredictionStore.create(tmp_path / "c", MANIFEST, PLAN, SAMPLES).heads == {}
+
+
+def test_differing_heads_are_refused_and_named(tmp_path: Path) -> None:
+    PredictionStore.create(tmp_path, HIDDEN, PLAN, SAMPLES, HEADS)
+    other = HEADS | {"backbone.bias": HEADS["backbone.bias"] + 1}
+    with pytest.raises(
+        StoreError, match=r"heads\.safetensors: other values in .*backbone\.bias'\]"
+    ):
+        PredictionStore.create(tmp_path, HIDDEN, PLAN, SAMPLES, other)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "heads", "message"),
+    [
+        (HIDDEN, None, r"hold \[\] but the manifest calls for \['backbone.bias', 'backbone.w"),
+        (MANIFEST, HEADS, r"calls for \[\]: give .* none where the target is not `hidden`"),
+        (HIDDEN, HEADS | {"backbone.bias": HEADS["backbone.weight"]}, r"must be float32 \(2, 34\)"),
+        (HIDDEN, {n: h.astype(np.float64) for n, h in HEADS.items()}, "is float64 "),
+        (HIDDEN, HEADS | {"backbone.bias": HEADS["backbone.bias"] * np.nan}, "holds NaN"),
+    ],
+)
+def test_heads_that_are_not_those_of_the_manifest_are_refused(
+    tmp_path: Path, manifest: Manifest, heads: Any, message: str
+) -> None:
+    with pytest.raises(StoreError, match=message):
+        PredictionStore.create(tmp_path / "store", manifest, PLAN, SAMPLES, heads)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_plan_with_duplicates_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    store = PredictionStore.create(tmp_path, MANIFEST, PLAN, SAMPLES)
+    table = PLAN.to_table()
+    twice = pa.concat_tables([table.slice(0, 1), table.slice(0, 5)])
+    content = table_bytes(twice.set_column(2, table.schema.field(2), table["shard"]))
+    (tmp_path / "plan.parquet").write_bytes(content)
+    files = store.manifest.files | {"plan.parquet": file_sum(content)}
+    manifest = store.manifest.model_copy(update={"files": files})
+    (tmp_path / "manifest.json").write_bytes(seal(manifest))
+    with pytest.raises(StoreError, match=r"plan\.parquet.*sample 'a', variation 0\) twice: .*make"):
+        PredictionStore.open(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["plan.parquet", "samples.parquet"])

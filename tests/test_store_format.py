@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from store.encoding import ArraySpec
 from store.schema import Compact, Dense, Fast, Full, Hidden, Profile, Sampled, Target, TopK
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from store.zarr_codecs import Pco
-from store.zarr_files import ArrayFiles, Unencodable
+from store.zarr_files import ArrayFiles, Unencodable, check_group, group_header
 
 
 def encode(spec: ArraySpec, values: Any, profile: Profile | None = None) -> bytes:
@@ -174,8 +175,28 @@ def test_big_endian_values_are_refused_with_what_to_do() -> None:
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff", b"3"])
 def test_a_header_that_is_no_json_object_is_refused(text: bytes) -> None:
     files = ArrayFiles.of(ArraySpec("codes", np.dtype(np.uint16), (2,)), Fast())
-    with pytest.raises(StoreError, match="it is no"):
-        files.check_header(text, 300)
+    for check in (files.check_header, partial(check_group, arrays=[files])):
+        with pytest.raises(StoreError, match=r"it is not JSON|it describes no Zarr"):
+            check(text, timesteps=300)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"codes"', '"code"', r"it lists the arrays \['code'\]"),
+        ("300", "301", r"its shape is \[301, 2\]"),
+        ('"group"', '"array"', "it describes no Zarr group"),
+        ('"consolidated_metadata"', '"consolidated"', "it describes no Zarr group"),
+    ],
+)
+def test_a_header_of_the_group_that_does_not_describe_its_arrays_is_refused(
+    old: str, new: str, message: str
+) -> None:
+    files = ArrayFiles.of(ArraySpec("codes", np.dtype(np.uint16), (2,)), Fast())
+    content = group_header([files], 300)
+    check_group(content, [files], 300)
+    with pytest.raises(StoreError, match=message):
+        check_group(content.replace(old.encode(), new.encode(), 1), [files], 300)
 
 
 ARRAYS: list[tuple[Target, list[str]]] = [

@@ -2,58 +2,109 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import zarr
 
-from store import DamagedShard, Plan, PredictionStore, RolloutNotFound, StoreError
-from store.schema import Full, Target, TopK
+from store import DamagedShard, Plan, PredictionStore, Rollout, RolloutNotFound, StoreError
+from store.plan import Key
+from store.schema import (
+    Compact,
+    Dense,
+    Fast,
+    Full,
+    Hidden,
+    Profile,
+    Sampled,
+    Target,
+    TopK,
+)
+from store.shard_folder import ShardFolder
 from store.synthetic import (
     synthetic_arrays,
     synthetic_manifest,
     synthetic_store,
     write_synthetic_shard,
 )
+from store.zarr_files import ArrayFiles
 
 TARGETS: dict[str, Target] = {
-    "top_k": TopK(k=4, temperatures=(1.0, 2.0), moments=True),
+    "top_k": TopK(k=4, temperatures=(1.0, 2.0), moments=True, tail_samples=5),
     "top_k_fp32": TopK(k=3, dtype="float32"),
     "full": Full(),
-    "full_fp32": Full(dtype="float32"),
+    "full_fp32_both": Full(branches="both", dtype="float32"),
+    "sampled": Sampled(draws=7),
+    "hidden": Hidden(),
+    "hidden_both": Hidden(branches="both", dtype="float32"),
+    "dense": Dense(),
+    "dense_guided": Dense(branches="guided", dtype="float32"),
 }
+LOSSY = ("logits", "hidden", "tail_logmass", "moments")
+"""Parts of the names of arrays that the profile `compact` rounds."""
+PROFILES: dict[str, Profile] = {"fast": Fast(), "compact": Compact()}
+ROOT = Path(__file__).parent.parent
+by_profile = pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> PredictionStore:
+@pytest.fixture(scope="module", params=PROFILES.values(), ids=PROFILES)
+def store(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> PredictionStore:
     """Three shards of four rollouts, of which the last is not committed."""
     path = tmp_path_factory.mktemp("reader") / "store"
-    made = synthetic_store(path, synthetic_manifest(TARGETS["top_k"]), 6, 2, 4)
+    manifest = synthetic_manifest(TARGETS["top_k"], profile=request.param)
+    made = synthetic_store(path, manifest, 6, 2, 4)
     for shard in (0, 1):
         write_synthetic_shard(made, shard, 40)
     return PredictionStore.open(path)
 
 
+def assert_written(store: PredictionStore, rollout: Rollout) -> None:
+    """A rollout holds what was written: exactly, but for what `compact` rounds."""
+    key = (rollout.sample_id, rollout.variation)
+    written = synthetic_arrays(store.manifest, key, len(rollout))
+    assert set(rollout.arrays) == set(written)
+    for name, array in written.items():
+        found = rollout.arrays[name]
+        assert (found.dtype, found.shape) == (array.dtype, array.shape)
+        rounded = any(part in name for part in LOSSY) and isinstance(
+            store.manifest.profile, Compact
+        )
+        if rounded:
+            np.testing.assert_allclose(found, array, rtol=0.02, atol=0.5)
+        else:
+            np.testing.assert_array_equal(found, array)
+
+
+@by_profile
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_stock_zarr_reads_every_array_as_we_do(tmp_path: Path, target: Target) -> None:
-    made = synthetic_store(tmp_path, synthetic_manifest(target, streams=3), 2, 1, 2)
-    write_synthetic_shard(made, 0, 6000)  # over the 4096 timesteps of a file
-    shard = PredictionStore.open(tmp_path).shard(0)
+def test_stock_zarr_reads_every_array_as_we_do(
+    tmp_path: Path, target: Target, profile: Profile
+) -> None:
+    made = synthetic_store(tmp_path, synthetic_manifest(target, 3, profile=profile), 2, 1, 2)
+    write_synthetic_shard(made, 0, 600)  # over the 256 timesteps of a chunk
+    store = PredictionStore.open(tmp_path)
+    shard = store.shard(0)
     group = zarr.open_group(tmp_path / "shards/00000", mode="r")
-    assert shard.offsets[-1] > 4096
+    assert shard.offsets[-1] > 512
+    assert sorted(group.array_keys()) == sorted(shard.arrays)
     for name, array in shard.arrays.items():
         stock = group[name]
         assert isinstance(stock, zarr.Array)
         assert stock.dtype == array.dtype
         np.testing.assert_array_equal(stock[:], array)
-    for row, key in enumerate(made.plan[0]):
-        written = synthetic_arrays(made.manifest, key, len(shard[row]))
-        for name, array in written.items():
-            np.testing.assert_array_equal(shard[row].arrays[name], array)
+    for key in made.plan[0]:
+        assert_written(store, store[key])
 
 
 def test_a_rollout_and_its_timesteps_are_found_by_key(store: PredictionStore) -> None:
@@ -62,13 +113,47 @@ def test_a_rollout_and_its_timesteps_are_found_by_key(store: PredictionStore) ->
         rollout = store[key]
         assert key in store
         assert (rollout.sample_id, rollout.variation, rollout.stop_reason) == (*key, "end")
-        written = synthetic_arrays(store.manifest, key, len(rollout))
-        assert set(rollout.arrays) == set(written)
-        for name, array in written.items():
-            np.testing.assert_array_equal(rollout.arrays[name], array)
+        assert_written(store, rollout)
         last = store[*key, len(rollout) - 1]
-        np.testing.assert_array_equal(last.codes, written["codes"][-1])
-        np.testing.assert_array_equal(last.arrays["top_k.logits"], written["top_k.logits"][-1])
+        for name, array in rollout.arrays.items():
+            np.testing.assert_array_equal(last.arrays[name], array[-1])
+        np.testing.assert_array_equal(last.codes, rollout.codes[-1])
+
+
+def test_a_rollout_by_key_is_the_one_in_its_shard(store: PredictionStore) -> None:
+    alone = {key: store[key] for key in store}
+    for shard in store.committed:
+        for rollout in store.shard(shard):
+            found = alone[rollout.sample_id, rollout.variation]
+            assert (found.weight, found.seed) == (rollout.weight, rollout.seed)
+            for name, array in rollout.arrays.items():
+                np.testing.assert_array_equal(found.arrays[name], array)
+
+
+def test_a_rollout_of_encoded_arrays_decodes_only_the_chunks_that_it_lies_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = synthetic_store(tmp_path, synthetic_manifest(TopK(k=3), profile=Compact()), 8, 1, 8)
+    write_synthetic_shard(made, 0, 200)
+    store, decode = PredictionStore.open(tmp_path), ArrayFiles.decode_chunk
+    decoded: list[tuple[str, int]] = []
+
+    def counted(self: ArrayFiles, content: Any, bounds: Any, chunk: int, out: Any) -> None:
+        decoded.append((self.spec.name, chunk))
+        decode(self, content, bounds, chunk, out)
+
+    monkeypatch.setattr(ArrayFiles, "decode_chunk", counted)
+    offsets = store.rollout_table(0).offsets
+    for row, key in enumerate(store.plan[0]):
+        decoded.clear()
+        store[key]
+        chunks = range(int(offsets[row]) // 256, (int(offsets[row + 1]) - 1) // 256 + 1)
+        assert (
+            sorted(decoded)
+            == sorted((name, chunk) for name in store.shard(0).arrays for chunk in chunks)
+            or not chunks
+        )
+        store = PredictionStore.open(tmp_path)
 
 
 def test_what_is_not_there_is_named(store: PredictionStore) -> None:
@@ -120,12 +205,14 @@ def test_lengths_are_those_of_the_rollouts(store: PredictionStore) -> None:
         assert store.shard(shard).keys == store.plan[shard]
 
 
-def test_rollouts_are_views_and_cannot_be_written(store: PredictionStore) -> None:
-    rollout, shard = store["sample-1", 0], store.shard(0)
-    for name, array in rollout.arrays.items():
+def test_rollouts_cannot_be_written_and_are_views_where_they_can(store: PredictionStore) -> None:
+    shard = store.shard(0)
+    for rollout in (PredictionStore.open(store.path)["sample-1", 0], shard[1]):
+        for array in rollout.arrays.values():
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 0
+    for name, array in store["sample-1", 0].arrays.items():
         assert np.shares_memory(array, shard.arrays[name])
-        with pytest.raises(ValueError, match="read-only"):
-            array[0] = 0
 
 
 def test_at_most_the_asked_number_of_shards_stays_in_memory(store: PredictionStore) -> None:
@@ -138,6 +225,28 @@ def test_at_most_the_asked_number_of_shards_stays_in_memory(store: PredictionSto
         PredictionStore.open(store.path, cached_shards=0)
 
 
+def test_few_files_stay_open_however_many_shards_are_read(tmp_path: Path) -> None:
+    made = synthetic_store(tmp_path, synthetic_manifest(TopK(k=3)), 12, 1, 1)
+    for shard in range(12):
+        write_synthetic_shard(made, shard, 3)
+    store = PredictionStore.open(tmp_path, cached_shards=3)
+    before, arrays = len(os.listdir("/proc/self/fd")), len(store.shard(0).arrays)
+    for key in [*store, *store]:
+        store[key]
+    assert len(os.listdir("/proc/self/fd")) - before <= 3 * arrays
+
+
+def test_a_shard_is_verified_once_however_often_it_is_mapped(
+    store: PredictionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = PredictionStore.open(store.path, cached_shards=1)
+    keys = [store.plan[0][0], store.plan[1][0]]
+    first = [reader[key] for key in keys]
+    monkeypatch.setattr(ShardFolder, "open", None)
+    for key, rollout in zip(keys, first, strict=True):
+        np.testing.assert_array_equal(reader[key].codes, rollout.codes)
+
+
 def test_conditions_are_found_by_sample(store: PredictionStore) -> None:
     assert store.sample("sample-3") == {"sample_id": "sample-3", "text": "3-elpmas"}
     with pytest.raises(RolloutNotFound, match="sample 'unheard' is not in"):
@@ -147,8 +256,52 @@ def test_conditions_are_found_by_sample(store: PredictionStore) -> None:
 def test_a_store_and_its_errors_travel_to_other_processes(store: PredictionStore) -> None:
     copy = pickle.loads(pickle.dumps(store))
     np.testing.assert_array_equal(copy["sample-2", 0].codes, store["sample-2", 0].codes)
-    error = pickle.loads(pickle.dumps(DamagedShard(store.path / "shards/1", "a/c", "s", "bad")))
+    path = store.path / "shards/00001"
+    error = pickle.loads(pickle.dumps(DamagedShard(path, "a/c", "sample 's'", "bad")))
     assert (error.shard, error.array, error.reason) == (1, "a", "bad")
+
+
+def test_a_store_that_travels_keeps_the_shards_that_it_pinned(tmp_path: Path) -> None:
+    manifest = synthetic_manifest(TopK(k=3))
+    made = synthetic_store(tmp_path / "store", manifest, 4, 1, 2)
+    write_synthetic_shard(made, 0, 5)
+    packed = pickle.dumps(PredictionStore.open(made.path, cached_shards=2))
+    write_synthetic_shard(made, 1, 5)
+    assert pickle.loads(packed).committed == [0]
+    shutil.rmtree(made.path)
+    synthetic_store(made.path, manifest.model_copy(update={"seed": 9}), 4, 1, 2)
+    with pytest.raises(StoreError, match="is another store than the one that was pickled"):
+        pickle.loads(packed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_processes_read_what_their_parent_reads(store: PredictionStore, method: str) -> None:
+    script = ROOT / "tests/read_in_processes.py"
+    command = [sys.executable, "-W", "error", str(script), str(store.path), method]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True, timeout=300
+    )
+    digests = done.stdout.split()
+    assert len(digests) == 6
+    assert len(set(digests)) == 1
+
+
+def test_threads_may_share_a_store(store: PredictionStore) -> None:
+    expected = {key: store[key] for key in store}
+    shared, keys = PredictionStore.open(store.path, cached_shards=1), list(store) * 20
+
+    def read(key: Key) -> None:
+        for rollout in (
+            shared[key],
+            shared.shard(store.plan.locate(key)[0])[store.plan.locate(key)[1]],
+        ):
+            for name, array in expected[key].arrays.items():
+                np.testing.assert_array_equal(rollout.arrays[name], array)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(read, keys))) == len(keys)
 
 
 def test_odd_sample_ids_name_no_files(tmp_path: Path) -> None:
