@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
 
 from stages.config import OptimizerConfig, TrainConfig
 from stages.distributed import Place
@@ -63,7 +64,7 @@ class TargetBatch:
     """In which epoch each is read; keys what is random about it."""
     samples: Sequence[Sample]
     codes: Tensor
-    """[B, T, C] int64; what lies beyond a length is 0 and never read."""
+    """[B, T, C] int64; what lies beyond a length is 0 and never read. 0 for continuous streams."""
     lengths: Tensor
     """[B] int64."""
     target: RestoredTarget
@@ -131,7 +132,7 @@ class Packed:
             fields[name] = (end, torch.from_numpy(np.empty(0, dtype)).dtype, shape)
             size = dtype.itemsize * math.prod(shape)
             end += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        return cls(torch.empty(end, dtype=torch.uint8, pin_memory=pin), fields)
+        return cls(_room(end, pin), fields)
 
     def __getitem__(self, name: str) -> Tensor:
         start, dtype, shape = self.fields[name]
@@ -147,6 +148,13 @@ class Packed:
         return replace(self, memory=self.memory.pin_memory())
 
 
+def _room(size_bytes: int, pin: bool) -> Tensor:
+    if get_worker_info() is not None:  # what a process sends lies in shared memory at once
+        shared = torch.UntypedStorage._new_shared(size_bytes)  # type: ignore[no-untyped-call]
+        return torch.empty(0, dtype=torch.uint8).set_(shared)
+    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pin)
+
+
 @dataclass(frozen=True)
 class HostBatch:
     """Rollouts of a micro-batch as they were read: padded, in the types of the store."""
@@ -154,6 +162,7 @@ class HostBatch:
     keys: Sequence[Key]
     epochs: Sequence[int]
     samples: Sequence[Sample]
+    lengths: Sequence[int]
     arrays: Packed
     """`lengths` [B] int64, `weights` [B] float32, and [B, T, ...] all others."""
     weight: float
@@ -276,6 +285,7 @@ def host_batch(
         keys=[(rollout.sample_id, rollout.variation) for rollout in rollouts],
         epochs=epochs,
         samples=[store.sample(rollout.sample_id) for rollout in rollouts],
+        lengths=lengths.tolist(),
         arrays=arrays,
         weight=float(lengths @ weights.astype(np.float64)) * len(store.manifest.streams),
     )
@@ -300,8 +310,12 @@ def restored_batch(
     arrays = batch.arrays.to(device)
     prefix = f"{manifest.target.kind}."
     target = {n.removeprefix(prefix): arrays[n] for n in arrays.fields if n.startswith(prefix)}
-    codes, lengths = arrays["codes"].long(), arrays["lengths"]
-    streams = torch.ones(codes.shape[2], device=device)
+    lengths, streams = arrays["lengths"], torch.ones(len(manifest.streams), device=device)
+    if "codes" in arrays.fields:
+        codes = arrays["codes"].long()
+    else:
+        frame = len(batch.keys), max(batch.lengths), len(streams)
+        codes = torch.zeros(frame, dtype=torch.int64, device=device)
     return TargetBatch(
         keys=batch.keys,
         epochs=batch.epochs,

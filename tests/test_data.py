@@ -26,10 +26,11 @@ from stages.config import LoaderConfig, TrainConfig
 from stages.data import HostBatch, Packed, StoreBatches, TargetBatch, rollout_batches
 from stages.distributed import Place
 from stages.errors import UserError
+from stages.interruption import STOP_SIGNALS
 from stages.loader import Loader
-from stages.targets import BranchedTarget, SparseTarget
+from stages.targets import BranchedTarget, SparseTarget, load_heads, restore
 from store import DamagedShard, PredictionStore, StoreError
-from store.schema import Full, Sampled, Target, TopK
+from store.schema import Dense, Full, Hidden, Sampled, Target, TopK
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 
 CPU = torch.device("cpu")
@@ -40,9 +41,8 @@ PROCESSES = [pytest.param(s, marks=[pytest.mark.slow] if s != "fork" else []) fo
 
 
 def made(path: Path, target: Target, samples: int = SAMPLES) -> PredictionStore:
-    store = synthetic_store(
-        path, synthetic_manifest(target), samples, VARIATIONS, ROLLOUTS_PER_SHARD
-    )
+    manifest = synthetic_manifest(target)
+    store = synthetic_store(path, manifest, samples, VARIATIONS, ROLLOUTS_PER_SHARD)
     for shard in range(len(store.plan)):
         write_synthetic_shard(store, shard, 9)
     return PredictionStore.open(path)
@@ -137,20 +137,40 @@ def test_a_batch_holds_its_rollouts_and_nothing_that_could_be_read_beyond_them(
         assert batch.weight == float(batch.element_weights.double().sum())
 
 
-@pytest.mark.parametrize(
-    "target",
-    [Full(), Full(branches="both", dtype="float32"), Sampled(draws=7), TopK(k=3, tail_samples=2)],
-    ids=lambda target: target.kind,
-)
-def test_every_kind_of_target_arrives_whole(tmp_path: Path, target: Target) -> None:
-    store = made(tmp_path, target, samples=6)
-    loss = {"guidance_scale": 1.5} if store.manifest.branches == "both" else {}
-    (batch,) = walked(store, config_of(batch_size=12, loss=loss), range(1))
+TARGETS: dict[str, Target] = {
+    "full": Full(),
+    "full of both": Full(branches="both", dtype="float32"),
+    "sampled": Sampled(draws=7),
+    "top_k with tail": TopK(k=3, tail_samples=2),
+    "hidden": Hidden(),
+    "hidden of both": Hidden(branches="both", dtype="float32"),
+    "dense": Dense(branches="guided"),
+    "dense of both": Dense(),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_every_kind_of_target_arrives_as_what_its_arrays_are_restored_to(
+    tmp_path: Path, target: Target, workers: int
+) -> None:
+    store = made(tmp_path, target, samples=3)
+    manifest = store.manifest
+    scale = 1.5 if manifest.branches == "both" else None
+    config = config_of(batch_size=6, workers=workers, loss={"guidance_scale": scale})
+    (batch,) = walked(store, config, range(1))
+    heads = load_heads(store.heads, CPU)
     for row, key in enumerate(batch.keys):
-        for name, array in store[key].arrays.items():
-            if name != "codes":
-                stored = getattr(batch.target, name.split(".", 1)[1].replace("guided", "logits"))
-                np.testing.assert_array_equal(stored[row, : len(array)], array)
+        arrays = {n.split(".", 1)[-1]: a[None].copy() for n, a in store[key].arrays.items()}
+        length = int(batch.lengths[row])
+        codes = arrays.pop("codes", np.zeros((1, length, len(manifest.streams)), np.int64))
+        np.testing.assert_array_equal(batch.codes[row, :length], codes[0])
+        alone = restore(arrays, manifest, heads, CPU, scale).rows(torch.arange(length))
+        places = row * batch.codes.shape[1] + torch.arange(length)
+        together = batch.target.rows(places)
+        for name, tensor in vars(alone).items():
+            if isinstance(tensor, Tensor):
+                torch.testing.assert_close(getattr(together, name), tensor, rtol=1e-6, atol=1e-6)
 
 
 @given(
@@ -405,21 +425,19 @@ def test_a_process_that_is_killed_is_an_error_and_no_hang(tmp_path: Path, start:
         os.kill(pid, signal.SIGKILL)
         with pytest.raises((UserError, RuntimeError), match=r"worker \(pid"):
             assert {loader[position][1] for position in range(1, 9)}
-        loader.close()
-        assert loader[9][0] == 9
 
 
 @pytest.mark.parametrize("start", PROCESSES)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_that_asks_for_a_stop_leaves_the_reading_processes_alone(
-    tmp_path: Path, start: str, number: signal.Signals
+def test_signals_that_ask_for_a_stop_leave_the_reading_processes_alone(
+    tmp_path: Path, start: str
 ) -> None:
     config = LoaderConfig(workers=1, prefetch=1, start_method=start)
     with no_longer_than(60), closing(Loader(Numbers(tmp_path), config, step=1)) as loader:
         _, pid = loader[0]
-        os.kill(pid, number)
+        for number in STOP_SIGNALS:
+            os.kill(pid, number)
         assert [loader[position] for position in range(1, 6)] == [(p, pid) for p in range(1, 6)]
-    assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*STOP_SIGNALS}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
