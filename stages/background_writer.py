@@ -35,6 +35,10 @@ class Drawn:
     seed: int
 
 
+class _LeftUndone(Exception):
+    """What was given before it had failed, and says why."""
+
+
 class BackgroundWriter:
     """Appends rollouts to the shards of a store and commits them, in one thread, in order.
 
@@ -71,12 +75,13 @@ class BackgroundWriter:
         self._executor.shutdown(wait=True)
         if self._writer is not None:
             self._writer.__exit__(kind, error, trace)
-        done = [task for task in self._tasks if not task.cancelled()]
-        failure = next((task.exception() for task in done if task.exception() is not None), None)
-        if failure is not None and error is None:
-            raise failure
-        if failure is not None and failure is not error:
-            logger.error("writing a shard in the background failed too: %s", failure)
+        failures = [task.exception() for task in self._tasks if not task.cancelled()]
+        for failure in failures:
+            if failure is None or isinstance(failure, _LeftUndone):
+                continue
+            if error is None:
+                raise failure
+            logger.error("writing a shard in the background failed too: %r", failure)
 
     def append(self, shard: int, collect: Callable[[], Iterable[Drawn]]) -> None:
         """Append to a shard what `collect`, called in the thread, returns."""
@@ -115,7 +120,7 @@ class BackgroundWriter:
 
     def _do(self, work: Callable[..., Result], *arguments: Any) -> Result:
         if self._failed:
-            raise RuntimeError("left undone, because what was given before it failed")
+            raise _LeftUndone
         self._failed = True
         result = work(*arguments)
         self._failed = False

@@ -118,7 +118,9 @@ def fail(*_):
 
 
 @pytest.mark.parametrize("name", ["append", "commit"])
-def test_a_failure_is_raised_by_the_next_call_and_nothing_later_is_done(store, monkeypatch, name):
+def test_a_failure_is_raised_by_the_next_call_and_nothing_later_is_done(
+    store, monkeypatch, caplog, name
+):
     monkeypatch.setattr(ShardWriter, name, fail if name == "commit" else lambda *_, **__: fail())
     later = []
 
@@ -134,6 +136,7 @@ def test_a_failure_is_raised_by_the_next_call_and_nothing_later_is_done(store, m
     with pytest.raises(Broken):
         generate()
     assert later == []
+    assert not caplog.records, "one failure is told once"
     assert committed(store) == []
 
 

@@ -123,7 +123,9 @@ def test_predictions_are_reduced_as_soon_as_a_block_is_full(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_one_logit_that_is_not_finite_refuses_the_batch(bad):
+@pytest.mark.parametrize("values", [1, 10**9])
+def test_one_logit_that_is_not_finite_refuses_the_batch(monkeypatch, values, bad):
+    monkeypatch.setattr(module, "CPU_BLOCK_VALUES", values)
     manifest = synthetic_manifest(TopK(k=4))
     steps = steps_of(manifest, LENGTHS)
     steps[4][3][0, 1, 7] = bad

@@ -83,6 +83,18 @@ def test_when_every_allowed_id_is_kept_the_tail_is_empty_and_dense_and_sparse_ag
     torch.testing.assert_close(kept.double(), expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("k", [3, 8, 32])
+def test_the_mass_of_the_tail_is_exact_at_every_temperature(k):
+    logits, codes = teacher_logits(), allowed_codes()
+    arrays = reduced(logits, codes, k=k, temperatures=TEMPERATURES)
+    for place, temperature in enumerate(TEMPERATURES):
+        tail = reference(logits, temperature)
+        np.put_along_axis(tail, arrays["ids"].numpy(), 0.0, -1)
+        np.testing.assert_allclose(
+            arrays["tail_logmass"][:, place], np.log(tail.sum(-1)), rtol=1e-5, atol=1e-6
+        )
+
+
 def test_the_temperatures_of_the_tail_are_not_powers_of_one_another():
     # A tail mass to the power 1/T, renormalised, is not the tail at T (N equal ids have
     # N^(1 - 1/T) times as much): the stored value must be the exact one.

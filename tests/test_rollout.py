@@ -214,12 +214,15 @@ def test_stored_states_and_heads_give_the_teacher_s_whole_distribution(
             torch.testing.assert_close(stored, again, atol=3e-5, rtol=3e-4, msg=str(key))
 
 
+@pytest.mark.parametrize("source", ["teacher", "dataset"])
 @pytest.mark.parametrize("drawn_at", [1.0, 2.5])
-def test_both_branches_are_stored_whatever_scale_the_codes_were_drawn_at(tmp_path, drawn_at):
+def test_both_branches_are_stored_whatever_scale_the_codes_were_drawn_at(
+    tmp_path, drawn_at, source
+):
     family, samples = teacher_of(**VARIANTS["local"]), samples_of(4)
-    guidance, target = {"scale": drawn_at}, {"kind": "full"} | BOTH
-    store = written(tmp_path / "store", family, samples, target=target, guidance=guidance)
-    plain = written(tmp_path / "plain", family, samples, guidance=guidance)
+    settings = {"guidance": {"scale": drawn_at}, "source": source}
+    store = written(tmp_path / "store", family, samples, target={"kind": "full"} | BOTH, **settings)
+    plain = written(tmp_path / "plain", family, samples, **settings)
     for key in store:
         assert store[key].codes.tolist() == plain[key].codes.tolist()
         for part, scale in (("cond", 1.0), ("uncond", 0.0)):
