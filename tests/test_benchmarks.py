@@ -15,7 +15,7 @@ SHARED = {"measure", "peers"}
 """Modules of benchmarks/ that the scripts import; they are no benchmarks themselves."""
 SMALL = {
     "bytes_per_position": ["--timesteps", "8", "--repeats", "1"],
-    "capture_overhead": "--batch-size 2 --timesteps 3 --shards 1 --layers 1 --repeats 1".split(),
+    "capture_overhead": ["--timesteps", "3", "--shards", "1", "--repeats", "1"],
     "guided_decoding": ["--batch-size", "2", "--timesteps", "3", "--repeats", "1"],
     "loss_overhead": ["--ways", "top_k", "--batches", "1", "--timesteps", "6", "--repeats", "1"],
     "read_rate": ["--gib", "0.002", "--repeats", "1", "--lookups", "20", "--peers", "none"],
