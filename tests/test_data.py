@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -12,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.config import LoaderConfig, TrainConfig
 from stages.data import HostBatch, Packed, StoreBatches, TargetBatch, rollout_batches
@@ -28,6 +30,7 @@ from stages.distributed import Place
 from stages.errors import UserError
 from stages.interruption import STOP_SIGNALS
 from stages.loader import Loader
+from stages.optimization import Objective, optimize
 from stages.targets import BranchedTarget, SparseTarget, load_heads, restore
 from store import DamagedShard, PredictionStore, StoreError
 from store.schema import Dense, Full, Hidden, Sampled, Target, TopK
@@ -511,3 +514,57 @@ def reader_of(store: PredictionStore) -> Callable[[int], list[HostBatch]]:
 
 def keys_of(batches: list[HostBatch]) -> list[tuple[str, int]]:
     return [key for batch in batches for key in batch.keys]
+
+
+class Guesser:
+    """Learns how often each id is drawn, from batches of a store and with noise of the step."""
+
+    def __init__(self, batches: StoreBatches) -> None:
+        torch.manual_seed(0)
+        self.module = nn.Linear(1, 34)
+        self.batches = batches.batches
+
+    def objective(self, _step: int, batch: TargetBatch) -> Objective:
+        logits = self.module(torch.rand(1)).log_softmax(-1)
+        loss = -(logits[batch.codes] * batch.element_weights).sum()
+        return Objective(loss, {"ce": loss})
+
+    def validate(self) -> dict[str, float]:
+        return {}
+
+
+@dataclass
+class StopAfter:
+    """A stop request that comes true at the n-th question."""
+
+    questions: int
+
+    @property
+    def requested(self) -> bool:
+        self.questions -= 1
+        return self.questions < 0
+
+
+def test_a_run_ends_with_the_same_weights_whoever_reads_and_wherever_it_was_stopped(
+    store: PredictionStore, tmp_path: Path
+) -> None:
+    def learn(folder: Path, workers: int, questions: int = 100) -> dict[str, Tensor]:
+        optimizer = {"steps": 8, "batch_size": 8, "micro_batch_size": 5, "warmup_steps": 1}
+        config = config_of(workers=workers, optimizer=optimizer | {"checkpoint_every": 3})
+        with batches_of(store, config) as batches:
+            guesser = Guesser(batches)
+            optimize(
+                guesser.module, guesser.module, guesser, config.optimizer, folder,
+                seed=1, identity="", place=Place(0, 1, CPU), stop=StopAfter(questions),
+            )  # fmt: skip
+        return guesser.module.state_dict()
+
+    whole = learn(tmp_path / "whole", workers=0)
+    ahead = learn(tmp_path / "ahead", workers=2)
+    learn(tmp_path / "stopped", workers=0, questions=4)
+    resumed = learn(tmp_path / "stopped", workers=1)
+    for other in (ahead, resumed):
+        assert all(torch.equal(weights, other[name]) for name, weights in whole.items())
+    log = (tmp_path / "ahead/log.jsonl").read_text().splitlines()
+    assert log
+    assert all(0 <= json.loads(line)["data_wait_share"] <= 1 for line in log)
