@@ -35,7 +35,7 @@ from stages.rollout import rollout
 from stages.rollout_plan import create_store
 from stages.train import train
 from store import PredictionStore
-from store.schema import changed_fields
+from store.schema import Fast, changed_fields
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -241,6 +241,7 @@ class Assembly:
                 "variations": 1,
                 "first_variation": 0,
                 "target": config.target,
+                "profile": Fast(),  # the measure itself must lose nothing
                 "rollouts_per_shard": 4 * config.batch_size,
                 "batch_size": config.batch_size,
             }
