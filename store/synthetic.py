@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from store.encoding import Array, array_specs, ids_dtype
+from store.heads import head_shapes
 from store.plan import Key, Plan
 from store.reader import PredictionStore
 from store.schema import (
@@ -64,14 +65,10 @@ def synthetic_manifest(
 
 
 def synthetic_heads(manifest: Manifest) -> dict[str, Array]:
-    """`GROUP.weight` [C, V, D] and `GROUP.bias` [C, V] float32 for the heads of a manifest."""
+    """`GROUP.weight` [C_g, V, D] and `GROUP.bias` [C_g, V] float32 for the heads of a manifest."""
     random = np.random.default_rng(manifest.seed)
-    shape = (len(manifest.streams), manifest.vocabulary)
-    heads: dict[str, Array] = {}
-    for head in manifest.heads:
-        heads[f"{head.group}.weight"] = random.standard_normal((*shape, head.width), np.float32)
-        heads[f"{head.group}.bias"] = random.standard_normal(shape, np.float32)
-    return heads
+    shapes = head_shapes(manifest).items()
+    return {name: random.standard_normal(shape, np.float32) for name, shape in shapes}
 
 
 def synthetic_arrays(manifest: Manifest, key: Key, timesteps: int) -> dict[str, Array]:
