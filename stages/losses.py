@@ -292,9 +292,9 @@ def _distances(
 ) -> tuple[Terms, Tensor]:
     """Values [n, C] and gradient [n, C, V] of divergences and draws; `logits` is used up.
 
-    `teacher` is over all V ids, or over `ids` [n, C, K] and the rest. Divergences
-    are multiplied by T², so that their gradients do not shrink with the temperature (1503.02531);
-    draws are compared at temperature 1.
+    `teacher` is over all V ids, or over `ids` [n, C, K] and the rest. Divergences are multiplied by
+    T², so that their gradients do not shrink with the temperature (1503.02531); draws are compared
+    at temperature 1.
     """
     means = [logits.gather(-1, draw.ids).mean(-1, keepdim=True) for draw in draws]
     student = AllIds(logits) if ids is None else KeptIds(logits, ids)
