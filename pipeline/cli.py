@@ -13,6 +13,7 @@ import typer
 from tqdm import tqdm
 
 from pipeline.config import load_config
+from pipeline.conversion import ProfileName, conversion_text, profile_of
 from pipeline.inspection import describe_key, describe_store, store_text, verification_text
 from pipeline.launch import FAILED, FINISHED, USAGE_ERROR
 from pipeline.progress import progress, stages_of
@@ -21,6 +22,7 @@ from stages.errors import UserError
 from stages.interruption import stop_request
 from store import StoreError
 from store import verify as check
+from store.convert import convert as convert_store
 
 app = typer.Typer(
     name="foretell",
@@ -145,6 +147,22 @@ def verify(store: StorePath, as_json: Json = False) -> None:
     result = check(store, partial(tqdm, unit="shard", disable=None))
     _print(result.model_dump(mode="json"), as_json, lambda: verification_text(result))
     raise typer.Exit(FINISHED if result.ok else FAILED)
+
+
+@app.command()
+def convert(
+    store: StorePath,
+    destination: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    profile: Annotated[ProfileName, typer.Option(help="How the arrays are encoded.")],
+    loss_nats: Annotated[
+        float | None, typer.Option(help="Bound on the KL that compact may cost, in nats.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a store in another profile, verify every shard and say what it cost."""
+    chosen = profile_of(profile, loss_nats)
+    result = convert_store(store, destination, chosen, partial(tqdm, unit="shard", disable=None))
+    _print(result.model_dump(mode="json"), as_json, lambda: conversion_text(result))
 
 
 def _print(document: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:

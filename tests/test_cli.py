@@ -128,7 +128,8 @@ def test_inspect_shows_a_rollout_and_a_timestep_as_the_store_has_them(tiny_run):
     arrays = store[sample_id, variation, 1].arrays
     for index, stream in enumerate(streams):
         assert stream["code"] == arrays["codes"][index]
-        assert [c["id"] for c in stream["candidates"]] == arrays["top_k.ids"][index].tolist()
+        shown_ids = sorted(candidate["id"] for candidate in stream["candidates"])
+        assert shown_ids == arrays["top_k.ids"][index].tolist()
         kept = sum(c["probability"] for c in stream["candidates"])
         assert kept + stream["tail_mass"] == pytest.approx(1, abs=1e-6)
         tail = np.exp(arrays["top_k.tail_logmass"][index, 0])
@@ -443,3 +444,33 @@ def test_training_with_other_settings_over_a_checkpoint_is_refused(run_of, tiny_
     refused("train:student", train_run(run_of, tiny_run), code=0)
     message = refused("train:student", train_run(run_of, tiny_run, loss={"ce": 1.0}))
     assert "holds a checkpoint of step 6 that was trained with other settings or data" in message
+
+
+def test_convert_shrinks_a_store_verifies_it_and_goes_on_where_it_stopped(tiny_run, tmp_path):
+    source, there, back = tiny_run.root / "store", tmp_path / "compact", tmp_path / "fast"
+    done = foretell("convert", source, there, "--profile", "compact", "--json")
+    assert done.returncode == 0
+    result = json.loads(done.stdout)
+    assert result["bytes_after"] < result["bytes_before"]
+    assert result["written"] == result["shards"] == len(PredictionStore.open(source).committed)
+    assert result["losses"]["top_k.ids"]["exact"]
+    assert 0 < result["mean_kl"] <= result["max_kl"] <= 3e-4 * 1.001
+    again = foretell("convert", source, there, "--profile", "compact")
+    assert "0 written now" in again.stdout
+    assert "top_k.logits: KL" in again.stdout
+    assert json.loads(foretell("inspect", there, "--json").stdout)["profile"]["kind"] == "compact"
+    assert foretell("convert", there, back, "--profile", "fast").returncode == 0
+    assert foretell("verify", back).returncode == 0
+
+
+def test_convert_refuses_what_it_cannot_do(tiny_run, tmp_path):
+    source = tiny_run.root / "store"
+    for arguments in (
+        [source / "inner", "--profile", "compact"],
+        [tmp_path / "x", "--profile", "fast", "--loss-nats", "0.1"],
+        [tmp_path / "x", "--profile", "compact", "--loss-nats", "-1"],
+        [tmp_path / "x", "--profile", "small"],
+    ):
+        done = foretell("convert", source, *arguments)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
