@@ -19,6 +19,7 @@ SMALL = {
     "guided_decoding": ["--batch-size", "2", "--timesteps", "3", "--repeats", "1"],
     "loss_overhead": ["--ways", "top_k", "--batches", "1", "--timesteps", "6", "--repeats", "1"],
     "read_rate": ["--gib", "0.002", "--repeats", "1", "--lookups", "20", "--peers", "none"],
+    "write_rate": ["--mib", "0.5", "--repeats", "1"],
 }
 """Arguments that make each benchmark short; a new one must be named here."""
 REQUIRED = {
@@ -34,7 +35,7 @@ REQUIRED = {
         "random_p50_vs_memmap",
         "random_p95_ms",
     },
-    "write_rate": set(),
+    "write_rate": {"fast_over_plain", "compact_over_plain", "compact_disk_over_plain"},
     "bytes_per_position": {
         "compact_k50_v2048_bytes",
         "compact_k64_v2048_bytes",
