@@ -58,7 +58,10 @@ def unseal(path: Path, record: type[R]) -> tuple[R, str]:
             f"{'.'.join(map(str, fault['loc'])) or 'document'}: {fault['msg']}"
             for fault in error.errors(include_url=False)[:8]
         )
-        raise StoreError(f"{path} is no valid {record.__name__}: {faults}") from error
+        raise StoreError(
+            f"{path} is no valid {record.__name__}: {faults}; if a newer foretell wrote it, "
+            "install that, else restore it from a copy"
+        ) from error
 
 
 def _read(path: Path) -> bytes:

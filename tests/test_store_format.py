@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import re
 import struct
 from functools import partial
 from pathlib import Path
@@ -16,10 +18,25 @@ import xxhash
 
 from store import PredictionStore, StoreError
 from store.encoding import ArraySpec
-from store.schema import Compact, Dense, Fast, Full, Hidden, Profile, Sampled, Target, TopK
+from store.schema import (
+    Compact,
+    Dense,
+    Fast,
+    Full,
+    Head,
+    Hidden,
+    Manifest,
+    Profile,
+    Sampled,
+    Target,
+    TopK,
+)
+from store.shard import ShardRecord
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
-from store.zarr_codecs import Pco
+from store.zarr_codecs import CODECS, Pco
 from store.zarr_files import ArrayFiles, Unencodable, check_group, group_header
+
+ROOT = Path(__file__).parent.parent
 
 
 def encode(spec: ArraySpec, values: Any, profile: Profile | None = None) -> bytes:
@@ -197,6 +214,38 @@ def test_a_header_of_the_group_that_does_not_describe_its_arrays_is_refused(
     check_group(content, [files], 300)
     with pytest.raises(StoreError, match=message):
         check_group(content.replace(old.encode(), new.encode(), 1), [files], 300)
+
+
+def test_the_code_and_the_header_in_the_documentation_are_right(tmp_path: Path) -> None:
+    text = (ROOT / "docs/format.md").read_text(encoding="utf-8")
+    (header,) = re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)
+    assert json.loads(header) | {"attributes": {}} == HEADER
+    mapping, stock = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    store = synthetic_store(tmp_path, synthetic_manifest(TopK(k=3)), 2, 1, 2)
+    write_synthetic_shard(store, 0, 300)
+    names: dict[str, Any] = {}
+    exec(mapping, names)
+    exec(stock.replace("STORE/shards/00042", str(tmp_path / "shards/00000")), names)
+    for name, array in PredictionStore.open(tmp_path).shard(0).arrays.items():
+        np.testing.assert_array_equal(names["map_array"](tmp_path / "shards/00000", name), array)
+        np.testing.assert_array_equal(names["group"][name][:], array)
+
+
+def test_the_documentation_names_every_codec_array_and_field() -> None:
+    text = (ROOT / "docs/format.md").read_text(encoding="utf-8")
+    for codec in CODECS:
+        assert f"| `{codec.name}` | " in text
+        for setting in dataclasses.fields(codec):
+            assert f"`{setting.name}`" in text
+    for _, arrays in ARRAYS:
+        for name in arrays:
+            assert f"`{name.replace('backbone', 'GROUP')}`" in text
+    for record in (Manifest, ShardRecord):
+        for name in record.model_fields:
+            assert f"| `{name}` | " in text
+    for kind in (TopK, Full, Sampled, Hidden, Dense, Compact, Head):
+        for name in kind.model_fields:
+            assert name in text
 
 
 ARRAYS: list[tuple[Target, list[str]]] = [
