@@ -101,7 +101,9 @@ def formulas(module: str) -> Iterator[str]:
 
 def test_the_formula_of_guidance_stands_in_one_place():
     found = {module: list(formulas(module)) for module in MODULES}
-    assert found.pop("stages.guidance") == ["(1.0 - scale) * _single(uncond) + scale * _single(cond)"]
+    assert found.pop("stages.guidance") == [
+        "(1.0 - scale) * _single(uncond) + scale * _single(cond)"
+    ]
     # A blend of a cosine schedule is no guidance; nothing else may look like it.
     assert [m for m, expressions in found.items() if any("cond" in e for e in expressions)] == []
     users = {m for m in MODULES if "stages.guidance.guide" in set(imports(m))}
