@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -51,7 +51,7 @@ class PredictionStore:
     committed: list[int]
     """Shards that were committed when the store was opened, rising."""
 
-    def __init__(self, layout: Layout, cached_shards: int | None) -> None:
+    def __init__(self, layout: Layout, cached_shards: int, mapped_shards: int) -> None:
         self._layout = layout
         self.manifest, self.fingerprint = unseal(layout.manifest, Manifest)
         self.plan = Plan.from_table(read_table(layout.plan, self.manifest), str(layout.plan))
@@ -63,11 +63,10 @@ class PredictionStore:
         specs = array_specs(self.manifest).values()
         self._files = {spec.name: ArrayFiles.of(spec, self.manifest.profile) for spec in specs}
         self._mapped_only = isinstance(self.manifest.profile, Fast)
-        self._cached_shards = cached_shards
+        self._limits = cached_shards, mapped_shards
         self._verified: dict[int, VerifiedShard] = {}
-        mapped = cached_shards if self._mapped_only else None
-        self._mapped: Recent[MappedShard] = Recent(mapped or MAPPED_SHARDS)
-        self._decoded: Recent[Shard] = Recent(cached_shards or DECODED_SHARDS)
+        self._mapped: Recent[MappedShard] = Recent(mapped_shards)
+        self._decoded: Recent[Shard] = Recent(cached_shards)
 
     @classmethod
     def create(
@@ -89,22 +88,30 @@ class PredictionStore:
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | Path, cached_shards: int | None = None) -> PredictionStore:
+    def open(
+        cls,
+        path: str | Path,
+        cached_shards: int = DECODED_SHARDS,
+        mapped_shards: int = MAPPED_SHARDS,
+    ) -> PredictionStore:
         """Open a store for reading and writing, pinning the shards committed by now.
 
-        At most `cached_shards` shards stay mapped (`fast`) or decoded (`compact`); None is 64 or 4.
+        At most `cached_shards` decoded shards (`compact`) stay in memory. The files of at most
+        `mapped_shards` stay mapped; that takes descriptors but no memory, and mapping them anew
+        costs a quarter of what it takes to read them.
         Raises StoreError when there is none, or its manifest, plan or samples were altered.
         """
         layout = Layout.at(path)
         if not layout.manifest.is_file():
             raise StoreError(f"{layout.root} is no store: it holds no manifest.json; correct it")
-        if cached_shards is not None and cached_shards < 1:
-            raise StoreError(f"cached_shards is {cached_shards} but must be >= 1: raise it")
-        return cls(layout, cached_shards)
+        for name, limit in (("cached_shards", cached_shards), ("mapped_shards", mapped_shards)):
+            if limit < 1:
+                raise StoreError(f"{name} is {limit} but must be >= 1: raise it")
+        return cls(layout, cached_shards, mapped_shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels as its path: another process opens it again, with the same pinned shards."""
-        return _reopen, (self.path, self._cached_shards, self.fingerprint, self.committed)
+        return _reopen, (self.path, self._limits, self.fingerprint, self.committed)
 
     @property
     def path(self) -> Path:
@@ -207,14 +214,22 @@ class PredictionStore:
 
     def sample(self, sample_id: str) -> dict[str, Any]:
         """The conditioning inputs of one sample by column; raises RolloutNotFound."""
+        return self.samples_of([sample_id])[0]
+
+    def samples_of(self, sample_ids: Sequence[str]) -> list[dict[str, Any]]:
+        """The conditioning inputs of some samples, in their order; raises RolloutNotFound."""
+        rows = [self._sample_row(sample_id) for sample_id in sample_ids]
+        samples: list[dict[str, Any]] = self.samples.take(pa.array(rows, pa.int64())).to_pylist()
+        return samples
+
+    def _sample_row(self, sample_id: str) -> int:
         row = self._sample_rows.find(sample_id) if isinstance(sample_id, str) else None
         if row is None:
             raise RolloutNotFound(
                 f"sample {sample_id!r} is not in {self._layout.samples}: it has "
                 f"{self.samples.num_rows} samples; take an id from keys()"
             )
-        sample: dict[str, Any] = self.samples.slice(row, 1).to_pylist()[0]
-        return sample
+        return row
 
     @cached_property
     def _sample_rows(self) -> TextIndex:
@@ -272,9 +287,9 @@ class PredictionStore:
 
 
 def _reopen(
-    path: Path, cached_shards: int | None, fingerprint: str, committed: list[int]
+    path: Path, limits: tuple[int, int], fingerprint: str, committed: list[int]
 ) -> PredictionStore:
-    store = PredictionStore.open(path, cached_shards)
+    store = PredictionStore.open(path, *limits)
     if store.fingerprint != fingerprint:
         raise StoreError(f"{path} is another store than the one that was pickled: open it again")
     store._pin(committed)

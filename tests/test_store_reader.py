@@ -216,20 +216,21 @@ def test_rollouts_cannot_be_written_and_are_views_where_they_can(store: Predicti
 
 
 def test_at_most_the_asked_number_of_shards_stays_in_memory(store: PredictionStore) -> None:
-    reader = PredictionStore.open(store.path, cached_shards=1)
+    reader = PredictionStore.open(store.path, cached_shards=1, mapped_shards=1)
     first = reader.shard(0)
     assert reader.shard(0) is first
     reader.shard(1)
     assert reader.shard(0) is not first
-    with pytest.raises(StoreError, match="cached_shards is 0 but must be >= 1"):
-        PredictionStore.open(store.path, cached_shards=0)
+    for name in ("cached_shards", "mapped_shards"):
+        with pytest.raises(StoreError, match=f"{name} is 0 but must be >= 1"):
+            PredictionStore.open(store.path, **{name: 0})
 
 
 def test_few_files_stay_open_however_many_shards_are_read(tmp_path: Path) -> None:
     made = synthetic_store(tmp_path, synthetic_manifest(TopK(k=3)), 12, 1, 1)
     for shard in range(12):
         write_synthetic_shard(made, shard, 3)
-    store = PredictionStore.open(tmp_path, cached_shards=3)
+    store = PredictionStore.open(tmp_path, mapped_shards=3)
     before, arrays = len(os.listdir("/proc/self/fd")), len(store.shard(0).arrays)
     for key in [*store, *store]:
         store[key]
@@ -239,7 +240,7 @@ def test_few_files_stay_open_however_many_shards_are_read(tmp_path: Path) -> Non
 def test_a_shard_is_verified_once_however_often_it_is_mapped(
     store: PredictionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = PredictionStore.open(store.path, cached_shards=1)
+    reader = PredictionStore.open(store.path, mapped_shards=1)
     keys = [store.plan[0][0], store.plan[1][0]]
     first = [reader[key] for key in keys]
     monkeypatch.setattr(ShardFolder, "open", None)
@@ -290,7 +291,7 @@ def test_processes_read_what_their_parent_reads(store: PredictionStore, method: 
 
 def test_threads_may_share_a_store(store: PredictionStore) -> None:
     expected = {key: store[key] for key in store}
-    shared, keys = PredictionStore.open(store.path, cached_shards=1), list(store) * 20
+    shared, keys = PredictionStore.open(store.path, 1, 1), list(store) * 20
 
     def read(key: Key) -> None:
         for rollout in (

@@ -350,7 +350,7 @@ def test_a_file_that_changes_while_the_store_is_open_is_refused(
 ) -> None:
     """A rollout that was read before does not vouch for the files after."""
     monkeypatch.setattr(shard_folder, "RECHECK_S", 0)
-    store = PredictionStore.open(path, cached_shards=1)
+    store = PredictionStore.open(path, mapped_shards=1)
     key = store.plan[1][0]
     content, place = (path / CHUNKS).read_bytes(), path / CHUNKS
     for damage in (Path.unlink, cut, lengthen, flip):
