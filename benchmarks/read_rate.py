@@ -34,6 +34,7 @@ from torch import Tensor
 
 from stages.config import LoaderConfig
 from stages.data import BatchReader
+from stages.host_memory import HostMemory
 from stages.loader import Loader
 from store import PredictionStore
 from store.order import BUFFER_SHARDS, Order
@@ -180,7 +181,7 @@ class Ours(Engine):
             micro_batch_size=None,
             rank=0,
             world_size=1,
-            pin=False,
+            memory=HostMemory(),
         )
 
     def batches(self, epoch: int) -> Iterator[dict[str, Tensor]]:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import get_worker_info
 
 from stages.config import OptimizerConfig, TrainConfig
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.family import Family, Sample
+from stages.host_memory import HostMemory
 from stages.loader import Loader
 from stages.losses import element_weights
 from stages.targets import RestoredTarget, load_heads, read_scales, restore
@@ -125,14 +125,16 @@ class Packed:
     """First byte, type and shape of each."""
 
     @classmethod
-    def empty(cls, shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], pin: bool) -> Self:
-        """Make room for arrays of these types and shapes; `pin` makes it page-locked."""
+    def empty(
+        cls, shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], memory: HostMemory
+    ) -> Self:
+        """Make room for arrays of these types and shapes."""
         fields, end = {}, 0
         for name, (dtype, shape) in shapes.items():
             fields[name] = (end, torch.from_numpy(np.empty(0, dtype)).dtype, shape)
             size = dtype.itemsize * math.prod(shape)
             end += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        return cls(_room(end, pin), fields)
+        return cls(memory.take(end), fields)
 
     def __getitem__(self, name: str) -> Tensor:
         start, dtype, shape = self.fields[name]
@@ -146,13 +148,6 @@ class Packed:
     def pin_memory(self) -> Packed:
         """Copy all of it into page-locked memory."""
         return replace(self, memory=self.memory.pin_memory())
-
-
-def _room(size_bytes: int, pin: bool) -> Tensor:
-    if get_worker_info() is not None:  # what a process sends lies in shared memory at once
-        shared = torch.UntypedStorage._new_shared(size_bytes)  # type: ignore[no-untyped-call]
-        return torch.empty(0, dtype=torch.uint8).set_(shared)
-    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pin)
 
 
 @dataclass(frozen=True)
@@ -183,8 +178,8 @@ class BatchReader:
     micro_batch_size: int | None
     rank: int
     world_size: int
-    pin: bool
-    """Whether to read into page-locked memory."""
+    memory: HostMemory
+    """Where batches are read into."""
 
     def __call__(self, position: int) -> list[HostBatch]:
         """Return the micro-batches of the global batch that starts at `position`."""
@@ -197,9 +192,10 @@ class BatchReader:
     def _read(self, part: Array) -> HostBatch:
         """`part` is [B, 3]: place of the shard, row in the shard, epoch."""
         shards = [self.store.committed[place] for place in part[:, 0].tolist()]
+        held = {shard: self.store.shard(shard) for shard in dict.fromkeys(shards)}
         rows, epochs = part[:, 1].tolist(), part[:, 2].tolist()
-        rollouts = [self.store.shard(shard)[row] for shard, row in zip(shards, rows, strict=True)]
-        return host_batch(self.store, rollouts, epochs, self.pin)
+        rollouts = [held[shard][row] for shard, row in zip(shards, rows, strict=True)]
+        return host_batch(self.store, rollouts, epochs, self.memory)
 
 
 class StoreBatches:
@@ -230,7 +226,8 @@ class StoreBatches:
             config.optimizer.micro_batch_size,
             place.rank,
             place.world_size,
-            pin and not config.loader.workers,  # a process has no device to pin memory for
+            # A process has no device to pin memory for.
+            HostMemory(pin=pin and not config.loader.workers),
         )
         self._loader = Loader(reader, config.loader, config.optimizer.batch_size, pin)
 
@@ -265,7 +262,10 @@ def _micro(share: np.ndarray, micro_batch_size: int | None) -> Iterator[np.ndarr
 
 
 def host_batch(
-    store: PredictionStore, rollouts: Sequence[Rollout], epochs: Sequence[int], pin: bool = False
+    store: PredictionStore,
+    rollouts: Sequence[Rollout],
+    epochs: Sequence[int],
+    memory: HostMemory,
 ) -> HostBatch:
     """Pad the codes and the target's arrays of some rollouts of a store into one batch."""
     prefix = f"{store.manifest.target.kind}."
@@ -276,7 +276,7 @@ def host_batch(
     frame = len(rollouts), int(lengths.max())
     shapes = {name: (array.dtype, (*frame, *array.shape[1:])) for name, array in like.items()}
     each = {"lengths": lengths, "weights": weights}
-    arrays = Packed.empty(shapes | {n: (a.dtype, a.shape) for n, a in each.items()}, pin)
+    arrays = Packed.empty(shapes | {n: (a.dtype, a.shape) for n, a in each.items()}, memory)
     for name, values in each.items():
         arrays[name].numpy()[:] = values
     for name in names:
@@ -284,7 +284,7 @@ def host_batch(
     return HostBatch(
         keys=[(rollout.sample_id, rollout.variation) for rollout in rollouts],
         epochs=epochs,
-        samples=[store.sample(rollout.sample_id) for rollout in rollouts],
+        samples=store.samples_of([rollout.sample_id for rollout in rollouts]),
         lengths=lengths.tolist(),
         arrays=arrays,
         weight=float(lengths @ weights.astype(np.float64)) * len(store.manifest.streams),
@@ -335,9 +335,9 @@ def rollout_batches(
 
     Branches that are stored apart are mixed at the scale at which the codes were drawn.
     """
-    manifest, heads = store.manifest, _heads(store, device)
+    manifest, heads, memory = store.manifest, _heads(store, device), HostMemory()
     scale = manifest.guidance.scale if manifest.branches == "both" else None
     for start in range(0, len(keys), size):
         rollouts = [store[key] for key in keys[start : start + size]]
-        batch = host_batch(store, rollouts, epochs=[0] * len(rollouts))
+        batch = host_batch(store, rollouts, [0] * len(rollouts), memory)
         yield restored_batch(batch, manifest, heads, device, scale)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from stages.config import LoaderConfig, TrainConfig
 from stages.data import HostBatch, Packed, StoreBatches, TargetBatch, rollout_batches
 from stages.distributed import Place
 from stages.errors import UserError
+from stages.host_memory import HostMemory
 from stages.interruption import STOP_SIGNALS
 from stages.loader import Loader
 from stages.optimization import Objective, optimize
@@ -190,7 +192,8 @@ def test_every_kind_of_target_arrives_as_what_its_arrays_are_restored_to(
 def test_packed_arrays_lie_apart_in_one_piece_of_memory(
     fields: dict[str, tuple[str, tuple[int, ...]]],
 ) -> None:
-    packed = Packed.empty({n: (np.dtype(d), shape) for n, (d, shape) in fields.items()}, pin=False)
+    shapes = {n: (np.dtype(d), shape) for n, (d, shape) in fields.items()}
+    packed = Packed.empty(shapes, HostMemory())
     contents = {}
     for number, (name, (dtype, shape)) in enumerate(fields.items()):
         contents[name] = np.full(shape, number + 1, dtype)
@@ -199,6 +202,48 @@ def test_packed_arrays_lie_apart_in_one_piece_of_memory(
     for name, content in contents.items():
         assert copy[name].numpy().dtype == content.dtype
         np.testing.assert_array_equal(copy[name].numpy(), content)
+
+
+def addresses(memory: HostMemory, *sizes: int) -> list[int]:
+    """Where pieces that are held together lie."""
+    return [piece.data_ptr() for piece in [memory.take(size) for size in sizes]]
+
+
+def test_memory_that_nobody_holds_is_given_out_again_and_no_other() -> None:
+    memory = HostMemory()
+    view = memory.take(1000)[10:20].numpy()[2:4]
+    view[:] = 7
+    held = memory.take(900)
+    held.fill_(1)
+    assert view.tolist() == [7, 7]
+    address = held.data_ptr()
+    del held
+    assert addresses(memory, 500) == [address]  # smaller, and the only one that is free
+    del view
+    first = addresses(memory, 900, 1000)
+    assert first[0] == address
+    assert addresses(memory, 1000, 900) == first[::-1]  # the smallest that is large enough
+
+
+def test_there_is_never_more_memory_than_was_in_use_at_once() -> None:
+    memory = HostMemory()
+    for size in range(1, 50):
+        memory.take(size)
+    assert [len(piece) for piece in memory._free.values()] == [49]
+    assert not pickle.loads(pickle.dumps(memory))._free
+    assert memory.take(0).stride() == (1,)
+
+
+def test_threads_never_share_a_piece_of_memory() -> None:
+    memory = HostMemory()
+
+    def write(number: int) -> bool:
+        return all(
+            bool((memory.take(64 + turn % 7).fill_(number) == number).all()) for turn in range(300)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(write, range(4)))
 
 
 # The same batches, whoever reads them.
