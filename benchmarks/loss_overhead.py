@@ -4,8 +4,8 @@
 Every other way is the same student's step on the same rollouts with the forward KL (for `sampled`
 the soft cross entropy) on what a store holds, read by `StoreBatches`. The stores are real: a model
 of the demo's shape with random weights scores the same recordings into each of them. Steps are
-timed in turns in one process, of one thread for the model; peak memory is that of processes of
-their own, or of the allocator on CUDA.
+timed in turns in one process, of one thread for the model, and every turn takes the same batches;
+peak memory is that of processes of their own, or of the allocator on CUDA.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ WAYS: dict[str, tuple[dict[str, Any], str, dict[str, float]]] = {
     "full": ({"kind": "full"}, "fast", KL),
 }  # fmt: skip
 """Target, profile and loss by name; `top_k` gives the ratios without a name of their own."""
-WARM_UP_STEPS = 3
+MEMORY_STEPS = 6
 
 
 class CodeLearner:
@@ -173,12 +173,12 @@ def peak_bytes(name: str, folder: Path, options: argparse.Namespace) -> int:
     student = Student(folder, options)
     steps = student.steps(name)
     if student.place.device.type != "cuda":
-        steps(WARM_UP_STEPS + 3)
+        steps(MEMORY_STEPS)
         # Not ru_maxrss: a process inherits that from the one that started it.
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
     torch.cuda.reset_peak_memory_stats()
-    steps(WARM_UP_STEPS + 3)
+    steps(MEMORY_STEPS)
     return torch.cuda.max_memory_allocated()
 
 
@@ -196,15 +196,12 @@ def time_ways(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     student = Student(folder, options)
     ways: dict[str, Callable[[], None]] = {}
     for name in ("ce", *options.ways):
-        ways[name] = partial(student.steps(name), options.steps)
-    for _ in range(WARM_UP_STEPS - 1):
-        for work in ways.values():
-            work()
+        ways[name] = partial(student.steps(name), options.batches)
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     turns = interleaved(ways, "ce", options.repeats, clock)
     if not options.json:
         for name, turn in turns.items():
-            millis = 1000 * turn.median_s / options.steps
+            millis = 1000 * turn.median_s / options.batches
             print(f"{name:<16}{millis:>10.1f} ms/step{turn.slowdown:>8.3f} × ce")
     return {name: turns[name].slowdown for name in options.ways}
 
@@ -213,11 +210,10 @@ def main() -> None:
     """Measure, print tables, and end with one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=6, help="of rollouts in each store")
+    parser.add_argument("--batches", type=int, default=4, help="in each store; a turn takes all")
     parser.add_argument("--timesteps", type=int, default=100, help="of a rollout, on average")
     parser.add_argument("--layers", type=int, default=4, help="of the decoder")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of one turn")
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--precision", choices=["fp32", "bf16", "auto"], default="auto")
     parser.add_argument("--device", default="cpu")
