@@ -45,7 +45,7 @@ from store.synthetic import synthetic_manifest
 STREAMS, VOCABULARY, KEPT, WIDTH = 8, 2048, 64, 64
 MAX_TIMESTEPS = 400
 VARIATIONS = 2
-ROLLOUTS_PER_SHARD = 128
+ROLLOUTS_PER_SHARD = 32
 
 
 def teacher(timesteps: int, random: np.random.Generator) -> Arrays:
