@@ -27,7 +27,7 @@ from measure import interleaved, report
 from torch.nn import functional
 
 from stages.config import OptimizerConfig, RolloutConfig, TrainConfig
-from stages.data import StoreBatches, TargetBatch
+from stages.data import CodeBatch, StoreBatches, TargetBatch
 from stages.distributed import Place, choose_device, computes_bf16
 from stages.family import Family
 from stages.interruption import StopRequest
@@ -55,14 +55,14 @@ MEMORY_STEPS = 6
 class CodeLearner:
     """Plain cross entropy on the codes of batches that lie in memory."""
 
-    def __init__(self, family: Family, batches: Sequence[Sequence[TargetBatch]], size: int) -> None:
+    def __init__(self, family: Family, batches: Sequence[Sequence[CodeBatch]], size: int) -> None:
         self._family, self._batches, self._size = family, batches, size
 
-    def batches(self, position: int) -> Sequence[TargetBatch]:
+    def batches(self, position: int) -> Sequence[CodeBatch]:
         """Return the micro-batches that begin at `position`."""
         return self._batches[position // self._size % len(self._batches)]
 
-    def objective(self, step: int, batch: TargetBatch) -> Objective:
+    def objective(self, step: int, batch: CodeBatch) -> Objective:
         """Return the summed cross entropy of a micro-batch."""
         logits = self._family.score(batch.samples, batch.codes, batch.lengths).logits
         labels = batch.codes.masked_fill(batch.element_weights == 0, -100)
@@ -163,9 +163,18 @@ class Student:
         store = PredictionStore.open(self._folder / self._options.ways[0])
         reader = StoreBatches(store, self._config(KL), 0, self.place)
         size = self._options.batch_size
-        batches = [reader.batches(size * number) for number in range(self._options.batches)]
+        batches = [
+            [without_target(reader.restored(batch)) for batch in reader.batches(size * number)]
+            for number in range(self._options.batches)
+        ]
         reader.close()
         return CodeLearner(self._family, batches, size)
+
+
+def without_target(batch: TargetBatch) -> CodeBatch:
+    """Keep what cross entropy needs, in memory of its own."""
+    lengths = batch.lengths.clone()
+    return CodeBatch(batch.samples, batch.epochs, batch.codes, lengths, batch.element_weights)
 
 
 def peak_bytes(name: str, folder: Path, options: argparse.Namespace) -> int:

@@ -72,7 +72,7 @@ class TargetBatch:
     element_weights: Tensor
     """[B, T, C] float32: the rollout's weight, 0 beyond its length."""
     weight: float
-    """Sum of the weights of the predictions, known without asking the device."""
+    """Sum of the weights of the predictions."""
 
 
 class DatasetBatches:
@@ -161,6 +161,7 @@ class HostBatch:
     arrays: Packed
     """`lengths` [B] int64, `weights` [B] float32, and [B, T, ...] all others."""
     weight: float
+    """Sum of the weights of the predictions."""
 
     def pin_memory(self) -> HostBatch:
         """Copy the arrays into page-locked memory."""
@@ -231,11 +232,12 @@ class StoreBatches:
         )
         self._loader = Loader(reader, config.loader, config.optimizer.batch_size, pin)
 
-    def batches(self, position: int) -> list[TargetBatch]:
+    def batches(self, position: int) -> list[HostBatch]:
         """Return this process's micro-batches of the global batch that starts at `position`."""
-        return [self._restored(batch) for batch in self._loader[position]]
+        return self._loader[position]
 
-    def _restored(self, batch: HostBatch) -> TargetBatch:
+    def restored(self, batch: HostBatch) -> TargetBatch:
+        """Move a micro-batch to the device: one at a time, or they would be there together."""
         scale = read_scales(self._scale, self._seed, batch.keys, batch.epochs)
         return restored_batch(batch, self._manifest, self._heads, self._device, scale)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from stages.config import TrainConfig
-from stages.data import StoreBatches, TargetBatch
+from stages.data import HostBatch, StoreBatches
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.family import Family
@@ -106,7 +106,7 @@ class TargetLearner:
         self._device = place.device
         self._batches = StoreBatches(store, config, seed, place)
 
-    def batches(self, position: int) -> Sequence[TargetBatch]:
+    def batches(self, position: int) -> Sequence[HostBatch]:
         """Return this process's micro-batches of the global batch that starts at `position`."""
         return self._batches.batches(position)
 
@@ -114,8 +114,9 @@ class TargetLearner:
         """End what reads batches ahead."""
         self._batches.close()
 
-    def objective(self, step: int, batch: TargetBatch) -> Objective:
+    def objective(self, step: int, host_batch: HostBatch) -> Objective:
         """Return the weighted loss terms of a micro-batch and the model's own losses."""
+        batch = self._batches.restored(host_batch)
         scores = self._family.score(batch.samples, batch.codes, batch.lengths)
         weights = batch.element_weights * self._stream_weights(step)
         loss = self._config.loss

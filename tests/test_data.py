@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections import OrderedDict
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from stages import data
 from stages.config import LoaderConfig, TrainConfig
 from stages.data import HostBatch, Packed, StoreBatches, TargetBatch, rollout_batches
 from stages.distributed import Place
@@ -35,7 +36,9 @@ from stages.loader import Loader
 from stages.optimization import Objective, optimize
 from stages.targets import BranchedTarget, SparseTarget, load_heads, restore
 from store import DamagedShard, PredictionStore, StoreError
-from store.schema import Dense, Full, Hidden, Sampled, Target, TopK
+from store.schema import Compact, Dense, Full, Hidden, Profile, Sampled, Target, TopK
+from store.shard import Shard
+from store.shard_folder import MappedShard
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 
 CPU = torch.device("cpu")
@@ -45,8 +48,10 @@ STARTS = ("fork", "spawn", "forkserver")
 PROCESSES = [pytest.param(s, marks=[pytest.mark.slow] if s != "fork" else []) for s in STARTS]
 
 
-def made(path: Path, target: Target, samples: int = SAMPLES) -> PredictionStore:
-    manifest = synthetic_manifest(target)
+def made(
+    path: Path, target: Target, samples: int = SAMPLES, profile: Profile | None = None
+) -> PredictionStore:
+    manifest = synthetic_manifest(target, profile=profile)
     store = synthetic_store(path, manifest, samples, VARIATIONS, ROLLOUTS_PER_SHARD)
     for shard in range(len(store.plan)):
         write_synthetic_shard(store, shard, 9)
@@ -79,10 +84,14 @@ def walked(
     store: PredictionStore, config: TrainConfig, positions: range, **place: int
 ) -> list[TargetBatch]:
     with batches_of(store, config, **place) as batches:
-        return [batch for position in positions for batch in batches.batches(position)]
+        return [batch for position in positions for batch in restored(batches, position)]
 
 
-def seen(batches: list[TargetBatch]) -> list[tuple[str, int, int]]:
+def restored(batches: StoreBatches, position: int) -> list[TargetBatch]:
+    return [batches.restored(batch) for batch in batches.batches(position)]
+
+
+def seen(batches: list[TargetBatch] | list[HostBatch]) -> list[tuple[str, int, int]]:
     """(sample_id, variation, epoch) of every rollout, in order."""
     return [(*k, e) for batch in batches for k, e in zip(batch.keys, batch.epochs, strict=True)]
 
@@ -265,11 +274,27 @@ def test_processes_read_the_same_batches_as_a_thread(
     assert not multiprocessing.active_children()
 
 
+def test_only_the_micro_batch_that_is_asked_for_is_moved_to_the_device(
+    store: PredictionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[Packed] = []
+    plain = Packed.to
+    monkeypatch.setattr(
+        Packed, "to", lambda self, device: moved.append(self) or plain(self, device)
+    )
+    with batches_of(store, config_of(micro=3)) as batches:
+        found = batches.batches(0)
+        assert len(found) == 3
+        assert not moved
+        batches.restored(found[1])
+        assert moved == [found[1].arrays]
+
+
 def test_a_batch_read_alone_equals_the_one_that_was_read_ahead(
     store: PredictionStore, reference: list[TargetBatch]
 ) -> None:
     with batches_of(store, config_of(micro=3)) as batches:
-        backwards = [batches.batches(position) for position in range(48, -1, -8)]
+        backwards = [restored(batches, position) for position in range(48, -1, -8)]
     assert_equal([batch for part in reversed(backwards) for batch in part], reference)
 
 
@@ -507,32 +532,35 @@ def test_closing_ends_threads_and_processes_and_a_later_batch_begins_anew(
 # The store that readers hold.
 
 
-def test_every_shard_is_loaded_once_in_an_epoch_with_no_more_than_a_buffer_in_memory(
-    store: PredictionStore, monkeypatch: pytest.MonkeyPatch
+def test_a_shard_is_decoded_once_in_an_epoch_and_two_buffers_at_most_are_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held: OrderedDict[int, None] = OrderedDict()
-    loads: list[int] = []
-    plain = PredictionStore.shard
+    made(tmp_path / "s", TopK(k=4), profile=Compact())
+    decoded: list[tuple[int, weakref.ref[Any]]] = []
+    alive: list[int] = []
+    plain_load, plain_batch = MappedShard.load, data.host_batch
 
-    def counted(self: PredictionStore, shard: int) -> Any:
-        if shard not in held:
-            loads.append(shard)
-            if len(held) == 2:
-                held.popitem(last=False)
-            held[shard] = None
-        held.move_to_end(shard)
-        return plain(self, shard)
+    def load(self: MappedShard) -> Shard:
+        shard = plain_load(self)
+        # A slice of a slice refers to the whole: it lives as long as any rollout of the shard.
+        decoded.append((shard.number, weakref.ref(shard.arrays["codes"].base)))
+        alive.append(sum(reference() is not None for _, reference in decoded))
+        return shard
 
-    monkeypatch.setattr(PredictionStore, "shard", counted)
+    def slow_batch(*arguments: Any) -> HostBatch:
+        time.sleep(0.002)
+        return plain_batch(*arguments)
+
+    monkeypatch.setattr(MappedShard, "load", load)
+    monkeypatch.setattr(data, "host_batch", slow_batch)
+    store = PredictionStore.open(tmp_path / "s", cached_shards=2)
     # 44 rollouts in batches of 5 and micro-batches of 2, so that some span two buffers.
-    reader = StoreBatches(store, config_of(batch_size=5, micro=2), 5, Place(0, 1, CPU))
-    with closing(reader):
-        read = [
-            len(batch.keys) for position in range(0, 40, 5) for batch in reader.batches(position)
-        ]
+    config = config_of(batch_size=5, micro=2, loader={"prefetch": 16})
+    with batches_of(store, config) as batches:
+        read = [len(b.keys) for position in range(0, 40, 5) for b in batches.batches(position)]
     assert sum(read) == 40
-    assert len({*loads[:8]}) == 8
-    assert len(loads) <= 10  # what was read ahead may reach into the second epoch
+    assert len({number for number, _ in decoded[:8]}) == 8
+    assert max(alive) <= 4
 
 
 def test_a_reader_in_another_process_reads_the_shards_that_were_pinned(tmp_path: Path) -> None:
@@ -567,9 +595,10 @@ class Guesser:
     def __init__(self, batches: StoreBatches) -> None:
         torch.manual_seed(0)
         self.module = nn.Linear(1, 34)
-        self.batches = batches.batches
+        self.batches, self.restored = batches.batches, batches.restored
 
-    def objective(self, _step: int, batch: TargetBatch) -> Objective:
+    def objective(self, _step: int, host_batch: HostBatch) -> Objective:
+        batch = self.restored(host_batch)
         logits = self.module(torch.rand(1)).log_softmax(-1)
         loss = -(logits[batch.codes] * batch.element_weights).sum()
         return Objective(loss, {"ce": loss})
