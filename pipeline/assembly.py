@@ -23,7 +23,7 @@ from pipeline.results import write_report
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
 from stages.dataset import Dataset, read_header
 from stages.distributed import Place, choose_device, peak_device_bytes, place
-from stages.draw import draw_codes, drawing_student, read_draws
+from stages.draw import draw_codes, draw_origin, draw_settings, read_draws
 from stages.errors import UserError
 from stages.evaluate import evaluate
 from stages.family import Family, Sample, load_family, saved_family
@@ -115,7 +115,10 @@ class Assembly:
         config, device, dataset = self._rollout_inputs()
         teacher = _load(self._folders.teacher, device, config.precision)
         samples = dataset.samples(config.split)
-        drawn_by_student = config.source == "student"
+        origin: dict[str, str] = {}
+        if config.source == "student":
+            settings = draw_settings(config, teacher, samples, self._config.seed)
+            origin = draw_origin(self._folders.draws, settings)
         store = create_store(
             self._folders.store,
             config,
@@ -124,7 +127,7 @@ class Assembly:
             facts=dataset.facts,
             dataset_fingerprint=dataset.header.fingerprint,
             seed=self._config.seed,
-            student_fingerprint=drawing_student(self._folders.draws) if drawn_by_student else "",
+            student_fingerprint=origin.get("student", ""),
         )
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
         finished = rollout(
@@ -134,7 +137,7 @@ class Assembly:
             shards,
             batch_size=config.batch_size,
             stop=self._stop,
-            draws=read_draws(self._folders.draws, shards) if drawn_by_student else None,
+            draws=read_draws(self._folders.draws, shards, origin) if origin else None,
         )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished

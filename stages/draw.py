@@ -7,7 +7,9 @@ memory; the teacher scores in `stages.rollout`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,12 +46,16 @@ def draw_codes(
 
     Writes one Parquet file per shard of the plan; files that are there are kept, and of the
     missing ones task I of N takes those with number ≡ I modulo N. Returns False when `stop` was
-    requested first. Raises `UserError` when another student drew what is there.
+    requested first. Raises `UserError` when another student, or the same one with other settings,
+    drew what is there.
     """
     student.module.eval()
     by_id = {sample["sample_id"]: sample for sample in samples}
     shards = plan(config, student, samples[: config.samples], seed)
-    _refuse_other_draws(folder, len(shards), student.fingerprint())
+    origin = draw_settings(config, student, samples, seed) | {"student": student.fingerprint()}
+    for shard in range(len(shards)):
+        if _path(folder, shard).exists():
+            _require_origin(folder, shard, origin)
     missing = [s for s in range(len(shards)) if not _path(folder, s).exists() and s % tasks == task]
     for shard in tqdm(missing, unit="shard", desc="draw", disable=None):
         draws: dict[Key, GivenCodes] = {}
@@ -57,17 +63,39 @@ def draw_codes(
             if stop.requested:
                 return False
             draws |= _draw_batch(student, config, keys, [by_id[key[0]] for key in keys], seed)
-        _write(_path(folder, shard), draws, student.fingerprint())
+        _write(_path(folder, shard), draws, origin)
     return True
 
 
-def _refuse_other_draws(folder: Path, shards: int, student: str) -> None:
-    for shard in range(shards):
-        if _path(folder, shard).exists() and drawing_student(folder, shard) != student:
-            raise UserError(
-                f"{_path(folder, shard)} was drawn by another student than rollout.student: name "
-                "that one again, or give this round a run of its own (name)"
-            )
+def draw_settings(
+    config: RolloutConfig, family: Family, samples: Sequence[Sample], seed: int
+) -> dict[str, str]:
+    """Return all that a student's codes depend on besides the student, by name, as text.
+
+    `family` is the student or the teacher: both count timesteps alike.
+    """
+    planned = json.dumps(plan(config, family, samples[: config.samples], seed))
+    return {
+        "seed": str(seed),
+        "sampler": config.sampler.model_dump_json(),
+        "precision": config.precision,
+        "plan (dataset, split, samples, variations, rollouts_per_shard)": sha256(
+            planned.encode()
+        ).hexdigest(),
+    }
+
+
+def _require_origin(folder: Path, shard: int, origin: Mapping[str, str]) -> dict[str, str]:
+    """Refuse codes that have another origin; return all that is known of theirs."""
+    found = _origin(folder, shard)
+    other = [name for name, value in origin.items() if found.get(name) != value]
+    if other:
+        raise UserError(
+            f"{_path(folder, shard)} was drawn with another {', '.join(other)} than the section "
+            "rollout calls for: restore what was changed, or give this round a run of its own "
+            "(name)"
+        )
+    return found
 
 
 def _draw_batch(
@@ -102,7 +130,7 @@ def _path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.parquet"
 
 
-def _write(path: Path, draws: dict[Key, GivenCodes], student: str) -> None:
+def _write(path: Path, draws: dict[Key, GivenCodes], origin: Mapping[str, str]) -> None:
     table = pa.table(
         {
             "sample_id": [sample_id for sample_id, _ in draws],
@@ -112,19 +140,22 @@ def _write(path: Path, draws: dict[Key, GivenCodes], student: str) -> None:
             "stop_reason": [draw.stop_reason for draw in draws.values()],
             "weight": [draw.weight for draw in draws.values()],
         }
-    ).replace_schema_metadata({"student": student})
+    ).replace_schema_metadata(dict(origin))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     replace_file(path, sink.getvalue().to_pybytes())
 
 
-def read_draws(folder: Path, shards: Sequence[int]) -> dict[Key, GivenCodes]:
+def read_draws(
+    folder: Path, shards: Sequence[int], origin: Mapping[str, str]
+) -> dict[Key, GivenCodes]:
     """Read what a student drew for the given shards, by key.
 
-    Raises `UserError` when a shard has not been drawn.
+    Raises `UserError` when a shard has not been drawn, or has another origin.
     """
     draws: dict[Key, GivenCodes] = {}
     for shard in shards:
+        _require_origin(folder, shard, origin)
         for row in _read(folder, shard).to_pylist():
             codes = torch.tensor(row["codes"], dtype=torch.int64).view(-1, row["streams"])
             draw = GivenCodes(codes, row["stop_reason"], row["weight"])
@@ -132,10 +163,17 @@ def read_draws(folder: Path, shards: Sequence[int]) -> dict[Key, GivenCodes]:
     return draws
 
 
-def drawing_student(folder: Path, shard: int = 0) -> str:
-    """Return the fingerprint of the student that drew the codes of a shard in `folder`."""
+def draw_origin(folder: Path, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return `settings` with the fingerprint of the `student` that drew the codes in `folder`.
+
+    Raises `UserError` when nothing was drawn, or with other settings.
+    """
+    return _require_origin(folder, 0, settings)
+
+
+def _origin(folder: Path, shard: int) -> dict[str, str]:
     metadata: dict[bytes, bytes] = _read(folder, shard).schema.metadata or {}
-    return metadata.get(b"student", b"").decode()
+    return {name.decode(): value.decode() for name, value in metadata.items()}
 
 
 def _read(folder: Path, shard: int) -> pa.Table:

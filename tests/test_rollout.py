@@ -758,15 +758,34 @@ def test_a_student_draws_the_codes_and_the_teacher_scores_them(tiny_run, run_of)
     assert {"max_timesteps"} <= {store[key].stop_reason for key in store}
 
 
-def test_codes_of_one_student_are_not_taken_for_those_of_another(tiny_run, run_of):
-    section = tiny_run.document["rollout"] | {
-        "source": "student", "student": str(tiny_run.root / "student"),
-    }  # fmt: skip
-    run_of("round", fitted=True, rollout=section, students=None).do("draw")
-    other = section | {"student": str(tiny_run.root / "teacher")}
-    changed = run_of("round", fitted=True, rollout=other, students=None)
-    with pytest.raises(UserError, match="another student"):
-        changed.do("draw")
+OTHER_ORIGINS = {
+    "student": {"student": "teacher"},
+    "sampler": {"sampler": {"top_k": 1, "max_timesteps": 8}},
+    "plan": {"variations": 3},
+    "precision": {"precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changed"),
+    [("draw", name) for name in OTHER_ORIGINS]
+    + [("rollout", name) for name in OTHER_ORIGINS if name != "student"],  # it is loaded to draw
+)
+def test_codes_of_a_student_are_not_taken_for_those_of_another_or_of_other_settings(
+    tiny_run, run_of, changed, stage
+):
+    section = tiny_run.document["rollout"] | {"source": "student", "student": "student"}
+
+    def round_of(changes: dict):
+        own = section | changes
+        own["student"] = str(tiny_run.root / own["student"])
+        return run_of("round", fitted=True, rollout=own, students=None)
+
+    round_of({}).do("draw")
+    other = round_of(OTHER_ORIGINS[changed])
+    with pytest.raises(UserError, match=rf"00000.parquet was drawn with another {changed}.* than"):
+        other.do(stage)
+    assert not (other.root / "store").exists()
 
 
 def test_the_plan_does_not_depend_on_workers_batches_or_targets(tmp_path):
