@@ -13,6 +13,8 @@ FORMAT_VERSION = 1
 MAX_STREAMS = 4096
 MAX_VOCABULARY = 2**31
 MAX_SAMPLE_ID_BYTES = 512
+LEAST_HIDDEN_STEP = 2**-16
+"""Finer than this, fp32 itself rounds the large features of a state by more than half a step."""
 
 
 class Record(BaseModel):
@@ -169,8 +171,16 @@ class Compact(Record):
     kind: Literal["compact"] = "compact"
     loss_nats: float = Field(3e-4, gt=0, le=1)
     """Bound on what rounding the logits costs, as KL per (timestep, stream) in nats."""
-    hidden_step: float = Field(1 / 256, gt=0, le=1)
+    hidden_step: float = 1 / 256
     """Step of rounded hidden states, as a share of the root mean square of each state."""
+
+    @field_validator("hidden_step")
+    @classmethod
+    def _check_hidden_step(cls, step: float) -> float:
+        advice = "a finer step needs the profile `fast`"
+        valid = LEAST_HIDDEN_STEP <= step <= 1
+        require(valid, "hidden_step", step, f"in [{LEAST_HIDDEN_STEP}, 1]", advice)
+        return step
 
 
 Profile = Annotated[Fast | Compact, Field(discriminator="kind")]
