@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 FORMAT_VERSION = 1
 MAX_STREAMS = 4096
@@ -15,6 +24,9 @@ MAX_VOCABULARY = 2**31
 MAX_SAMPLE_ID_BYTES = 512
 LEAST_HIDDEN_STEP = 2**-16
 """Finer than this, fp32 itself rounds the large features of a state by more than half a step."""
+
+
+GROUP = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 
 
 class Record(BaseModel):
@@ -31,13 +43,23 @@ def require(valid: bool, name: str, value: object, limit: str, advice: str) -> N
         raise ValueError(f"{name} is {value!r} but must be {limit}: {advice}")
 
 
+def _check_group(group: str) -> str:
+    advice = "an array, and so a folder, may be named after it; rename the group"
+    limit = "1 to 64 of the letters A-Z a-z 0-9 _ . - and not begin with a dot"
+    require(bool(GROUP.fullmatch(group)), "group", group, limit, advice)
+    return group
+
+
+GroupName = Annotated[str, AfterValidator(_check_group)]
+
+
 class Stream(Record):
     """One categorical output of the teacher per timestep."""
 
     kind: Literal["categorical"] = "categorical"
     name: str
     """Name of the stream, unique in a manifest, e.g. `backbone.3`."""
-    group: str
+    group: GroupName
     """Streams of one group share a head and are weighted together, e.g. `backbone`."""
     vocabulary: int
     """V: number of ids, special ids included."""
@@ -61,7 +83,7 @@ class Latent(Record):
     kind: Literal["continuous"] = "continuous"
     name: str
     """Name of the stream, unique in a manifest, e.g. `noise`."""
-    group: str
+    group: GroupName
     """Streams of one group are weighted together."""
     shape: tuple[Annotated[int, Field(ge=1)], ...]
     """Shape of one prediction, e.g. channels, height, width."""
@@ -151,7 +173,7 @@ Target = Annotated[TopK | Full | Sampled | Hidden | Dense, Field(discriminator="
 class Head(Record):
     """A linear output head whose input states a `hidden` target stores."""
 
-    group: str
+    group: GroupName
     """The group of streams that it predicts."""
     vectors: Annotated[int, Field(ge=1)]
     """H: states per timestep: 1 that all streams of the group share, or one for each stream."""

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from store import PredictionStore, StoreError
-from store.schema import Full, Guidance, Manifest, Sampler, Stream, TopK
+from store.schema import Full, Guidance, Head, Hidden, Latent, Manifest, Sampler, Stream, TopK
 from store.sealed import MAX_DOCUMENT_BYTES, checksum, seal, unseal
-from store.synthetic import synthetic_manifest, synthetic_store
+from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 
 MANIFEST = synthetic_manifest(TopK(k=4, temperatures=(1.0, 2.0), moments=True))
 
@@ -43,6 +43,37 @@ def test_a_refused_setting_names_value_limit_and_remedy(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         record(**fields)
+
+
+NO_GROUPS = ["", "lm/head", "a\0b", "..", ".a", "a b", "ä", "a\n", "g" * 65]
+
+
+@pytest.mark.parametrize("group", NO_GROUPS)
+@pytest.mark.parametrize(
+    ("record", "fields"),
+    [
+        (Stream, {"name": "a", "vocabulary": 9}),
+        (Latent, {"name": "a", "shape": (4,)}),
+        (Head, {"vectors": 1, "width": 4}),
+    ],
+    ids=["stream", "latent", "head"],
+)
+def test_a_group_that_cannot_name_an_array_is_refused(
+    record: Any, fields: dict[str, Any], group: str
+) -> None:
+    with pytest.raises(ValidationError, match=r"group is .* but must be 1 to 64 .*: an array"):
+        record(group=group, **fields)
+
+
+def test_the_longest_name_of_a_group_names_an_array(tmp_path: Path) -> None:
+    group = "-b.c_" + "g" * 59
+    streams = tuple(s.model_copy(update={"group": group}) for s in MANIFEST.streams)
+    changes = {"streams": streams, "heads": (Head(group=group, vectors=1, width=4),)}
+    hidden = synthetic_manifest(Hidden(branches="both")).model_dump()
+    store = synthetic_store(tmp_path, Manifest(**(hidden | changes)), 2, 1, 2)
+    write_synthetic_shard(store, 0, 3)
+    shard = PredictionStore.open(tmp_path).shard(0)
+    assert f"hidden.uncond.{group}" in shard.arrays
 
 
 @pytest.mark.parametrize(
