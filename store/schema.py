@@ -315,7 +315,7 @@ class FileSum(Record):
 class Manifest(Record):
     """The immutable, self-describing header of a store; holds no time and no host name."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = Field(FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
     """Version of the bytes on disk (docs/format.md)."""
     family: str
     """Name of the model family that knows teacher and student."""
