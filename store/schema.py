@@ -208,6 +208,15 @@ class Compact(Record):
 Profile = Annotated[Fast | Compact, Field(discriminator="kind")]
 
 
+class Ancestor(Record):
+    """A store that the values of another one went through."""
+
+    fingerprint: str
+    """Checksum of its manifest."""
+    profile: Profile
+    """How its arrays are encoded, and so what its values may have lost."""
+
+
 class Guidance(Record):
     """Classifier-free guidance `(1 − scale)·uncond + scale·cond` that made the targets."""
 
@@ -331,6 +340,8 @@ class Manifest(Record):
     """The output heads in heads/, where the target is `hidden`."""
     profile: Profile = Fast()
     """How the arrays are encoded."""
+    lineage: tuple[Ancestor, ...] = ()
+    """The stores that this one was converted from, the first one first; none for a rollout's."""
     guidance: Guidance
     """Guidance of the drawn codes, and of the stored targets unless they keep both branches."""
     sampler: Sampler
