@@ -16,7 +16,7 @@ from store.layout import Layout, shard_name
 from store.reader import PredictionStore
 from store.schema import Ancestor, Compact, Manifest, Profile, Record, Stream
 from store.shard import Shard
-from store.shard_folder import ShardFolder
+from store.shard_folder import ROLLOUTS_FILE, ShardFolder
 from store.zarr_codecs import ChunkCodec, Logits, LogMass, Rounded, States, compact_codec
 
 BLOCK_NUMBERS = 2**20
@@ -195,8 +195,8 @@ class _Tally:
         for name in ("offsets", "stop_reasons", "weights", "seeds"):
             if not np.array_equal(getattr(shard.rollouts, name), getattr(found.rollouts, name)):
                 raise StoreError(
-                    f"{_place(folder)} holds other {name} of its rollouts than the source: move it "
-                    "away and convert again"
+                    f"{_place(folder, ROLLOUTS_FILE)} holds other {name} of the rollouts than the "
+                    "source: move the shard away and convert again"
                 )
         for name, files in folder.files.items():
             divergences = self.arrays.setdefault(name, _Divergences())
@@ -320,11 +320,11 @@ def _difference(shard: Shard, folder: ShardFolder, name: str, timestep: int) -> 
     row = shard.rollouts.row_of(timestep)
     sample_id, variation = shard.keys[row]
     return StoreError(
-        f"{_place(folder)}, array {name!r}, sample {sample_id!r}, variation {variation}, timestep "
-        f"{timestep - int(shard.offsets[row])} differs more from the source than its profile "
-        "allows: move the shard away and convert again"
+        f"{_place(folder, folder.files[name].data)} (array {name!r}), sample {sample_id!r}, "
+        f"variation {variation}, timestep {timestep - int(shard.offsets[row])} differs more from "
+        "the source than its profile allows: move the shard away and convert again"
     )
 
 
-def _place(folder: ShardFolder) -> str:
-    return f"shard {shard_name(folder.number)} of {folder.path.parent.parent}"
+def _place(folder: ShardFolder, file: str) -> str:
+    return f"shard {shard_name(folder.number)} of {folder.path.parent.parent}, file {file!r}"
