@@ -377,11 +377,11 @@ REFUSED_STUDENTS = {
     ),
     "a temperature that is not stored": (
         {"loss": {"temperature": 2.0}},
-        ("distillation temperature 2.0 is not among", "[1.0]", "roll out again"),
+        ("loss.temperature=2.0: the store keeps", "[1.0] only", "roll out again"),
     ),
     "nrmse without moments": (
         {"loss": {"nrmse": 1.0}},
-        ("the nrmse loss needs the moments", "target.moments: true"),
+        ("loss.nrmse=1.0: it needs the moments", "target.moments: true"),
     ),
     "codebook weights that do not fit": (
         {"loss": {"codebook_weights": [1.0, 1.0, 1.0]}},
