@@ -157,10 +157,14 @@ def convert(
     loss_nats: Annotated[
         float | None, typer.Option(help="Bound on the KL that compact may cost, in nats.")
     ] = None,
+    hidden_step: Annotated[
+        float | None,
+        typer.Option(help="Step of compact hidden states, as a share of their root mean square."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a store in another profile, verify every shard and say what it cost."""
-    chosen = profile_of(profile, loss_nats)
+    chosen = profile_of(profile, loss_nats, hidden_step)
     result = convert_store(store, destination, chosen, partial(tqdm, unit="shard", disable=None))
     _print(result.model_dump(mode="json"), as_json, lambda: conversion_text(result))
 

@@ -18,18 +18,28 @@ class ProfileName(StrEnum):
     COMPACT = "compact"
 
 
-def profile_of(name: ProfileName, loss_nats: float | None) -> Profile:
+def profile_of(name: ProfileName, loss_nats: float | None, hidden_step: float | None) -> Profile:
     """Return a profile from the options of the command; raises `UserError`."""
+    settings = {"loss_nats": loss_nats, "hidden_step": hidden_step}
+    given = {setting: value for setting, value in settings.items() if value is not None}
     if name is ProfileName.FAST:
-        if loss_nats is not None:
+        for setting, value in given.items():
             raise UserError(
-                f"--loss-nats {loss_nats} is for --profile compact: fast stores values as they are"
+                f"{_option(setting)} {value} is for --profile compact: fast stores values as they "
+                "are; leave it out"
             )
         return Fast()
     try:
-        return Compact() if loss_nats is None else Compact(loss_nats=loss_nats)
+        return Compact(**given)
     except ValidationError as error:
-        raise UserError(f"--loss-nats {loss_nats}: {error.errors()[0]['msg']}") from None
+        fault = error.errors()[0]
+        setting = str(fault["loc"][0])
+        message = fault["msg"].removeprefix("Value error, ")
+        raise UserError(f"{_option(setting)} {given[setting]}: {message}") from None
+
+
+def _option(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
 
 
 def conversion_text(result: Conversion) -> str:
@@ -47,6 +57,18 @@ def conversion_text(result: Conversion) -> str:
                 cost = f"KL {loss.mean_kl:.2g} nats on average, {loss.max_kl:.2g} at most"
             lines.append(f"{name}: {cost}")
     lines.append("all other arrays are exact")
+    lines += _stated(result)
     if result.missing:
         lines.append(f"{result.missing} planned shards are not in the source: not converted")
     return "\n".join(lines)
+
+
+def _stated(result: Conversion) -> list[str]:
+    """What the values may have lost since the first store: this conversion alone may seem free."""
+    by = f"by the profiles of the {len(result.lineage) + 1} stores from the first on,"
+    stated = []
+    if result.stated_nats:
+        stated.append(f"{by} a row of logits may have lost {result.stated_nats:.3g} nats of KL")
+    if result.stated_rms:
+        stated.append(f"{by} a state may be off by {result.stated_rms:.2%} of its size")
+    return stated

@@ -8,6 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -16,7 +17,7 @@ import numpy as np
 
 from store.durable import Content, sync_folder, sync_subfolders, write_file
 from store.encoding import Array, array_specs, find_fault
-from store.errors import StoreError, explain_os_errors
+from store.errors import StoreError, array_of, explain_os_errors
 from store.layout import Layout, shard_name
 from store.plan import Key
 from store.schema import Manifest
@@ -53,7 +54,8 @@ class ShardWriter:
         self._keys = dict.fromkeys(keys)
         self._manifest = manifest
         self._manifest_seal = seal
-        self._specs = array_specs(manifest)
+        specs = array_specs(manifest)
+        self._files = {name: ArrayFiles.of(s, manifest.profile) for name, s in specs.items()}
         self._drafts: dict[Key, _Draft] = {}
         self._closed = False
 
@@ -84,18 +86,18 @@ class ShardWriter:
         arrays that the manifest does not allow (naming timestep and stream).
         """
         self._check_open()
-        where = f"sample {sample_id!r}, variation {variation}"
         key = (sample_id, variation)
         if key not in self._keys:
             raise StoreError(
-                f"{where} is not planned in shard {shard_name(self._shard)}: "
+                f"sample {sample_id!r}, variation {variation} is not planned in {self._place}: "
                 "append the keys that the plan lists for it"
             )
+        where = f"{self._place}, sample {sample_id!r}, variation {variation}"
         if key in self._drafts:
             raise StoreError(f"{where} was appended twice: append each key of the plan once")
         self._check_arrays(arrays, where)
         _check_facts(where, stop_reason, weight, seed)
-        copies = {name: np.array(arrays[name], order="C") for name in self._specs}
+        copies = {name: np.array(arrays[name], order="C") for name in self._files}
         timesteps = len(next(iter(copies.values())))
         self._drafts[key] = _Draft(timesteps, copies, stop_reason, float(weight), int(seed))
 
@@ -109,14 +111,14 @@ class ShardWriter:
         missing = [key for key in self._keys if key not in self._drafts]
         if missing:
             raise StoreError(
-                f"shard {shard_name(self._shard)} lacks {len(missing)} of {len(self._keys)} "
+                f"{self._place} lacks {len(missing)} of {len(self._keys)} "
                 f"planned rollouts, first sample {missing[0][0]!r}, variation {missing[0][1]}: "
                 "append them before committing"
             )
         target = self._layout.shard(self._shard)
         staged = self._layout.tmp / f"{target.name}-{uuid.uuid4().hex}"
         try:
-            with explain_os_errors(f"commit shard {target.name} in {self._layout.root}"):
+            with explain_os_errors(f"commit {self._place}"):
                 if target.exists():
                     return False
                 self._stage(staged)
@@ -132,8 +134,9 @@ class ShardWriter:
         rollouts, sums = self._rollouts(), {}
         for file, content in self._contents(rollouts):
             path = staged / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sums[file] = write_summed(path, content)
+            with self._writing(file):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sums[file] = write_summed(path, content)
         sync_subfolders(staged)
         record = ShardRecord(
             shard=self._shard,
@@ -142,13 +145,13 @@ class ShardWriter:
             rollouts=len(self._keys),
             files=sums,
         )
-        write_file(staged / RECORD_FILE, [seal(record)])
+        with self._writing(RECORD_FILE):
+            write_file(staged / RECORD_FILE, [seal(record)])
         sync_folder(staged)
 
     def _contents(self, rollouts: RolloutTable) -> Iterator[tuple[str, Iterable[Content]]]:
         """Every file except the record; an array is let go once it is written."""
-        profile, timesteps = self._manifest.profile, int(rollouts.offsets[-1])
-        arrays = [ArrayFiles.of(spec, profile) for spec in self._specs.values()]
+        arrays, timesteps = list(self._files.values()), int(rollouts.offsets[-1])
         yield HEADER_FILE, [group_header(arrays, timesteps)]
         yield ROLLOUTS_FILE, [table_bytes(rollouts.to_table(tuple(self._keys)))]
         for files in arrays:
@@ -164,8 +167,8 @@ class ShardWriter:
         except Unencodable as error:
             sample_id, variation = tuple(self._keys)[rollouts.row_of(error.timestep)]
             raise StoreError(
-                f"shard {shard_name(self._shard)}, array {files.spec.name!r}, at or behind sample "
-                f"{sample_id!r}, variation {variation}: {error}"
+                f"{self._place_of(files.data)}, at or behind sample {sample_id!r}, variation "
+                f"{variation}: {error}"
             ) from error
 
     def _rollouts(self) -> RolloutTable:
@@ -185,15 +188,31 @@ class ShardWriter:
         place = "" if fault.timestep is None else f", timestep {fault.timestep}"
         if fault.stream is not None:
             place += f", stream {self._manifest.streams[fault.stream].name!r}"
+        file = self._files[fault.array].data
         raise StoreError(
-            f"{where}{place}: array {fault.array!r} is refused because {fault.reason}; "
-            "the manifest sets what is allowed, correct what the family or the target computes"
+            f"{where}{place}: array {fault.array!r} (file {file!r}) is refused because "
+            f"{fault.reason}; the manifest sets what is allowed, correct what the family or the "
+            "target computes"
         )
+
+    @property
+    def _place(self) -> str:
+        return f"shard {shard_name(self._shard)} of {self._layout.root}"
+
+    def _place_of(self, file: str) -> str:
+        array = array_of(file)
+        return f"{self._place}, file {file!r}{f' (array {array!r})' if array else ''}"
+
+    def _writing(self, file: str) -> AbstractContextManager[None]:
+        """Explains OSErrors in the block by the file, and by the rollouts that it is of."""
+        (sample_id, variation), *more = self._keys
+        rollouts = f"sample {sample_id!r}, variation {variation}"
+        rollouts += f" and {len(more)} more" if more else ""
+        return explain_os_errors(f"commit {self._place_of(file)}, {rollouts}")
 
     def _check_open(self) -> None:
         if self._closed:
-            name = shard_name(self._shard)
-            raise StoreError(f"the writer of shard {name} is closed: open another with writer()")
+            raise StoreError(f"the writer of {self._place} is closed: open another with writer()")
 
     def _close(self) -> None:
         self._drafts.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from store.encoding import Array
+from store.encoding import Array, array_specs
 from store.errors import StoreError, explain_os_errors
 from store.layout import Layout, shard_name
 from store.reader import PredictionStore
-from store.schema import Manifest, Profile, Record, Stream
+from store.schema import Ancestor, Compact, Manifest, Profile, Record, Stream
 from store.shard import Shard
-from store.shard_folder import ShardFolder
-from store.zarr_codecs import ChunkCodec, Logits, LogMass, Rounded, States
+from store.shard_folder import ROLLOUTS_FILE, ShardFolder
+from store.zarr_codecs import ChunkCodec, Logits, LogMass, Rounded, States, compact_codec
 
 BLOCK_NUMBERS = 2**20
 """Numbers compared at once, in double precision."""
@@ -41,6 +42,8 @@ class Conversion(Record):
 
     profile: Profile
     """Profile of the destination."""
+    lineage: tuple[Ancestor, ...]
+    """The stores that the values went through before, the first one first."""
     shards: int
     """Shards that were compared."""
     written: int
@@ -61,6 +64,10 @@ class Conversion(Record):
     """Largest `mean_kl` of an array; 0 where all are exact."""
     max_kl: float
     """Largest `max_kl` of an array; 0 where all are exact."""
+    stated_nats: float
+    """KL per row of logits, in nats, that this profile and those of the lineage allow together."""
+    stated_rms: float
+    """Error of a state that they allow together, as a share of its root mean square."""
 
 
 def convert(
@@ -74,15 +81,16 @@ def convert(
     The destination is made if need be; shards that it holds already are only compared, so that an
     interrupted conversion goes on where it ended. Keys, codes, ids, weights, stop reasons and seeds
     must come out equal, and what the profile rounds within its stated loss. States are compared
-    through their heads at a few timesteps of each shard. `progress` may wrap the list of shards
-    (tqdm). The source is only read.
+    through their heads at a few timesteps of each shard. The source joins the destination's
+    lineage, so that what it lost is not forgotten. `progress` may wrap the list of shards (tqdm).
+    The source is only read.
 
     Raises StoreError when either store lies within the other, the destination is another store, a
     shard of the source is damaged, or one comes out otherwise than it may.
     """
     _refuse_overlap(Layout.at(source).root, Layout.at(destination).root)
     ours = PredictionStore.open(source, cached_shards=1)
-    manifest = ours.manifest.model_copy(update={"profile": profile, "files": {}})
+    manifest = _manifest(ours, profile)
     theirs = PredictionStore.create(destination, manifest, ours.plan, ours.samples, ours.heads)
     tally = _Tally(theirs.manifest, ours.heads)
     written = 0
@@ -94,6 +102,28 @@ def convert(
         tally.bytes_before += _bytes(ours.folder(number))
         tally.bytes_after += _bytes(theirs.folder(number))
     return tally.result(written, len(ours.missing()))
+
+
+def _manifest(source: PredictionStore, profile: Profile) -> Manifest:
+    ancestor = Ancestor(fingerprint=source.fingerprint, profile=source.manifest.profile)
+    lineage = (*source.manifest.lineage, ancestor)
+    return source.manifest.model_copy(update={"profile": profile, "lineage": lineage, "files": {}})
+
+
+def stated_loss(manifest: Manifest) -> tuple[float, float]:
+    """What all roundings of a store's values may have cost by the profiles that made them.
+
+    KL per row of logits in nats, and the error of a state as a share of its root mean square; 0
+    where no such array was rounded. Errors add, and so do the square roots of the divergences: to
+    leading order a divergence is the square of a distance.
+    """
+    profiles = [*(ancestor.profile for ancestor in manifest.lineage), manifest.profile]
+    roots, rms = [0.0], [0.0]
+    for spec in array_specs(manifest).values():
+        codecs = [compact_codec(spec, p) for p in profiles if isinstance(p, Compact)]
+        roots.append(sum(math.sqrt(c.loss_nats) for c in codecs if isinstance(c, Logits)))
+        rms.append(sum(c.step / 2 for c in codecs if isinstance(c, States)))
+    return max(roots) ** 2, max(rms)
 
 
 def _refuse_overlap(source: Path, destination: Path) -> None:
@@ -165,8 +195,8 @@ class _Tally:
         for name in ("offsets", "stop_reasons", "weights", "seeds"):
             if not np.array_equal(getattr(shard.rollouts, name), getattr(found.rollouts, name)):
                 raise StoreError(
-                    f"{_place(folder)} holds other {name} of its rollouts than the source: move it "
-                    "away and convert again"
+                    f"{_place(folder, ROLLOUTS_FILE)} holds other {name} of the rollouts than the "
+                    "source: move the shard away and convert again"
                 )
         for name, files in folder.files.items():
             divergences = self.arrays.setdefault(name, _Divergences())
@@ -185,8 +215,10 @@ class _Tally:
     def result(self, written: int, missing: int) -> Conversion:
         """The record of all that was compared."""
         losses = {name: divergences.loss() for name, divergences in self.arrays.items()}
+        stated_nats, stated_rms = stated_loss(self.manifest)
         return Conversion(
             profile=self.manifest.profile,
+            lineage=self.manifest.lineage,
             shards=self.shards,
             written=written,
             missing=missing,
@@ -197,6 +229,8 @@ class _Tally:
             losses=losses,
             mean_kl=max((loss.mean_kl or 0.0 for loss in losses.values()), default=0.0),
             max_kl=max((loss.max_kl or 0.0 for loss in losses.values()), default=0.0),
+            stated_nats=stated_nats,
+            stated_rms=stated_rms,
         )
 
     @cached_property
@@ -286,11 +320,11 @@ def _difference(shard: Shard, folder: ShardFolder, name: str, timestep: int) -> 
     row = shard.rollouts.row_of(timestep)
     sample_id, variation = shard.keys[row]
     return StoreError(
-        f"{_place(folder)}, array {name!r}, sample {sample_id!r}, variation {variation}, timestep "
-        f"{timestep - int(shard.offsets[row])} differs more from the source than its profile "
-        "allows: move the shard away and convert again"
+        f"{_place(folder, folder.files[name].data)} (array {name!r}), sample {sample_id!r}, "
+        f"variation {variation}, timestep {timestep - int(shard.offsets[row])} differs more from "
+        "the source than its profile allows: move the shard away and convert again"
     )
 
 
-def _place(folder: ShardFolder) -> str:
-    return f"shard {shard_name(folder.number)} of {folder.path.parent.parent}"
+def _place(folder: ShardFolder, file: str) -> str:
+    return f"shard {shard_name(folder.number)} of {folder.path.parent.parent}, file {file!r}"

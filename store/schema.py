@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 FORMAT_VERSION = 1
 MAX_STREAMS = 4096
 MAX_VOCABULARY = 2**31
 MAX_SAMPLE_ID_BYTES = 512
+LEAST_HIDDEN_STEP = 2**-16
+"""Finer than this, fp32 itself rounds the large features of a state by more than half a step."""
+
+
+GROUP = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 
 
 class Record(BaseModel):
@@ -29,13 +43,23 @@ def require(valid: bool, name: str, value: object, limit: str, advice: str) -> N
         raise ValueError(f"{name} is {value!r} but must be {limit}: {advice}")
 
 
+def _check_group(group: str) -> str:
+    advice = "an array, and so a folder, may be named after it; rename the group"
+    limit = "1 to 64 of the letters A-Z a-z 0-9 _ . - and not begin with a dot"
+    require(bool(GROUP.fullmatch(group)), "group", group, limit, advice)
+    return group
+
+
+GroupName = Annotated[str, AfterValidator(_check_group)]
+
+
 class Stream(Record):
     """One categorical output of the teacher per timestep."""
 
     kind: Literal["categorical"] = "categorical"
     name: str
     """Name of the stream, unique in a manifest, e.g. `backbone.3`."""
-    group: str
+    group: GroupName
     """Streams of one group share a head and are weighted together, e.g. `backbone`."""
     vocabulary: int
     """V: number of ids, special ids included."""
@@ -59,7 +83,7 @@ class Latent(Record):
     kind: Literal["continuous"] = "continuous"
     name: str
     """Name of the stream, unique in a manifest, e.g. `noise`."""
-    group: str
+    group: GroupName
     """Streams of one group are weighted together."""
     shape: tuple[Annotated[int, Field(ge=1)], ...]
     """Shape of one prediction, e.g. channels, height, width."""
@@ -149,7 +173,7 @@ Target = Annotated[TopK | Full | Sampled | Hidden | Dense, Field(discriminator="
 class Head(Record):
     """A linear output head whose input states a `hidden` target stores."""
 
-    group: str
+    group: GroupName
     """The group of streams that it predicts."""
     vectors: Annotated[int, Field(ge=1)]
     """H: states per timestep: 1 that all streams of the group share, or one for each stream."""
@@ -169,11 +193,28 @@ class Compact(Record):
     kind: Literal["compact"] = "compact"
     loss_nats: float = Field(3e-4, gt=0, le=1)
     """Bound on what rounding the logits costs, as KL per (timestep, stream) in nats."""
-    hidden_step: float = Field(1 / 256, gt=0, le=1)
+    hidden_step: float = 1 / 256
     """Step of rounded hidden states, as a share of the root mean square of each state."""
+
+    @field_validator("hidden_step")
+    @classmethod
+    def _check_hidden_step(cls, step: float) -> float:
+        advice = "a finer step needs the profile `fast`"
+        valid = LEAST_HIDDEN_STEP <= step <= 1
+        require(valid, "hidden_step", step, f"in [{LEAST_HIDDEN_STEP}, 1]", advice)
+        return step
 
 
 Profile = Annotated[Fast | Compact, Field(discriminator="kind")]
+
+
+class Ancestor(Record):
+    """A store that the values of another one went through."""
+
+    fingerprint: str
+    """Checksum of its manifest."""
+    profile: Profile
+    """How its arrays are encoded, and so what its values may have lost."""
 
 
 class Guidance(Record):
@@ -283,7 +324,7 @@ class FileSum(Record):
 class Manifest(Record):
     """The immutable, self-describing header of a store; holds no time and no host name."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = Field(FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
     """Version of the bytes on disk (docs/format.md)."""
     family: str
     """Name of the model family that knows teacher and student."""
@@ -299,6 +340,8 @@ class Manifest(Record):
     """The output heads in heads/, where the target is `hidden`."""
     profile: Profile = Fast()
     """How the arrays are encoded."""
+    lineage: tuple[Ancestor, ...] = ()
+    """The stores that this one was converted from, the first one first; none for a rollout's."""
     guidance: Guidance
     """Guidance of the drawn codes, and of the stored targets unless they keep both branches."""
     sampler: Sampler

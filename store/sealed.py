@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ from store.errors import StoreError, explain_os_errors
 from store.schema import FORMAT_VERSION, Record
 
 MAX_DOCUMENT_BYTES = 16 * 2**20
+MAX_SHOWN_FAULTS = 8
 
 R = TypeVar("R", bound=Record)
 
@@ -44,24 +47,41 @@ def unseal(path: Path, record: type[R]) -> tuple[R, str]:
     """Read a sealed record and its checksum.
 
     Raises StoreError when the file is missing, over 16 MiB, altered, of a newer format, or not
-    what `record` allows. At most 16 MiB are read.
+    what `record` allows, field for field. At most 16 MiB are read.
     """
     content = _parse(path, _read(path))
     seal_found = content.pop("checksum", None)
-    _check_version(path, content)
     if seal_found != checksum(content):
         raise StoreError(f"{path} does not match its own checksum: restore it from a copy")
     try:
-        return record.model_validate_json(_encode(content, indent=None), strict=True), seal_found
+        found = record.model_validate_json(_encode(content, indent=None), strict=True)
     except ValidationError as error:
-        faults = "; ".join(
+        faults = (
             f"{'.'.join(map(str, fault['loc'])) or 'document'}: {fault['msg']}"
-            for fault in error.errors(include_url=False)[:8]
+            for fault in error.errors(include_url=False)
         )
-        raise StoreError(
-            f"{path} is no valid {record.__name__}: {faults}; if a newer foretell wrote it, "
-            "install that, else restore it from a copy"
-        ) from error
+        raise _invalid(path, record, faults) from error
+    whole = found.model_dump(mode="json")
+    # A default is for the writer of a record; a reader that took it would guess what was meant.
+    if whole != content and (lacking := sorted(_fields(whole) - _fields(content))):
+        raise _invalid(path, record, (f"{field}: Field required" for field in lacking))
+    return found, seal_found
+
+
+def _invalid(path: Path, record: type[Record], faults: Iterable[str]) -> StoreError:
+    return StoreError(
+        f"{path} is no valid {record.__name__}: {'; '.join(islice(faults, MAX_SHOWN_FAULTS))}; if "
+        "a newer foretell wrote it, install that, else restore it from a copy"
+    )
+
+
+def _fields(value: Any, path: str = "") -> set[str]:
+    """The fields of a JSON value by their paths."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+    below = {f"{path}{name}": item for name, item in items}
+    return set(below).union(*(_fields(item, f"{here}.") for here, item in below.items()))
 
 
 def _read(path: Path) -> bytes:
@@ -75,17 +95,30 @@ def _read(path: Path) -> bytes:
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         content = from_json(text, allow_inf_nan=False)
-        canonical = isinstance(content, dict) and _text(content) == text
     except ValueError as error:
         raise StoreError(f"{path} is not JSON ({error}): restore it from a copy") from error
-    if not canonical:
+    if isinstance(content, dict):
+        _check_version(path, content)  # first, for a newer format may spell and seal otherwise
+    if not isinstance(content, dict) or not _is_canonical(content, text):
         raise StoreError(f"{path} was altered: it is no sealed document; restore it from a copy")
-    return dict(content)
+    return content
+
+
+def _is_canonical(content: dict[str, Any], text: bytes) -> bool:
+    try:
+        return _text(content) == text
+    except StoreError:  # a number such as 1e400, which no writer can have meant
+        return False
 
 
 def _check_version(path: Path, content: dict[str, Any]) -> None:
     version = content.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if not isinstance(version, int) or version < 1:
+        raise StoreError(
+            f"{path} has format_version {version!r} but must have an integer >= 1: no foretell "
+            "wrote it so, restore it from a copy"
+        )
+    if version > FORMAT_VERSION:
         raise StoreError(
             f"{path} has format version {version}, this foretell reads up to {FORMAT_VERSION}: "
             "install a newer foretell"

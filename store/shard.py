@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from store.encoding import Array
 from store.errors import StoreError
@@ -30,7 +31,7 @@ ROLLOUTS_SCHEMA = pa.schema(
 class ShardRecord(Record):
     """The content of shard.json: what the shard holds, file by file."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = Field(FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
     shard: int
     """Number of the shard in the plan."""
     manifest: str

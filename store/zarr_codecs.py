@@ -383,13 +383,19 @@ def _divergence(weights: Array, logits: Array, decoded: Array) -> Array:
     return divergence
 
 
+MOST_STEPS = 2**24
+"""Largest multiple of a step: up to here fp32, in which states are decoded, holds every integer."""
+
+LEAST_SCALE = float(np.finfo(np.float32).smallest_subnormal)
+
+
 @dataclass(frozen=True)
 class States(ChunkCodec):
     """States rounded to whole multiples of `step` times the root mean square of each row.
 
     Layout: `number of rows (u32), bytes of the first file (u32)`, the multiple's value per row
-    (Pco of f32), the multiples (Pco of i32). A row that is not finite, or too wide for it, is
-    refused but for rows that are NaN throughout, which stay so.
+    (Pco of f32), the multiples (Pco of i32). A row that is not finite, or with a multiple beyond
+    `MOST_STEPS`, is refused but for rows that are NaN throughout, which stay so.
     """
 
     name = "foretell.states"
@@ -399,21 +405,34 @@ class States(ChunkCodec):
     def encode_chunk(self, values: Array) -> bytes:
         """Bytes of states [..., D], float16 or float32.
 
-        Raises ValueError for a row that mixes finite and other values.
+        Raises ValueError for a row that mixes finite and other values, or has a multiple beyond
+        `MOST_STEPS`.
         """
         rows = _rows(values).astype(np.float64)
         empty = np.flatnonzero(np.isnan(rows).all(-1))
         rows[empty] = 0
         if not np.isfinite(rows).all():
             raise ValueError("a state is NaN or infinite: correct the family that made it")
-        scales = (self.step * np.sqrt((rows**2).mean(-1))).astype(np.float32)
+        sizes = np.sqrt((rows**2).mean(-1))
+        # A step below what fp32 holds would be 0, and make the whole row 0.
+        scales = np.where(sizes > 0, np.maximum(self.step * sizes, LEAST_SCALE), 0)
+        scales = scales.astype(np.float32)
         multiples = np.rint(rows / np.where(scales > 0, scales, 1)[:, None])
+        self._check_multiples(multiples)
         beyond = np.abs(multiples * scales[:, None]) > np.finfo(values.dtype).max
         multiples -= np.sign(multiples) * beyond  # toward 0 where rounding would overflow
         scales[empty] = np.nan
         multiples = multiples.astype(np.int32)
         first, second = (_compress(part, self.level) for part in (scales, multiples))
         return _join(len(scales), first, second)
+
+    def _check_multiples(self, multiples: Array) -> None:
+        most = np.abs(multiples).max(initial=0)
+        if most > MOST_STEPS:
+            raise ValueError(
+                f"a feature is {most:.0f} steps of its state but must be at most {MOST_STEPS}: "
+                f"raise hidden_step ({self.step:g}), or use the profile `fast`"
+            )
 
     def _fill(self, content: bytes, out: Array) -> None:
         """The rounded states in the type of `out`."""

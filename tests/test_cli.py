@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from store import PredictionStore
+from store.schema import Compact, Hidden, Target, TopK
+from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "pipeline"]
@@ -375,11 +377,11 @@ REFUSED_STUDENTS = {
     ),
     "a temperature that is not stored": (
         {"loss": {"temperature": 2.0}},
-        ("distillation temperature 2.0 is not among", "[1.0]", "roll out again"),
+        ("loss.temperature=2.0: the store keeps", "[1.0] only", "roll out again"),
     ),
     "nrmse without moments": (
         {"loss": {"nrmse": 1.0}},
-        ("the nrmse loss needs the moments", "target.moments: true"),
+        ("loss.nrmse=1.0: it needs the moments", "target.moments: true"),
     ),
     "codebook weights that do not fit": (
         {"loss": {"codebook_weights": [1.0, 1.0, 1.0]}},
@@ -463,14 +465,43 @@ def test_convert_shrinks_a_store_verifies_it_and_goes_on_where_it_stopped(tiny_r
     assert foretell("verify", back).returncode == 0
 
 
+def synthetic(path: Path, target: Target) -> Path:
+    store = synthetic_store(path, synthetic_manifest(target), 2, 1, 2)
+    write_synthetic_shard(store, 0, 20)
+    return path
+
+
+def test_convert_rounds_states_by_the_step_that_it_is_given(tmp_path):
+    source = synthetic(tmp_path / "fast", Hidden())
+    step = ["--profile", "compact", "--hidden-step", "0.125"]
+    done = foretell("convert", source, tmp_path / "compact", *step)
+    assert done.returncode == 0
+    assert PredictionStore.open(tmp_path / "compact").manifest.profile == Compact(hidden_step=0.125)
+    stated = "by the profiles of the 2 stores from the first on, a state may be off by 6.25% of its"
+    assert stated in done.stdout
+    assert "row of logits" not in done.stdout
+
+
+def test_convert_states_what_all_roundings_since_the_first_store_may_have_cost(tmp_path):
+    store = synthetic(tmp_path / "0", TopK(k=4))
+    for number, profile in enumerate((["compact", "--loss-nats", "0.05"], ["fast"]), 1):
+        done = foretell("convert", store, tmp_path / str(number), "--profile", *profile)
+        assert "stores from the first on, a row of logits may have lost 0.05 nats" in done.stdout
+        store = tmp_path / str(number)
+    assert "by the profiles of the 3 stores" in done.stdout
+
+
 def test_convert_refuses_what_it_cannot_do(tiny_run, tmp_path):
     source = tiny_run.root / "store"
-    for arguments in (
-        [source / "inner", "--profile", "compact"],
-        [tmp_path / "x", "--profile", "fast", "--loss-nats", "0.1"],
-        [tmp_path / "x", "--profile", "compact", "--loss-nats", "-1"],
-        [tmp_path / "x", "--profile", "small"],
+    for words, *arguments in (
+        ["one lies within the other", source / "inner", "--profile", "compact"],
+        ["--loss-nats 0.1 is for", tmp_path / "x", "--profile", "fast", "--loss-nats", "0.1"],
+        ["--hidden-step 0.1 is for", tmp_path / "x", "--profile", "fast", "--hidden-step", "0.1"],
+        ["--loss-nats -1.0: ", tmp_path / "x", "--profile", "compact", "--loss-nats", "-1"],
+        ["--hidden-step 2.0: hid", tmp_path / "x", "--profile", "compact", "--hidden-step", "2"],
+        ["'small' is not one of", tmp_path / "x", "--profile", "small"],
     ):
         done = foretell("convert", source, *arguments)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
+        assert words in done.stderr

@@ -282,6 +282,31 @@ def test_states_are_off_by_half_a_step_of_their_row(dtype):
     assert (np.abs(decoded - exact) <= rms / 512 + slack).all()
 
 
+def test_the_finest_step_holds_one_feature_that_towers_over_sixteen_thousand():
+    states = np.full((1, 1, 2**14), 1e-3, np.float32)
+    states[0, 0, 7] = 3
+    rms = np.sqrt((states.astype(np.float64) ** 2).mean())
+    step = Compact(hidden_step=2**-16).hidden_step
+    error = np.abs(again(States(step), states).astype(np.float64) - states)
+    assert error.max() <= 0.5 * step * rms + 3 * 2**-23
+    with pytest.raises(ValueError, match=r"hidden_step is 1e-09 but must be in .*profile `fast`"):
+        Compact(hidden_step=1e-9)
+
+
+def test_a_state_of_more_steps_than_a_number_holds_is_refused_not_wrapped():
+    states = np.zeros((1, 1, 768), np.float32)
+    states[0, 0, :2] = 3, 0.1
+    with pytest.raises(
+        ValueError, match=r"steps of its state .* 16777216: raise hidden_step \(1e-"
+    ):
+        States(1e-9).encode_chunk(states)
+
+
+def test_states_too_small_for_a_step_of_their_own_keep_their_values():
+    states = np.array([[3e-45, -1e-44, 0, 1e-43]], np.float32)
+    assert np.array_equal(again(States(1 / 256), states), states)
+
+
 def test_states_of_zeros_and_of_nothing_come_back():
     states = np.zeros((2, 8), np.float16)
     states[1] = np.nan

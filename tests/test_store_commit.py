@@ -191,7 +191,7 @@ def test_a_writer_left_without_commit_publishes_nothing(store: PredictionStore) 
         for key in store.plan[0]:
             writer.append(*key, arrays_of(store), **FACTS)
     assert PredictionStore.open(store.path).missing() == [0, 1]
-    with pytest.raises(StoreError, match="writer of shard 00000 is closed"):
+    with pytest.raises(StoreError, match=r"writer of shard 00000 of .* is closed"):
         writer.commit()
 
 
@@ -237,7 +237,7 @@ def test_a_failing_disk_is_explained_and_nothing_is_left(
         for key in store.plan[0]:
             writer.append(*key, arrays_of(store), **FACTS)
         patch.setattr(os, call, fail)
-        with pytest.raises(StoreError, match=f"cannot commit shard 00000 in .*{advice}"):
+        with pytest.raises(StoreError, match=f"cannot commit shard 00000 of .*{advice}"):
             writer.commit()
     assert os.listdir(store.path / "tmp") == []
     assert not store.is_committed(0)
@@ -290,10 +290,44 @@ def test_values_that_cannot_be_encoded_are_refused_and_nothing_is_left(
         raise ValueError("too odd: use the profile `fast`")
 
     monkeypatch.setattr(Pco, "encode_chunk", refuse)
-    message = "shard 00000, array 'codes', at or behind sample 'sample-0', variation 0: too odd"
+    file = r"file 'codes/c/0/0' \(array 'codes'\)"
+    place = f"shard 00000 of {store.path}, {file}, at or behind sample 'sample-0', variation 0"
+    message = f"{place}: too odd"
     with pytest.raises(StoreError, match=message):
         write_synthetic_shard(store, 0, 300)
     assert os.listdir(store.path / "tmp") == []
+
+
+@pytest.mark.parametrize("file", ["zarr.json", "rollouts.parquet", "codes/c/0/0", "shard.json"])
+def test_a_disk_that_fills_up_within_a_file_is_reported_with_file_array_and_rollouts(
+    store: PredictionStore, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    write = os.write
+
+    def fill_up(descriptor: int, content: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{file}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, content)
+
+    monkeypatch.setattr(os, "write", fill_up)
+    place = f"shard 00000 of {store.path}, file '{file}'" + " (array 'codes')" * ("/c/" in file)
+    with pytest.raises(StoreError) as caught:
+        write_synthetic_shard(store, 0, 10)
+    message = str(caught.value)
+    assert f"cannot commit {place}, sample 'sample-0', variation 0 and 1 more: " in message
+    assert "the disk is full" in message
+
+
+def test_refused_predictions_name_their_shard_and_the_file_that_they_were_for(
+    store: PredictionStore,
+) -> None:
+    arrays = arrays_of(store)
+    arrays["top_k.logits"][3, 1, 2] = np.nan
+    with store.writer(0) as writer, pytest.raises(StoreError) as caught:
+        writer.append(*store.plan[0][0], arrays, **FACTS)
+    place = f"shard 00000 of {store.path}, sample 'sample-0', variation 0, timestep 3, stream"
+    assert str(caught.value).startswith(place)
+    assert "array 'top_k.logits' (file 'top_k.logits/c/0/0/0') is refused" in str(caught.value)
 
 
 def test_a_key_outside_the_shard_is_refused(store: PredictionStore) -> None:

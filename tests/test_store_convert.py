@@ -11,7 +11,18 @@ import pytest
 
 from store import DamagedShard, PredictionStore, StoreError
 from store.convert import Conversion, convert
-from store.schema import Compact, Dense, Fast, Full, Hidden, Sampled, Target, TopK
+from store.schema import (
+    Ancestor,
+    Compact,
+    Dense,
+    Fast,
+    Full,
+    Hidden,
+    Profile,
+    Sampled,
+    Target,
+    TopK,
+)
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from store.verify import verify
 from store.zarr_codecs import ChunkCodec, Logits, LogMass, Pco, Rounded, States
@@ -43,7 +54,7 @@ def probabilities(logits: Any) -> Any:
 
 def divergence(p: Any, q: Any) -> Any:
     """KL(p, q) [...] of probabilities [..., K] that may be 0 in both."""
-    return np.where(p > 0, p * np.log(np.where(p > 0, p / q, 1)), 0).sum(-1)
+    return (p * np.log(np.divide(p, q, out=np.ones_like(p), where=p > 0))).sum(-1)
 
 
 def tree(root: Path) -> dict[str, tuple[bytes, int]]:
@@ -64,7 +75,9 @@ def test_a_compact_copy_is_exact_but_for_what_its_profile_rounds(
     done = convert(source.path, tmp_path / "compact", Compact())
     assert tree(source.path) == before
     copy = PredictionStore.open(tmp_path / "compact")
-    assert copy.manifest.model_copy(update={"profile": Fast()}) == source.manifest
+    ancestor = Ancestor(fingerprint=source.fingerprint, profile=Fast())
+    assert copy.manifest.lineage == done.lineage == (ancestor,)
+    assert copy.manifest.model_copy(update={"profile": Fast(), "lineage": ()}) == source.manifest
     assert (copy.plan, copy.samples, copy.committed) == (source.plan, source.samples, [0, 1, 2])
     assert verify(copy.path).ok
     for name, head in source.heads.items():
@@ -122,6 +135,49 @@ def test_the_divergence_of_logits_and_of_the_tail_is_that_of_their_rows(tmp_path
         assert loss.max_kl == pytest.approx(kl.max(), rel=1e-6, abs=1e-12)
     assert 0 < done.losses["top_k.tail_logmass"].max_kl < done.losses["top_k.logits"].mean_kl
     assert done.max_kl == done.losses["top_k.logits"].max_kl <= 2e-3
+
+
+def chain(
+    tmp_path: Path, target: Target, profiles: Sequence[Profile]
+) -> tuple[PredictionStore, PredictionStore, Conversion]:
+    """A store, what became of it through one profile after another, and the last conversion."""
+    source = store = made(tmp_path / "0", target, shards=1)
+    for number, profile in enumerate(profiles, 1):
+        done = convert(store.path, tmp_path / str(number), profile)
+        store = PredictionStore.open(tmp_path / str(number))
+    return source, store, done
+
+
+@pytest.mark.parametrize("target", [TopK(k=5, dtype="float32"), Full()], ids=["top_k", "full"])
+def test_no_conversion_makes_the_loss_of_an_earlier_one_forgotten(
+    tmp_path: Path, target: Target
+) -> None:
+    profiles = [Compact(loss_nats=0.05), Fast(), Compact(loss_nats=1e-6)]
+    source, last, done = chain(tmp_path, target, profiles)
+    assert [ancestor.profile for ancestor in last.manifest.lineage] == [Fast(), *profiles[:2]]
+    assert last.manifest.lineage[0].fingerprint == source.fingerprint
+    name = f"{target.kind}.logits"
+    lost = divergence(*(probabilities(s.shard(0).arrays[name]) for s in (source, last)))
+    assert 0.02 < lost.max() <= done.stated_nats
+    assert done.stated_nats == pytest.approx((0.05**0.5 + 1e-3) ** 2)
+    assert done.max_kl < 1e-4
+
+
+def test_roundings_that_build_up_stay_within_what_their_profiles_state(tmp_path: Path) -> None:
+    losses = (1e-3, 7e-4, 1.3e-3, 9e-4)
+    source, last, done = chain(tmp_path, Full(), [Compact(loss_nats=loss) for loss in losses])
+    lost = divergence(*(probabilities(s.shard(0).arrays["full.logits"]) for s in (source, last)))
+    assert max(losses) < lost.max() <= done.stated_nats
+    assert done.stated_nats == pytest.approx(sum(loss**0.5 for loss in losses) ** 2)
+
+
+def test_the_roundings_of_states_add_up_in_what_is_stated(tmp_path: Path) -> None:
+    steps = (0.2, 0.13, 0.21)
+    source, last, done = chain(tmp_path, Hidden(), [Compact(hidden_step=step) for step in steps])
+    one, two = (s.shard(0).arrays["hidden.backbone"].astype(float) for s in (source, last))
+    sizes = np.sqrt((one**2).mean(-1, keepdims=True))
+    assert max(steps) / 2 < (np.abs(one - two) / sizes).max() <= done.stated_rms
+    assert (done.stated_nats, done.stated_rms) == (0, pytest.approx(sum(steps) / 2))
 
 
 def test_states_are_compared_through_their_heads(tmp_path: Path) -> None:
@@ -193,7 +249,7 @@ def test_stores_within_one_another_are_refused(
 def test_a_destination_that_is_another_store_is_refused(tmp_path: Path) -> None:
     source = made(tmp_path / "a", TopK(k=3))
     made(tmp_path / "b", TopK(k=3))
-    with pytest.raises(StoreError, match=r"exists and differs in profile\..*kind"):
+    with pytest.raises(StoreError, match=r"exists and differs in lineage: .*; profile\..*kind"):
         convert(source.path, tmp_path / "b", Compact())
     convert(source.path, tmp_path / "c", Compact())
     with pytest.raises(StoreError, match=r"profile\.loss_nats: 0\.0003 in the store, 0\.001 given"):
@@ -238,8 +294,9 @@ def test_a_codec_that_loses_more_than_the_profile_states_is_found(
         out[:] = change(out)
 
     monkeypatch.setattr(codec, "decode_into", wrong)
-    message = f"shard 00000 of .*, array '{array}', sample 'sample-[01]', variation 0, timestep"
-    with pytest.raises(StoreError, match=f"{message} .* differs more from the source than"):
+    file = rf"file '{array}/c/0[0/]*' \(array '{array}'\)"
+    place = f"shard 00000 of {tmp_path}/b, {file}, sample 'sample-[01]', variation 0, timestep"
+    with pytest.raises(StoreError, match=f"{place} .* differs more from the source than"):
         convert(source.path, tmp_path / "b", Compact())
 
 
@@ -253,7 +310,9 @@ def test_other_facts_than_the_source_has_are_found(tmp_path: Path) -> None:
             facts = {"stop_reason": "end", "weight": 0.5, "seed": rollout.seed}
             writer.append(rollout.sample_id, rollout.variation, rollout.arrays, **facts)
         writer.commit()
-    with pytest.raises(StoreError, match=r"shard 00000 of .* holds other weights of its rollouts"):
+    with pytest.raises(
+        StoreError, match=r"shard 00000 of .*rollouts\.parquet' holds other weights"
+    ):
         convert(source.path, copy.path, Compact())
 
 
@@ -262,5 +321,7 @@ def test_a_store_without_shards_is_converted(tmp_path: Path) -> None:
     done = convert(source.path, tmp_path / "b", Compact())
     assert done == Conversion(
         profile=Compact(), shards=0, written=0, missing=4, rollouts=0, timesteps=0,
-        bytes_before=0, bytes_after=0, losses={}, mean_kl=0, max_kl=0,
+        bytes_before=0, bytes_after=0, losses={}, mean_kl=0, max_kl=0, stated_rms=0,
+        stated_nats=done.stated_nats,
+        lineage=(Ancestor(fingerprint=source.fingerprint, profile=Fast()),),
     )  # fmt: skip

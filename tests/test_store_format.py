@@ -19,15 +19,22 @@ import xxhash
 from store import PredictionStore, StoreError
 from store.encoding import ArraySpec
 from store.schema import (
+    Ancestor,
     Compact,
     Dense,
     Fast,
+    FileSum,
+    Fingerprints,
     Full,
+    Guidance,
     Head,
     Hidden,
+    Latent,
     Manifest,
     Profile,
     Sampled,
+    Sampler,
+    Stream,
     Target,
     TopK,
 )
@@ -243,9 +250,10 @@ def test_the_documentation_names_every_codec_array_and_field() -> None:
     for record in (Manifest, ShardRecord):
         for name in record.model_fields:
             assert f"| `{name}` | " in text
-    for kind in (TopK, Full, Sampled, Hidden, Dense, Compact, Head):
+    within = (TopK, Full, Sampled, Hidden, Dense, Compact, Head, Stream, Latent, Ancestor)
+    for kind in (*within, Guidance, Sampler, Fingerprints, FileSum):
         for name in kind.model_fields:
-            assert name in text
+            assert re.search(rf"[`{{ ]{name}[`}},: ]", text), name
 
 
 ARRAYS: list[tuple[Target, list[str]]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,14 @@ import pytest
 import zarr
 
 from store import PredictionStore
-from store.encoding import array_specs
-from store.synthetic import synthetic_manifest
+from store.encoding import ArraySpec, array_specs
 from store.tables import parse_table
 from store.verify import verify
 from store.zarr_codecs import CODECS
 from store.zarr_files import ArrayFiles
-from tests.golden_stores import GOLDEN, PROFILES, TARGETS
+from tests.golden_stores import ANCESTOR, GOLDEN, GOLDENS, PROFILES
 
-STORES = [(profile, name) for profile in PROFILES for name in TARGETS]
+STORES = [(profile, name) for profile in PROFILES for name in GOLDENS]
 each_store = pytest.mark.parametrize(("profile", "name"), STORES)
 
 
@@ -108,17 +108,83 @@ def test_what_a_golden_store_holds_is_written_as_it_was(
         assert_same(PredictionStore.open(tmp_path).shard(0).arrays[array], values)
 
 
-def test_the_golden_stores_hold_every_kind_of_array_and_codec() -> None:
+def test_the_golden_stores_hold_every_kind_of_array() -> None:
     stores = [PredictionStore.open(GOLDEN / profile / name) for profile, name in STORES]
-    specs = [spec for store in stores for spec in array_specs(store.manifest).values()]
-    assert {spec.name.split(".")[0] for spec in specs} == {
-        "codes", "top_k", "full", "sampled", "hidden", "dense",
+    found = {name for store in stores for name in array_specs(store.manifest)}
+    assert found == {
+        "codes", "top_k.ids", "top_k.logits", "top_k.tail_logmass", "top_k.tail_ids",
+        "top_k.moments", "full.logits", "full.cond", "full.uncond", "sampled.ids",
+        "hidden.backbone", "hidden.cond.a", "hidden.cond.b.c", "hidden.uncond.a",
+        "hidden.uncond.b.c", "dense.guided", "dense.cond", "dense.delta",
     }  # fmt: skip
-    top_k = synthetic_manifest(TARGETS["top_k"])
-    assert array_specs(top_k).keys() <= {spec.name for spec in specs}
-    used = {
-        type(ArrayFiles.of(spec, store.manifest.profile).codec)
-        for store in stores
-        for spec in array_specs(store.manifest).values()
+
+
+def chunks_of(store: PredictionStore, spec: ArraySpec) -> list[bytes]:
+    """The encoded chunks of an array of shard 0, by the index at the end of its data file."""
+    content = (store.path / f"shards/00000/{spec.name}/c/0{'/0' * len(spec.trailing)}").read_bytes()
+    index, end = [], len(content) - 4
+    while not index or index[0][0] != 0:
+        end -= 16
+        index.insert(0, struct.unpack_from("<QQ", content, end))
+    return [content[offset : offset + size] for offset, size in index]
+
+
+def parts_of(chunk: bytes) -> tuple[int, bytes, bytes]:
+    """The count and the two parts of a chunk."""
+    count, size = struct.unpack_from("<II", chunk)
+    return count, chunk[8 : 8 + size], chunk[8 + size :]
+
+
+def layout_of(codec: str, chunk: bytes) -> str:
+    """Which of the layouts of docs/format.md a chunk has, read from its headers alone."""
+    match codec:
+        case "rising_ids":
+            return "dictionary" if parts_of(chunk)[0] else "no dictionary"
+        case "sorted_draws":
+            return layout_of("rising_ids", parts_of(chunk)[1])
+        case "logits":
+            levels = parts_of(chunk)[2]
+            form = struct.unpack_from("<hH", levels)[1]
+            exceptions = form == 1 and parts_of(levels[4:])[0] > 0
+            return f"form {form}{' with exceptions' if exceptions else ''}"
+        case _:
+            return "only"
+
+
+def test_the_golden_stores_hold_every_layout_of_every_codec() -> None:
+    found: dict[str, set[str]] = {codec.name.split(".")[1]: set() for codec in CODECS}
+    longest = dict.fromkeys(found, 0)
+    for name in GOLDENS:
+        store = PredictionStore.open(GOLDEN / "compact" / name)
+        for spec in array_specs(store.manifest).values():
+            codec = ArrayFiles.of(spec, store.manifest.profile).codec
+            assert codec is not None
+            kind, chunks = codec.name.split(".")[1], chunks_of(store, spec)
+            found[kind] |= {f"{spec.dtype}: {layout_of(kind, chunk)}" for chunk in chunks}
+            longest[kind] = max(longest[kind], len(chunks))
+    ids = {"uint16: no dictionary", "uint32: no dictionary", "uint32: dictionary"}
+    assert found == {
+        "pco": {"uint16: only", "uint32: only", "float16: only", "float32: only"},
+        "rising_ids": ids,
+        "sorted_draws": ids,
+        "logits": {"float16: form 1", "float16: form 1 with exceptions", "float32: form 0"},
+        "states": {"float16: only", "float32: only"},
+        "log_mass": {"float32: only"},
+        "rounded": {"float32: only"},
     }
-    assert used - {type(None)} == set(CODECS)
+    assert set(longest.values()) == {2}
+
+
+def test_the_golden_stores_hold_the_values_that_codecs_spell_apart() -> None:
+    logits = expected("compact", "full_peak")[0]["full.logits"]
+    assert np.isneginf(logits).any()
+    assert ((logits < -10) & np.isfinite(logits)).any(), "a level below 2"
+    masses = expected("compact", "top_k_wide")[0]["top_k.tail_logmass"]
+    assert np.isneginf(masses).any()
+    assert (masses == 0).any()
+
+
+def test_a_golden_store_of_converted_values_knows_where_they_came_from() -> None:
+    for profile in PROFILES:
+        manifest = PredictionStore.open(GOLDEN / profile / "hidden").manifest
+        assert manifest.lineage == (ANCESTOR,)

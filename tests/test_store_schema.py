@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,24 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from store import PredictionStore, StoreError
-from store.schema import Full, Guidance, Manifest, Sampler, Stream, TopK
+from store.schema import (
+    Compact,
+    Dense,
+    FileSum,
+    Full,
+    Guidance,
+    Head,
+    Hidden,
+    Latent,
+    Manifest,
+    Record,
+    Sampler,
+    Stream,
+    TopK,
+)
 from store.sealed import MAX_DOCUMENT_BYTES, checksum, seal, unseal
-from store.synthetic import synthetic_manifest, synthetic_store
+from store.shard import ShardRecord
+from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 
 MANIFEST = synthetic_manifest(TopK(k=4, temperatures=(1.0, 2.0), moments=True))
 
@@ -43,6 +60,37 @@ def test_a_refused_setting_names_value_limit_and_remedy(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         record(**fields)
+
+
+NO_GROUPS = ["", "lm/head", "a\0b", "..", ".a", "a b", "ä", "a\n", "g" * 65]
+
+
+@pytest.mark.parametrize("group", NO_GROUPS)
+@pytest.mark.parametrize(
+    ("record", "fields"),
+    [
+        (Stream, {"name": "a", "vocabulary": 9}),
+        (Latent, {"name": "a", "shape": (4,)}),
+        (Head, {"vectors": 1, "width": 4}),
+    ],
+    ids=["stream", "latent", "head"],
+)
+def test_a_group_that_cannot_name_an_array_is_refused(
+    record: Any, fields: dict[str, Any], group: str
+) -> None:
+    with pytest.raises(ValidationError, match=r"group is .* but must be 1 to 64 .*: an array"):
+        record(group=group, **fields)
+
+
+def test_the_longest_name_of_a_group_names_an_array(tmp_path: Path) -> None:
+    group = "-b.c_" + "g" * 59
+    streams = tuple(s.model_copy(update={"group": group}) for s in MANIFEST.streams)
+    changes = {"streams": streams, "heads": (Head(group=group, vectors=1, width=4),)}
+    hidden = synthetic_manifest(Hidden(branches="both")).model_dump()
+    store = synthetic_store(tmp_path, Manifest(**(hidden | changes)), 2, 1, 2)
+    write_synthetic_shard(store, 0, 3)
+    shard = PredictionStore.open(tmp_path).shard(0)
+    assert f"hidden.uncond.{group}" in shard.arrays
 
 
 @pytest.mark.parametrize(
@@ -92,6 +140,11 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     ("change", "message"),
     [
         ({"format_version": 2}, "format version 2, this foretell reads up to 1: install a newer"),
+        ({"format_version": 0}, "has format_version 0 but must have an integer >= 1: no foretell"),
+        ({"format_version": -5}, "has format_version -5 but must have an integer >= 1"),
+        ({"format_version": "1"}, "has format_version '1' but must have an integer >= 1"),
+        ({"format_version": 1.0}, r"has format_version 1\.0 but must have an integer >= 1"),
+        ({"format_version": True}, "format_version"),
         ({"seed": "7"}, "seed: Input should be a valid integer"),
         ({"streams": 3}, "streams: Input should be a valid"),
         ({"surprise": 1}, "surprise: Extra inputs"),
@@ -108,8 +161,67 @@ def test_a_wrong_manifest_with_a_right_checksum_is_refused(
         unseal(path, Manifest)
 
 
+def fields_of(value: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
+    """Where the fields of a JSON object lie, those of the objects in it included."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, part in parts:
+        if isinstance(value, dict):
+            yield (*path, name)
+        if isinstance(part, dict | list):
+            yield from fields_of(part, *path, name)
+
+
+RECORD = ShardRecord(
+    shard=0, manifest="m", rows=1, rollouts=1, files={"zarr.json": FileSum(bytes=1, xxh3="0")}
+)
+DOCUMENTS: list[Record] = [
+    MANIFEST.model_copy(update={"profile": Compact()}),
+    synthetic_manifest(Hidden(branches="both")),
+    synthetic_manifest(Dense()),
+    RECORD,
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=["top_k", "hidden", "dense", "shard"])
+def test_a_document_that_lacks_any_field_is_refused_though_the_record_has_a_default(
+    tmp_path: Path, document: Record
+) -> None:
+    path, whole = tmp_path / "document.json", document.model_dump(mode="json")
+    write_sealed(path, whole)
+    unseal(path, type(document))
+    for *above, name in fields_of(whole):
+        content = json.loads(json.dumps(whole))
+        reduce(lambda part, key: part[key], above, content).pop(name)
+        write_sealed(path, content)
+        if "files" not in above[-1:]:  # there a name is data
+            with pytest.raises(StoreError, match=rf"document\.json .*{name}"):
+                unseal(path, type(document))
+
+
+def test_a_newer_format_that_is_spelled_and_sealed_otherwise_asks_for_a_newer_foretell(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "manifest.json"
+    for text in ('{"format_version":2}', '{"format_version": 3, "checksum": 7, "seed": [1e400]}'):
+        path.write_text(text)
+        with pytest.raises(StoreError, match=r"reads up to 1: install a newer foretell"):
+            unseal(path, Manifest)
+
+
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b"null", b'"x"', b"[" * 100_000, b'{"a": NaN}', b"\xff\xfe", b"{}\n"]
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"[" * 100_000,
+        b'{"a": NaN}',
+        b"\xff\xfe",
+        b"{}\n",
+        b'{"format_version": 1, "a": 1e400}',
+    ],
 )
 def test_what_is_no_sealed_json_is_refused(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "manifest.json"
