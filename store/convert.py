@@ -32,7 +32,10 @@ class ArrayLoss(Record):
     exact: bool
     """Whether every bit of it is as it was."""
     mean_kl: float | None = None
-    """KL from the source in nats, mean over the rows; null where there is no distribution."""
+    """KL from the source in nats, mean over the rows; null where there is no distribution.
+
+    Of logits T²·KL at the listed temperature at which a row loses most.
+    """
     max_kl: float | None = None
     """KL of the worst row in nats."""
 
@@ -272,8 +275,10 @@ def _blocks(source: Array, found: Array) -> Iterator[tuple[int, Array, Array]]:
 def _compare(codec: ChunkCodec | None, source: Array, found: Array) -> tuple[Array, Array | None]:
     """Where values [T, …] differ more than their codec may make them, and KL where it rounds."""
     match codec:
-        case Logits(loss_nats=limit):
-            kl = _kl(source, found)
+        case Logits(loss_nats=limit, temperatures=temperatures):
+            one, two = source.astype(np.float64), found.astype(np.float64)
+            losses = [t**2 * _kl(one / t, two / t) for t in temperatures]
+            kl = np.max(losses, axis=0)
         case LogMass(step=step):
             kl, limit = _kl(_two_way(source), _two_way(found)), step**2 / 32
         case States(step=step):

@@ -27,6 +27,8 @@ class ArraySpec:
     dtype: np.dtype[Any]
     trailing: tuple[int, ...]
     """Shape after the time axis: the array is [N, *trailing]."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """Temperatures at which rounded logits keep their stated loss."""
 
     @property
     def fill(self) -> float | int:
@@ -76,7 +78,8 @@ def _target_specs(manifest: Manifest) -> Iterator[ArraySpec]:
         case TopK() as target:
             tail = (streams, len(target.temperatures))
             yield ArraySpec("top_k.ids", ids, (streams, target.k))
-            yield ArraySpec("top_k.logits", np.dtype(target.dtype), (streams, target.k))
+            logits = np.dtype(target.dtype), (streams, target.k)
+            yield ArraySpec("top_k.logits", *logits, temperatures=target.temperatures)
             yield ArraySpec("top_k.tail_logmass", single, tail)
             if target.tail_samples:
                 yield ArraySpec("top_k.tail_ids", ids, (streams, target.tail_samples))

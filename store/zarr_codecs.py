@@ -207,10 +207,13 @@ class Logits(ChunkCodec):
     level; below level 2 whole nats are counted down. With rounding error e, |e| <= 1/2, a level
     costs about (2e)²·max p/top²/2 nats, whatever p is, so for an even e all K together cost
     K·max p/(6·top²). `top`, the level of the row's largest logit, is taken per row from `TOPS`: the
-    least, from where that formula gives `loss_nats`, whose KL(p, rounded p) as measured on the
-    decoded logits is at most `loss_nats`. Layout: `number of rows (u32), bytes of the first part
-    (u32)`, the places in `TOPS` [rows] (Pco of u16), then `least level (i16), form (u16)` and how
-    far the levels are above the least: form 1 as `_pack_bytes`, form 0 as Pco of u16.
+    least, from where such a formula gives `loss_nats`, whose loss as measured on the decoded logits
+    is at most that. The loss is the largest T²·KL(softmax(row / T), softmax(decoded / T)) of all
+    `temperatures`; above 1 unlikely ids weigh more, and levels are finer. Layout: `number of rows
+    (u32), bytes of the first part (u32)`, the places in `TOPS` [rows] (Pco of u16), then `least
+    level (i16), form (u16)` and how far the levels are above the least: form 1 as `_pack_bytes`,
+    form 0 as Pco of u16. Where no level is fine enough for some row, the first part is empty and
+    the second holds all logits of the chunk as they are (Pco).
 
     Decoded rows are relative to their maximum, which is exactly 0, in the order of the encoded
     ones; minus infinity and NaN stay in their places. Encoding decoded rows again may cost
@@ -219,21 +222,58 @@ class Logits(ChunkCodec):
 
     name = "foretell.logits"
     loss_nats: float
+    temperatures: tuple[float, ...] = (1.0,)
     level: int = PCO_LEVEL
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperatures", tuple(self.temperatures))  # JSON has lists
+
+    def to_dict(self) -> dict[str, JSON]:
+        """The codec's JSON form in zarr.json."""
+        plain = asdict(self) | {"temperatures": list(self.temperatures)}
+        return {"name": self.name, "configuration": plain}
 
     def encode_chunk(self, values: Array) -> bytes:
         """Bytes of logits [..., K], float16 or float32, any row offset.
 
-        Raises ValueError for plus infinity, and where no level is fine enough for `loss_nats`.
+        Raises ValueError for plus infinity.
         """
         rows = _rows(values)
         tops, levels = np.empty(len(rows), np.int64), np.empty(rows.shape, np.int64)
         height = max(1, BLOCK_NUMBERS // max(1, rows.shape[1]))
         for start in range(0, len(rows), height):
             block = slice(start, start + height)
-            tops[block], levels[block] = _round_logits(rows[block], self.loss_nats)
+            tops[block], levels[block] = self._round(rows[block])
+            if tops[block].max(initial=0) == len(TOPS):
+                exact = _relative(rows, np.nan).astype(values.dtype)
+                return _join(len(rows), b"", _compress(exact, self.level))
         places = _compress(tops.astype(np.uint16), self.level)
         return _join(len(tops), places, _pack_levels(levels, self.level))
+
+    def _round(self, rows: Array) -> tuple[Array, Array]:
+        """Place in `TOPS` [rows] and levels [rows, K] int64 of logits [rows, K].
+
+        The place of a row for which no level is fine enough is the number of `TOPS`.
+        """
+        logits = _relative(rows)
+        tops = _tops_by_formula(logits, self.loss_nats, self.temperatures)
+        places = np.searchsorted(TOPS[:-1], tops)
+        levels = np.empty(rows.shape, np.int64)
+        weights = [np.exp(logits / temperature) for temperature in self.temperatures]
+        table, pending = _decoded_levels(rows.dtype.char), np.arange(len(rows))
+        while len(pending):
+            part, place = logits[pending], places[pending]
+            levels[pending] = rounded = _levels(part, TOPS[place])
+            decoded = table[rounded + ORIGINS[place][:, None]].astype(np.float64)
+            losses = [
+                t**2 * _divergence(w[pending], part / t, decoded / t)
+                for t, w in zip(self.temperatures, weights, strict=True)
+            ]
+            pending = pending[np.max(losses, axis=0) > self.loss_nats]
+            places[pending] += 1
+            pending = pending[places[pending] < len(TOPS)]
+        levels[np.isnan(rows)] = LEVEL_OF_NAN
+        return places, levels
 
     def _fill(self, content: bytes, out: Array) -> None:
         """Logits relative to the row maximum, each the nearest of its type to its level's."""
@@ -241,6 +281,8 @@ class Logits(ChunkCodec):
         rows = _rows(out)
         if count != len(rows):
             raise DamagedChunk(f"it holds {count} rows where {len(rows)} are expected")
+        if not first:
+            return _decompress_into(second, rows.reshape(-1))
         tops = np.empty(count, np.uint16)
         _decompress_into(first, tops)
         if count and tops.max() >= len(TOPS):
@@ -320,43 +362,34 @@ def _words(kind: str) -> pa.Array:
     return pa.array(np.append(words, np.zeros(PLACES, words.dtype)))
 
 
-def _round_logits(rows: Array, loss_nats: float) -> tuple[Array, Array]:
-    """Place in `TOPS` [rows] and levels [rows, K] int64 of logits [rows, K]."""
-    logits = _relative(rows)
-    weights = np.exp(logits)
-    places = np.searchsorted(TOPS[:-1], _tops_by_formula(weights, loss_nats))
-    levels = np.empty(rows.shape, np.int64)
-    table, pending = _decoded_levels(rows.dtype.char), np.arange(len(rows))
-    while len(pending):
-        part, place = logits[pending], places[pending]
-        levels[pending] = rounded = _levels(part, TOPS[place])
-        decoded = table[rounded + ORIGINS[place][:, None]].astype(np.float64)
-        pending = pending[_divergence(weights[pending], part, decoded) > loss_nats]
-        if (places[pending] == len(TOPS) - 1).any():
-            raise ValueError(
-                f"rounding to {loss_nats} nats needs finer levels than there are: "
-                "raise loss_nats, or use the profile `fast`"
-            )
-        places[pending] += 1
-    levels[np.isnan(rows)] = LEVEL_OF_NAN
-    return places, levels
-
-
-def _relative(rows: Array) -> Array:
-    """Logits [rows, K] float64 relative to the row maximum, minus infinity for NaN."""
+def _relative(rows: Array, absent: float = -np.inf) -> Array:
+    """Logits [rows, K] float64 relative to the row maximum, `absent` in place of NaN."""
     logits = rows.astype(np.float64)
-    logits[np.isnan(logits)] = -np.inf
+    unwritten = np.isnan(logits)
+    logits[unwritten] = -np.inf
     highest = logits.max(-1, keepdims=True, initial=-np.inf)
     if (highest == np.inf).any():
         raise ValueError("a logit is infinite: correct the family that made it")
     logits -= np.where(highest == -np.inf, 0.0, highest)
+    logits[unwritten] = absent
     return logits
 
 
-def _tops_by_formula(weights: Array, loss_nats: float) -> Array:
-    """Top [rows] at which even rounding errors cost `loss_nats`; weights are p / max p."""
+def _tops_by_formula(logits: Array, loss_nats: float, temperatures: tuple[float, ...]) -> Array:
+    """Top [rows] at which even rounding errors cost `loss_nats` at one temperature at least.
+
+    The error of a logit has the variance 1/(3·top²·p/max p), of whole nats 1/12. Its mean over
+    softmax(row / T), halved, is the loss.
+    """
+    weights = np.exp(logits)  # p / max p
     total = np.maximum(weights.sum(-1), 1)  # 1 / max p, and 1 for a row that holds nothing
     tops: Array = np.sqrt(weights.shape[-1] / (6 * loss_nats) / total)
+    for temperature in temperatures:
+        if temperature != 1:
+            softer = weights ** (1 / temperature)
+            errors = 1 / np.maximum(weights, 4 / tops[:, None] ** 2)
+            cost = (softer * errors).sum(-1) / np.maximum(softer.sum(-1), 1)
+            tops = np.maximum(tops, np.sqrt(cost / (6 * loss_nats)))
     return tops
 
 
@@ -530,11 +563,11 @@ def compact_codec(spec: ArraySpec, profile: Compact) -> ChunkCodec:
     codecs: dict[str, ChunkCodec] = {
         "codes": Pco(),
         "top_k.ids": RisingIds(),
-        "top_k.logits": Logits(profile.loss_nats),
+        "top_k.logits": Logits(profile.loss_nats, spec.temperatures),
         "top_k.tail_logmass": LogMass(),
         "top_k.tail_ids": SortedDraws(),
         "top_k.moments": Rounded(bits=12),
-        "full.logits": Logits(profile.loss_nats),
+        "full.logits": Logits(profile.loss_nats, spec.temperatures),
         "full.cond": Pco(),
         "full.uncond": Pco(),
         "sampled.ids": SortedDraws(),

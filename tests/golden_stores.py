@@ -120,6 +120,7 @@ GOLDENS = {
     "full_peak": Golden(
         Full(), vocabulary=16, compact=Compact(loss_nats=3e-5), timesteps=LONG, arrays=one_peak
     ),
+    "top_k_exact": Golden(TopK(k=3), compact=Compact(loss_nats=1e-12)),
     "hidden": Golden(Hidden(dtype="float32"), timesteps=LONG, lineage=(ANCESTOR,)),
     "dense_guided": Golden(Dense(branches="guided", dtype="float32"), timesteps=LONG),
 }

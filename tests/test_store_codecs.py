@@ -166,6 +166,18 @@ def test_no_row_loses_more_than_the_bound(loss_nats, k, dtype):
     assert np.array_equal(np.isneginf(decoded), np.isneginf(rows))
 
 
+@pytest.mark.parametrize("temperatures", [(2.0,), (1.0, 2.0), (0.5, 1.0, 4.0)])
+@pytest.mark.parametrize("k", [2, 64, 2048])
+def test_no_row_loses_more_than_the_bound_at_any_temperature(k, temperatures):
+    rows = adversarial_rows(k, "float16")
+    exact, decoded = (x.astype(np.float64) for x in (rows, again(Logits(3e-4, temperatures), rows)))
+    losses = {t: t**2 * divergence(exact / t, decoded / t).max() for t in temperatures}
+    assert max(losses.values()) <= 3e-4 * (1 + 1e-6)
+    plain = again(Logits(3e-4), rows).astype(np.float64)
+    if k > 2:  # bounded at temperature 1 alone they would lose more
+        assert max(t**2 * divergence(exact / t, plain / t).max() for t in temperatures) > 6e-4
+
+
 @given(
     rows=hnp.arrays(np.float16, (3, 12), elements=st.floats(-80, 80, width=16) | st.just(-np.inf))
 )
@@ -185,6 +197,8 @@ def test_the_bound_is_nearly_used_up():
     rows = np.random.default_rng(0).normal(scale=3, size=(500, 50)).astype(np.float16)
     losses = divergence(rows, again(Logits(3e-4), rows))
     assert 1.5e-4 < losses.mean() < 3e-4
+    softer = again(Logits(3e-4, (1.0, 2.0)), rows)
+    assert 1.5e-4 < 4 * divergence(rows / 2.0, softer / 2.0).mean() < 3e-4
 
 
 def test_the_offset_of_a_row_does_not_matter():
@@ -222,12 +236,21 @@ def test_blocks_do_not_show(monkeypatch):
     assert Logits(3e-4).encode_chunk(rows) == content
 
 
-def test_infinite_logits_and_an_impossible_bound_are_refused():
+def test_an_infinite_logit_is_refused():
     with pytest.raises(ValueError, match="infinite"):
         Logits(3e-4).encode_chunk(np.array([[0, np.inf]], np.float16))
-    rows = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float16)
-    with pytest.raises(ValueError, match="raise loss_nats"):
-        Logits(1e-12).encode_chunk(rows)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_no_level_is_fine_enough_for_comes_back_as_it_was(dtype):
+    rows = adversarial_rows(50, dtype)
+    rows[2] = np.nan
+    rows[3], rows[4, 2] = -np.inf, np.nan
+    for codec in (Logits(1e-12), Logits(1e-5, (1.0, 16.0))):
+        assert codec.encode_chunk(rows)[4:8] == bytes(4)
+        assert same_bits(again(codec, rows), rows)
+    steps = (np.arange(-49, 1)[None] / 8).astype(dtype)
+    assert same_bits(again(Logits(1e-12), steps + np.array(8, dtype)), steps)
 
 
 def form(content: bytes) -> int:
@@ -496,6 +519,9 @@ def test_codecs_follow_the_profile_and_an_unknown_array_has_none():
     manifest = synthetic_manifest(TopK(k=4))
     spec = array_specs(manifest)["top_k.logits"]
     assert compact_codec(spec, Compact(loss_nats=1e-3)) == Logits(1e-3)
+    both = array_specs(synthetic_manifest(TopK(k=4, temperatures=(1.0, 2.0))))["top_k.logits"]
+    codec = compact_codec(both, Compact(loss_nats=1e-3))
+    assert codec == Logits(1e-3, (1.0, 2.0)) == Logits.from_dict(codec.to_dict())
     hidden = array_specs(synthetic_manifest(Hidden()))["hidden.backbone"]
     assert compact_codec(hidden, Compact(hidden_step=0.5)) == States(0.5)
 

@@ -161,7 +161,10 @@ def test_the_header_of_an_array_is_the_documented_one() -> None:
     assert json.loads(logits.encode_header(300)) == HEADER
     logits.check_header(json.dumps(HEADER | {"attributes": {"unit": "nats"}}).encode(), 300)
     compact = ArrayFiles.of(logits.spec, Compact())
-    codec = {"name": "foretell.logits", "configuration": {"loss_nats": 3e-4, "level": 8}}
+    codec = {
+        "name": "foretell.logits",
+        "configuration": {"loss_nats": 3e-4, "temperatures": [1.0], "level": 8},
+    }
     text = json.dumps(HEADER).replace(
         json.dumps(HEADER["codecs"][0]["configuration"]["codecs"][0]), json.dumps(codec), 1
     )
