@@ -24,6 +24,8 @@ from store.zarr_codecs import compact_codec
 STREAMS = 8
 CODEC_VOCABULARY, TEXT_VOCABULARY = 2048, 152_064
 CFG_SCALE = 2.5
+T1, T2 = (1.0,), (1.0, 2.0)
+"""Distillation temperatures that a target lists."""
 PUBLISHED = "published formula, not measured"
 INDEX_BYTES = 16
 """Offset and length of one chunk in the index of its file."""
@@ -89,9 +91,12 @@ class Stored:
     decode_s: float
 
     @classmethod
-    def through(cls, name: str, values: Array, repeats: int) -> Stored:
+    def through(
+        cls, name: str, values: Array, repeats: int, temperatures: tuple[float, ...] = (1.0,)
+    ) -> Stored:
         """Encode and decode values [N, ...] in chunks of 256 timesteps."""
-        codec = compact_codec(ArraySpec(name, values.dtype, values.shape[1:]), Compact())
+        spec = ArraySpec(name, values.dtype, values.shape[1:], temperatures)
+        codec = compact_codec(spec, Compact())
         decoded, size, decode_s = np.empty_like(values), 0, 0.0
         for start in range(0, len(values), 256):
             chunk = values[start : start + 256]
@@ -127,53 +132,83 @@ class Cost:
     note: str
 
 
-def top_k_costs(name: str, teacher: Teacher, ks: list[int], options: Options) -> list[Cost]:
-    """The target `top_k` at one temperature, without and with the drawn code."""
-    kept: dict[int, list[tuple[Array, Array, Array]]] = {k: [] for k in ks}
+@dataclass(frozen=True)
+class Kept:
+    """A target `top_k` of one timestep."""
+
+    ids: Array
+    """[C, K] rising."""
+    logprobs: Array
+    """[temperatures, C, K] of those ids, among all."""
+    tails: Array
+    """[temperatures, C] log mass of all other ids."""
+
+
+TopKKind = tuple[int, tuple[float, ...]]
+"""How many ids are kept, and the listed temperatures."""
+
+
+def top_k_costs(name: str, teacher: Teacher, kinds: list[TopKKind], options: Options) -> list[Cost]:
+    """The target `top_k` at some temperatures, without and with the drawn code."""
+    kept: dict[TopKKind, list[Kept]] = {kind: [] for kind in kinds}
     codes, entropies, random = [], [], np.random.default_rng(1)
     for logits in teacher.logits(options.timesteps):
         logprobs = log_softmax(logits)
         probabilities = np.exp(logprobs)
         entropies.append(-(probabilities * logprobs).sum(-1).mean())
         codes.append(draw(probabilities, 1, random)[:, 0])
-        for k in ks:
-            kept[k].append(top_k(logprobs, k))
+        for kind in kinds:
+            kept[kind].append(top_k(logprobs, *kind))
     stored_codes = Stored.through(
         "codes", np.stack(codes).astype(ids_dtype(teacher.vocabulary)), options.repeats
     )
     positions = stored_codes.values.size
     entropy = f"{np.mean(entropies):.2f} nats, a drawn code {stored_codes.bytes / positions:.2f} B"
-    return [
-        top_k_cost(f"compact_k{k}_{name}", teacher, kept[k], entropy, options.repeats) for k in ks
-    ]
+    costs = []
+    for kind, timesteps in kept.items():
+        k, temperatures = kind
+        label = f"compact_k{k}_{name}{'_t2' if 2.0 in temperatures else ''}"
+        found = top_k_cost(label, teacher, timesteps, temperatures, entropy, options.repeats)
+        costs.append(found)
+    return costs
 
 
 def top_k_cost(
-    name: str, teacher: Teacher, kept: list[tuple[Array, Array, Array]], note: str, repeats: int
+    name: str,
+    teacher: Teacher,
+    kept: list[Kept],
+    temperatures: tuple[float, ...],
+    note: str,
+    repeats: int,
 ) -> Cost:
-    """The cost of ids, logits and tail log-mass of all timesteps."""
-    ids, logprobs, tails = (np.stack(parts) for parts in zip(*kept, strict=True))
-    logits = (logprobs - logprobs.max(-1, keepdims=True)).astype(np.float16)
+    """The cost of ids, logits and tail log-mass of all timesteps; of KLs the largest T²·KL."""
+    ids = np.stack([timestep.ids for timestep in kept])
+    logprobs = np.stack([timestep.logprobs for timestep in kept], 1)
+    tails = np.stack([timestep.tails for timestep in kept], 1)
+    logits = (logprobs[0] - logprobs[0].max(-1, keepdims=True)).astype(np.float16)
+    masses = np.stack(tails, -1).astype(np.float32)
     parts = [
         Stored.through("top_k.ids", ids.astype(ids_dtype(teacher.vocabulary)), repeats),
-        Stored.through("top_k.logits", logits, repeats),
-        Stored.through("top_k.tail_logmass", tails[..., None].astype(np.float32), repeats),
+        Stored.through("top_k.logits", logits, repeats, temperatures),
+        Stored.through("top_k.tail_logmass", masses, repeats),
     ]
     if not np.array_equal(parts[0].decoded, ids):
         raise AssertionError("the ids came back changed")
-    positions = tails.size
+    positions = tails[0].size
     sizes = [part.bytes / positions for part in parts]
     split = " + ".join(f"{size:.1f}" for size in sizes)
     rates = " and ".join(f"{part.rate / 1e6:.0f}" for part in parts[:2])
-    divergence = bucketed_divergence(logprobs, tails, parts[1].decoded, parts[2].decoded[..., 0])
-    return Cost(
-        name, sum(sizes), "kl", float(divergence.mean()), f"{split} B, {rates} M numbers/s, {note}"
-    )
+    decoded, mass = (part.decoded.astype(np.float64) for part in parts[1:])
+    losses = [
+        t**2 * bucketed_divergence(logprobs[i], tails[i], decoded / t, mass[..., i]).mean()
+        for i, t in enumerate(temperatures)
+    ]
+    return Cost(name, sum(sizes), "kl", max(losses), f"{split} B, {rates} M numbers/s, {note}")
 
 
 def bucketed_divergence(logprobs: Array, tails: Array, logits: Array, logmass: Array) -> Array:
     """KL [T, C] in nats over K kept ids and one bucket, from teacher to what was decoded."""
-    decoded, mass = log_softmax(logits), logmass.astype(np.float64)[..., None]
+    decoded, mass = log_softmax(logits), logmass[..., None]
     decoded += np.log(-np.expm1(mass))
     divergence: Array = (np.exp(logprobs) * (logprobs - decoded)).sum(-1)
     return divergence + np.exp(tails) * (tails - mass[..., 0])
@@ -257,12 +292,17 @@ def log_softmax(logits: Array) -> Array:
     return relative
 
 
-def top_k(logprobs: Array, k: int) -> tuple[Array, Array, Array]:
-    """Ids [C, K] rising, their log probabilities, and the log mass [C] of all others."""
+def top_k(logprobs: Array, k: int, temperatures: tuple[float, ...]) -> Kept:
+    """The `k` likeliest ids of log probabilities [C, V], and the mass of all others."""
     ranked = np.argpartition(-logprobs, k, -1)
     ids = np.sort(ranked[:, :k], -1)
-    rest = np.take_along_axis(logprobs, ranked[:, k:], -1)
-    return ids, np.take_along_axis(logprobs, ids, -1), np.log(np.exp(rest).sum(-1))
+    softened = [log_softmax(logprobs / temperature) for temperature in temperatures]
+    rest = [np.take_along_axis(x, ranked[:, k:], -1) for x in softened]
+    return Kept(
+        ids,
+        np.stack([np.take_along_axis(x, ids, -1) for x in softened]),
+        np.stack([np.log(np.exp(x).sum(-1)) for x in rest]),
+    )
 
 
 def draw(probabilities: Array, draws: int, random: np.random.Generator) -> Array:
@@ -288,9 +328,9 @@ def main() -> None:
     given = parser.parse_args()
     options = Options(given.timesteps, given.repeats)
     costs = [
-        *top_k_costs("v2048", CODEC, [50, 64, 128], options),
+        *top_k_costs("v2048", CODEC, [(50, T1), (64, T1), (64, T2), (128, T1)], options),
         *published(CODEC_VOCABULARY, "V=2048"),
-        *top_k_costs("v152k", TEXT, [50, 128], options),
+        *top_k_costs("v152k", TEXT, [(50, T1), (128, T1)], options),
         *published(TEXT_VOCABULARY, "V=152064"),
         *sampled_cost(PEAKED_TEXT, 50, options),
         *hidden_costs(options),
