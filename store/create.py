@@ -17,6 +17,7 @@ from store.durable import sync_folder, write_file
 from store.errors import StoreError, explain_os_errors
 from store.heads import HEADS_FILE, Heads, check_heads, heads_bytes, read_heads
 from store.layout import Layout, refuse_nesting, refuse_strangers
+from store.plain_file import lies_at
 from store.plan import Plan, check_sample_ids
 from store.schema import Manifest
 from store.sealed import seal, unseal
@@ -38,7 +39,7 @@ def create_store(
     check_samples(samples, manifest, plan, f"samples given for {layout.root}")
     check_heads(heads, manifest, f"heads given for {layout.root}")
     refuse_nesting(layout.root)
-    if not layout.manifest.exists():
+    if not lies_at(layout.manifest):
         refuse_strangers(layout.root)
         contents = {
             "plan.parquet": table_bytes(plan.to_table()),
@@ -106,7 +107,7 @@ def _link(source: Path, target: Path, content: bytes, layout: Layout) -> bool:
     try:
         os.link(source, target)
     except FileExistsError:
-        if layout.manifest.exists():
+        if lies_at(layout.manifest):
             return False
         if target.read_bytes() != content:
             raise StoreError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from store.errors import StoreError, explain_os_errors
+from store.plain_file import open_plain
 from store.schema import FORMAT_VERSION, Record
 
 MAX_DOCUMENT_BYTES = 16 * 2**20
@@ -65,8 +67,8 @@ def unseal(path: Path, record: type[R]) -> tuple[R, str]:
 
 
 def _read(path: Path) -> bytes:
-    with explain_os_errors(f"read {path}"), path.open("rb") as file:
-        text = file.read(MAX_DOCUMENT_BYTES + 1)
+    with open_plain(path, str(path)) as file, explain_os_errors(f"read {path}"):
+        text = file.read(min(os.fstat(file.fileno()).st_size, MAX_DOCUMENT_BYTES) + 1)
     if len(text) > MAX_DOCUMENT_BYTES:
         raise StoreError(f"{path} is over the limit of {MAX_DOCUMENT_BYTES} bytes: restore it")
     return text

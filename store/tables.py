@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from store.errors import StoreError
+from store.errors import StoreError, SystemFailure
 from store.schema import Manifest
 from store.sums import read_summed
 
@@ -49,6 +49,8 @@ def read_table(path: Path, manifest: Manifest) -> pa.Table:
         raise StoreError(f"the manifest beside {path} does not list it: restore the manifest")
     try:
         content = read_summed(path, manifest.files[path.name], str(path))
+    except SystemFailure:
+        raise
     except StoreError as error:
         raise StoreError(f"{error}: restore it from a copy") from error
     return parse_table(content, str(path))
