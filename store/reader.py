@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
 
 from store.commit import ShardWriter
@@ -15,6 +16,7 @@ from store.encoding import Array, array_specs
 from store.errors import RolloutNotFound, StoreError
 from store.heads import Heads, find_heads, read_heads
 from store.layout import Layout, shard_name
+from store.plain_file import lies_at
 from store.plan import Key, Plan
 from store.recent import Recent
 from store.schema import Fast, Manifest
@@ -27,7 +29,7 @@ from store.threads import in_threads
 from store.zarr_files import ArrayFiles
 
 MAPPED_SHARDS = 64
-"""Shards whose files stay open, one descriptor per array."""
+"""Shards whose files stay mapped, one mapping per array; a process may have 65,530 (Linux)."""
 
 DECODED_SHARDS = 4
 """Shards of encoded arrays that stay in memory whole."""
@@ -36,10 +38,14 @@ DECODED_SHARDS = 4
 class PredictionStore:
     """What a teacher predicted at every timestep, as it was committed when the store was opened.
 
-    Every byte of a shard is checked against its record when the store first touches it, and again
-    when a file of it changes. Arrays of the profile `fast` are views of files mapped into memory;
-    of `compact`, a whole shard is decoded at once, or the chunks that a rollout lies in. Processes
-    may fork the store or pickle it; threads may share it.
+    Every byte of a shard is checked against its record when the store first touches it. What is
+    small (record, headers, table of rollouts) is then kept, and decoded arrays are too (`compact`:
+    a whole shard, or the chunks that a rollout lies in). Arrays of the profile `fast` are views of
+    files mapped into memory: before any are handed out, the reader looks whether the files still
+    lie there as they were, for rollouts by key at most every 10 ms; if not, all is checked anew.
+    Nothing guards a view that was handed out: who cuts or writes a committed file in place changes
+    it, and reading where a file was cut off ends the process (SIGBUS).
+    Processes may fork the store or pickle it; threads may share it.
     """
 
     manifest: Manifest
@@ -97,12 +103,12 @@ class PredictionStore:
         """Open a store for reading and writing, pinning the shards committed by now.
 
         At most `cached_shards` decoded shards (`compact`) stay in memory. The files of at most
-        `mapped_shards` stay mapped; that takes descriptors but no memory, and mapping them anew
-        costs a quarter of what it takes to read them.
+        `mapped_shards` stay mapped; that takes neither descriptors nor memory, and mapping them
+        anew costs a quarter of what it takes to read them.
         Raises StoreError when there is none, or its manifest, plan or samples were altered.
         """
         layout = Layout.at(path)
-        if not layout.manifest.is_file():
+        if not lies_at(layout.manifest):
             raise StoreError(f"{layout.root} is no store: it holds no manifest.json; correct it")
         for name, limit in (("cached_shards", cached_shards), ("mapped_shards", mapped_shards)):
             if limit < 1:
@@ -129,7 +135,8 @@ class PredictionStore:
 
     def is_committed(self, shard: int) -> bool:
         """Whether a shard is committed by now; unlike `committed` it asks the disk."""
-        return self._layout.shard(shard).exists()
+        self._check_planned(shard)
+        return lies_at(self._layout.shard(shard))
 
     def writer(self, shard: int) -> ShardWriter:
         """A writer of one planned shard; raises StoreError when it is not planned."""
@@ -153,7 +160,7 @@ class PredictionStore:
     def lengths(self) -> list[Array]:
         """Timesteps of every rollout, one [R] int64 array per committed shard, in that order.
 
-        Reads only each shard's record and table; raises DamagedShard.
+        Reads only each shard's record and table; raises ShardError.
         """
         return list(in_threads(lambda shard: self.folder(shard).read_lengths(), self.committed))
 
@@ -175,15 +182,16 @@ class PredictionStore:
         """All rollouts of a committed shard, verified; read-only arrays.
 
         Raises StoreError when it was not committed when the store was opened, DamagedShard when
-        any file of it is missing, altered or foreign.
+        any file of it is missing, altered or foreign, UnreadableShard when the system does not let
+        us read it.
         """
         self._require_committed(shard)
         if self._mapped_only:
-            return self._mapped_shard(shard).whole
+            return self._mapped_shard(shard, MappedShard.unchanged).whole
         decoded = self._decoded.get(shard)
         if decoded is None:
             self._decoded.make_room()
-            decoded = self._mapped_shard(shard).load()
+            decoded = self._mapped_shard(shard, MappedShard.unchanged).load()
             self._decoded.put(shard, decoded)
         return decoded
 
@@ -203,13 +211,19 @@ class PredictionStore:
         """`store[sample_id, variation]` or `store[sample_id, variation, timestep]`.
 
         Raises RolloutNotFound (a KeyError) saying whether the key is planned, StoreError for a
-        timestep outside the rollout.
+        timestep outside the rollout, ShardError.
         """
         if not isinstance(key, tuple) or len(key) not in (2, 3):
             raise StoreError(f"key {key!r} must be (sample_id, variation[, timestep]): correct it")
+        if len(key) == 3 and not isinstance(key[2], int | np.integer):
+            raise StoreError(f"timestep {key[2]!r} of key {key!r} must be an integer: correct it")
         shard, row = self._locate(key[0], key[1])
         decoded = None if self._mapped_only else self._decoded.get(shard)
-        rollout = decoded[row] if decoded else self._mapped_shard(shard).rollout(row, key[:2])
+        if decoded is None:
+            mapped = self._mapped_shard(shard, MappedShard.unchanged_lately)
+            rollout = mapped.rollout(row, key[:2])
+        else:
+            rollout = decoded[row]
         return rollout[key[2]] if len(key) == 3 else rollout
 
     def sample(self, sample_id: str) -> dict[str, Any]:
@@ -235,9 +249,9 @@ class PredictionStore:
     def _sample_rows(self) -> TextIndex:
         return TextIndex(self.samples["sample_id"].combine_chunks())
 
-    def _mapped_shard(self, shard: int) -> MappedShard:
+    def _mapped_shard(self, shard: int, unchanged: Callable[[MappedShard], bool]) -> MappedShard:
         mapped = self._mapped.get(shard)
-        if mapped is None or not mapped.unchanged():
+        if mapped is None or not unchanged(mapped):
             self._mapped.make_room()
             verified = self._verified.get(shard)
             folder = self.folder(shard)
@@ -272,13 +286,15 @@ class PredictionStore:
         )
 
     def _check_planned(self, shard: int) -> None:
+        if not isinstance(shard, int | np.integer):
+            raise StoreError(f"shard {shard!r} of {self.path} must be an integer: correct it")
         if not 0 <= shard < len(self.plan):
             raise StoreError(
                 f"shard {shard} is not planned: {self.path} has shards 0 to {len(self.plan) - 1}"
             )
 
     def _require_committed(self, shard: int) -> None:
-        if shard not in self._pinned:
+        if shard not in self._pinned or not isinstance(shard, int | np.integer):
             self._check_planned(shard)
             raise StoreError(f"shard {shard_name(shard)} is not committed: {self._how_to_commit()}")
 
