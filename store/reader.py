@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from store.commit import ShardWriter
-from store.create import check_samples, create_store
+from store.create import create_store
 from store.encoding import Array, array_specs
 from store.errors import RolloutNotFound, StoreError
 from store.heads import Heads, find_heads, read_heads
@@ -19,12 +19,12 @@ from store.layout import Layout, shard_name
 from store.plain_file import lies_at
 from store.plan import Key, Plan
 from store.recent import Recent
+from store.samples import Samples
 from store.schema import Fast, Manifest
 from store.sealed import unseal
 from store.shard import Rollout, RolloutTable, Shard, Timestep
 from store.shard_folder import MappedShard, ShardFolder, VerifiedShard
 from store.tables import read_table
-from store.text_index import TextIndex
 from store.threads import in_threads
 from store.zarr_files import ArrayFiles
 
@@ -52,8 +52,6 @@ class PredictionStore:
     fingerprint: str
     """Checksum of the manifest, and through it of plan and samples."""
     plan: Plan
-    samples: pa.Table
-    """The conditioning inputs, one row per sample."""
     committed: list[int]
     """Shards that were committed when the store was opened, rising."""
 
@@ -61,10 +59,10 @@ class PredictionStore:
         self._layout = layout
         self.manifest, self.fingerprint = unseal(layout.manifest, Manifest)
         self.plan = Plan.from_table(read_table(layout.plan, self.manifest), str(layout.plan))
-        self.samples = read_table(layout.samples, self.manifest)
-        check_samples(self.samples, self.manifest, self.plan, str(layout.samples))
+        pa.default_memory_pool().release_unused()  # what decoding and checking the table took
+        self._samples = Samples(layout.samples, self.manifest, self.plan)
+        pa.default_memory_pool().release_unused()
         find_heads(layout.heads, self.manifest)
-        pa.default_memory_pool().release_unused()  # what decoding and checking the tables took
         self._pin(layout.committed())
         specs = array_specs(self.manifest).values()
         self._files = {spec.name: ArrayFiles.of(spec, self.manifest.profile) for spec in specs}
@@ -123,6 +121,14 @@ class PredictionStore:
     def path(self) -> Path:
         """Absolute path of the store."""
         return self._layout.root
+
+    @property
+    def samples(self) -> pa.Table:
+        """The conditioning inputs, one row per sample: all of them, in memory from then on.
+
+        Raises StoreError when the file was altered. `samples_of` takes less.
+        """
+        return self._samples.table
 
     @property
     def planned_shards(self) -> int:
@@ -233,21 +239,16 @@ class PredictionStore:
     def samples_of(self, sample_ids: Sequence[str]) -> list[dict[str, Any]]:
         """The conditioning inputs of some samples, in their order; raises RolloutNotFound."""
         rows = [self._sample_row(sample_id) for sample_id in sample_ids]
-        samples: list[dict[str, Any]] = self.samples.take(pa.array(rows, pa.int64())).to_pylist()
-        return samples
+        return self._samples.take(sample_ids, rows)
 
     def _sample_row(self, sample_id: str) -> int:
-        row = self._sample_rows.find(sample_id) if isinstance(sample_id, str) else None
+        row = self._samples.find(sample_id) if isinstance(sample_id, str) else None
         if row is None:
             raise RolloutNotFound(
                 f"sample {sample_id!r} is not in {self._layout.samples}: it has "
-                f"{self.samples.num_rows} samples; take an id from keys()"
+                f"{self._samples.count} samples; take an id from keys()"
             )
         return row
-
-    @cached_property
-    def _sample_rows(self) -> TextIndex:
-        return TextIndex(self.samples["sample_id"].combine_chunks())
 
     def _mapped_shard(self, shard: int, unchanged: Callable[[MappedShard], bool]) -> MappedShard:
         mapped = self._mapped.get(shard)
