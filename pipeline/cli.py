@@ -137,7 +137,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a store, down to one timestep."""
-    document = describe_store(store) if key is None else describe_key(store, key)
+    if key is None:
+        document = describe_store(store, partial(tqdm, unit="shard", disable=None))
+    else:
+        document = describe_key(store, key)
     _print(document, as_json, lambda: store_text(document))
 
 

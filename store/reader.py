@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -163,12 +163,14 @@ class PredictionStore:
         """(sample_id, variation) of every committed rollout, in the order of the plan."""
         return (key for shard in self.committed for key in self.plan[shard])
 
-    def lengths(self) -> list[Array]:
+    def lengths(self, progress: Callable[[Sequence[int]], Iterable[int]] = iter) -> list[Array]:
         """Timesteps of every rollout, one [R] int64 array per committed shard, in that order.
 
-        Reads only each shard's record and table; raises ShardError.
+        Reads only each shard's record and table, half a millisecond each; `progress` may wrap the
+        list of shards (tqdm). Raises ShardError.
         """
-        return list(in_threads(lambda shard: self.folder(shard).read_lengths(), self.committed))
+        found = in_threads(lambda shard: self.folder(shard).read_lengths(), self.committed)
+        return [lengths for _, lengths in zip(progress(self.committed), found, strict=True)]
 
     def rollout_table(self, shard: int) -> RolloutTable:
         """Lengths, stop reasons and weights of a committed shard, without its arrays.

@@ -19,7 +19,15 @@ import pyarrow as pa
 import pytest
 import zarr
 
-from store import DamagedShard, Plan, PredictionStore, Rollout, RolloutNotFound, StoreError
+from store import (
+    DamagedShard,
+    Plan,
+    PredictionStore,
+    Rollout,
+    RolloutNotFound,
+    StoreError,
+    reader,
+)
 from store.plan import Key
 from store.schema import (
     Compact,
@@ -218,6 +226,25 @@ def test_lengths_are_those_of_the_rollouts(store: PredictionStore) -> None:
     for shard, lengths in zip(store.committed, store.lengths(), strict=True):
         assert lengths.tolist() == [len(rollout) for rollout in store.shard(shard)]
         assert store.shard(shard).keys == store.plan[shard]
+
+
+def test_progress_over_lengths_moves_with_the_shards_that_were_read(
+    store: PredictionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def progress(shards):
+        for shard in shards:
+            events.append(f"next {shard}")
+            yield shard
+
+    monkeypatch.setattr(reader, "in_threads", map)
+    real = ShardFolder.read_lengths
+    monkeypatch.setattr(
+        ShardFolder, "read_lengths", lambda self: events.append(f"read {self.number}") or real(self)
+    )
+    store.lengths(progress)
+    assert events == ["next 0", "read 0", "next 1", "read 1"]
 
 
 def test_rollouts_cannot_be_written_and_are_views_where_they_can(store: PredictionStore) -> None:
