@@ -177,11 +177,11 @@ class Plan:
         pairs, order = self._pairs
         pair = _pair(sample, int(variation))
         at = int(pairs.searchsorted(pair))
-        if at == len(pairs) or pairs[at] != pair:
+        if at == len(pairs) or pairs.item(at) != pair:
             return None
-        position = int(order[at])
+        position = order.item(at)
         shard = int(self.starts.searchsorted(position, side="right")) - 1
-        return shard, position - int(self.starts[shard])
+        return shard, position - self.starts.item(shard)
 
     @cached_property
     def _pairs(self) -> tuple[Offsets, Integers]:

@@ -77,10 +77,10 @@ class TextIndex:
     def find(self, text: str) -> int | None:
         """Number of a text; None where it is not among them."""
         # What UTF-8 cannot encode is in no column, and its hash may be any.
-        digest = np.uint64(self._digest(text.encode(errors="surrogatepass")))
-        place = int(self._hashes.searchsorted(digest))
-        while place < len(self._hashes) and self._hashes[place] == digest:
-            number = int(self._numbers[place])
+        digest = self._digest(text.encode(errors="surrogatepass"))
+        place = int(self._hashes.searchsorted(np.uint64(digest)))
+        while place < len(self._hashes) and self._hashes.item(place) == digest:
+            number = self._numbers.item(place)
             if self.texts[number].as_py() == text:
                 return number
             place += 1
