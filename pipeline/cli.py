@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from pipeline.config import load_config
 from pipeline.conversion import ProfileName, conversion_text, profile_of
+from pipeline.garbage import deletion_text, garbage_text
 from pipeline.inspection import describe_key, describe_store, store_text, verification_text
-from pipeline.launch import FAILED, FINISHED, USAGE_ERROR
+from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
 from pipeline.progress import progress, stages_of
 from pipeline.run import do_stage, run, under_torchrun
 from stages.errors import UserError
@@ -23,6 +24,7 @@ from stages.interruption import stop_request
 from store import StoreError
 from store import verify as check
 from store.convert import convert as convert_store
+from store.garbage import delete_garbage, find_garbage
 
 app = typer.Typer(
     name="foretell",
@@ -137,7 +139,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a store, down to one timestep."""
-    document = describe_store(store) if key is None else describe_key(store, key)
+    if key is None:
+        document = describe_store(store, partial(tqdm, unit="shard", disable=None))
+    else:
+        document = describe_key(store, key)
     _print(document, as_json, lambda: store_text(document))
 
 
@@ -165,8 +170,34 @@ def convert(
 ) -> None:
     """Write a store in another profile, verify every shard and say what it cost."""
     chosen = profile_of(profile, loss_nats, hidden_step)
-    result = convert_store(store, destination, chosen, partial(tqdm, unit="shard", disable=None))
+    bar = partial(tqdm, unit="shard", disable=None)
+    try:
+        with stop_request(at_once=True):  # a shard appears whole or not at all
+            result = convert_store(store, destination, chosen, bar)
+    except KeyboardInterrupt:
+        raise typer.Exit(MORE_TO_DO) from None
     _print(result.model_dump(mode="json"), as_json, lambda: conversion_text(result))
+
+
+@app.command()
+def gc(
+    store: StorePath,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List what interrupted work left in tmp/, and delete it if you say so."""
+    found = find_garbage(store)
+    if not as_json:
+        typer.echo(garbage_text(found))
+    if found and not yes and not as_json:
+        if not sys.stdin.isatty():
+            raise UserError("nothing was deleted: there is no terminal to ask; --yes deletes it")
+        question = "Delete all of it? A job that writes now has its work there too"
+        yes = typer.confirm(question, default=False)
+    kept = delete_garbage(store, found) if yes else []
+    document = {"found": [f.model_dump() for f in found], "kept": [k.model_dump() for k in kept]}
+    _print(document | {"deleted": yes}, as_json, lambda: deletion_text(found, kept, yes))
+    raise typer.Exit(FAILED if kept else FINISHED)
 
 
 def _print(document: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:

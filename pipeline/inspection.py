@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.candidates import describe_stream
 from stages.errors import UserError
 from store import PredictionStore, Rollout, Timestep
+from store.shard_folder import ShardFolder
 from store.verify import Verification
 
 Document = dict[str, Any]
@@ -23,22 +25,47 @@ ROLLOUT_KEY = re.compile(r"(?P<sample_id>.+)/(?P<variation>[0-9]{1,10})")
 TIMESTEP_KEY = re.compile(ROLLOUT_KEY.pattern + r"/(?P<timestep>[0-9]{1,10})")
 
 
-def describe_store(path: Path) -> Document:
-    """Return what a store is and what is in it, as JSON values; reads no array."""
+@dataclass
+class _Content:
+    """What the committed shards hold."""
+
+    timesteps: int = 0
+    longest: int = 0
+    stop_reasons: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+    """Bytes on disk of every array; other files count as `tables`."""
+
+    def add(self, folder: ShardFolder) -> None:
+        record = folder.record()
+        table = folder.read_rollouts(record)
+        self.timesteps += record.rows
+        self.longest = max(self.longest, int(table.lengths.max()))
+        self.stop_reasons.update(table.stop_reasons)
+        for file, check in record.files.items():
+            array, separator, _ = file.partition("/")
+            self.sizes[array if separator else "tables"] += check.bytes
+
+
+def describe_store(
+    path: Path, progress: Callable[[Sequence[int]], Iterable[int]] = iter
+) -> Document:
+    """Return what a store is and what is in it, as JSON values; reads no array.
+
+    `progress` may wrap the list of shards (tqdm).
+    """
     store = PredictionStore.open(path)
-    manifest = store.manifest
-    tables = [store.rollout_table(shard) for shard in store.committed]
-    lengths = np.concatenate([table.lengths for table in tables] or [np.zeros(0, np.int64)])
-    timesteps = int(lengths.sum())
+    manifest, content = store.manifest, _Content()
+    for shard in progress(store.committed):
+        content.add(store.folder(shard))
     return {
         "shards": len(store.committed),
         "planned_shards": store.planned_shards,
         "rollouts": len(store),
-        "timesteps": timesteps,
-        "audio_s": timesteps * manifest.timestep_s,
-        "bytes": _bytes_by_array(store),
-        "longest": int(lengths.max(initial=0)),
-        "stop_reasons": dict(Counter(reason for table in tables for reason in table.stop_reasons)),
+        "timesteps": content.timesteps,
+        "audio_s": content.timesteps * manifest.timestep_s,
+        "bytes": dict(sorted(content.sizes.items())),
+        "longest": content.longest,
+        "stop_reasons": dict(content.stop_reasons),
         "streams": [stream.model_dump() for stream in manifest.streams],
         "targets": manifest.target.model_dump(mode="json"),
         "profile": manifest.profile.model_dump(mode="json"),
@@ -52,16 +79,6 @@ def describe_store(path: Path) -> Document:
         "fingerprints": manifest.fingerprints.model_dump(),
         "format_version": manifest.format_version,
     }
-
-
-def _bytes_by_array(store: PredictionStore) -> dict[str, int]:
-    """Bytes on disk of every array, over the committed shards; other files count as `tables`."""
-    sizes: Counter[str] = Counter()
-    for shard in store.committed:
-        for file, check in store.folder(shard).record().files.items():
-            array, separator, _ = file.partition("/")
-            sizes[array if separator else "tables"] += check.bytes
-    return dict(sorted(sizes.items()))
 
 
 def describe_key(path: Path, key: str) -> Document:

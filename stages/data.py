@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from stages.config import OptimizerConfig, TrainConfig
 from stages.distributed import Place
@@ -212,8 +213,10 @@ class StoreBatches:
         self._scale, self._seed = config.loss.guidance_scale, seed
         self._heads = _heads(store, place.device)
         samples = planned_samples(store.plan, store.committed)
+        silent = None if place.rank == 0 else True
+        bar = partial(tqdm, unit="shard", desc="lengths", leave=False, disable=silent)
         order = Order.of(
-            store.lengths(),
+            store.lengths(bar),
             seed,
             config.buffer_shards,
             config.neighbours,

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from store.durable import sync_folder, write_file
 from store.errors import StoreError, explain_os_errors
 from store.heads import HEADS_FILE, Heads, check_heads, heads_bytes, read_heads
 from store.layout import Layout, refuse_nesting, refuse_strangers
-from store.plan import Plan, check_sample_ids
+from store.plain_file import lies_at
+from store.plan import Plan
+from store.samples import SampleRows, check_conditions
 from store.schema import Manifest
 from store.sealed import seal, unseal
 from store.sums import file_sum
@@ -35,10 +36,12 @@ def create_store(
     file, so of two creators one wins and the other compares. Raises StoreError when a different
     store exists (naming the fields), the path is unsuitable, or the disk fails.
     """
-    check_samples(samples, manifest, plan, f"samples given for {layout.root}")
+    given = f"samples given for {layout.root}"
+    check_conditions(samples.column_names, manifest, given)
+    SampleRows.of(samples["sample_id"].chunks, plan, given)
     check_heads(heads, manifest, f"heads given for {layout.root}")
     refuse_nesting(layout.root)
-    if not layout.manifest.exists():
+    if not lies_at(layout.manifest):
         refuse_strangers(layout.root)
         contents = {
             "plan.parquet": table_bytes(plan.to_table()),
@@ -51,32 +54,6 @@ def create_store(
         with explain_os_errors(f"create the store {layout.root}"):
             _place(layout, contents)
     _compare(layout, manifest, plan, samples, heads)
-
-
-def check_samples(samples: pa.Table, manifest: Manifest, plan: Plan, source: str) -> None:
-    """Refuse samples that lack a condition or a planned sample, or name one twice.
-
-    Raises StoreError that begins with `source`.
-    """
-    needed = ("sample_id", *manifest.conditions)
-    lacking = [name for name in needed if name not in samples.column_names]
-    if lacking:
-        raise StoreError(
-            f"{source} lack the columns {lacking} (they have {samples.column_names}): "
-            "add what the manifest lists as conditions"
-        )
-    sample_ids = samples["sample_id"].combine_chunks()
-    check_sample_ids(sample_ids)
-    sample_ids = sample_ids.cast(pa.string())
-    first_seen = sample_ids.dictionary_encode().indices.to_numpy()
-    again = np.flatnonzero(first_seen != np.arange(len(first_seen)))
-    if len(again):
-        twice = sample_ids[again[0]].as_py()
-        raise StoreError(f"{source} name {twice!r} twice: make sample ids unique")
-    unknown = pc.index(pc.is_in(plan.sample_ids, sample_ids), False).as_py()
-    if unknown >= 0:
-        sample_id = plan.sample_ids[unknown].as_py()
-        raise StoreError(f"{source} lack the planned sample {sample_id!r}: plan from them")
 
 
 def _place(layout: Layout, contents: dict[str, bytes]) -> None:
@@ -106,7 +83,7 @@ def _link(source: Path, target: Path, content: bytes, layout: Layout) -> bool:
     try:
         os.link(source, target)
     except FileExistsError:
-        if layout.manifest.exists():
+        if lies_at(layout.manifest):
             return False
         if target.read_bytes() != content:
             raise StoreError(

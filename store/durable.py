@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from mmap import mmap
 from pathlib import Path
 
-Content = bytes | memoryview | mmap
+Content = bytes | memoryview
 """Bytes that lie in memory, or are mapped into it."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from store.encoding import Array
-from store.errors import StoreError
+from store.errors import StoreError, SystemFailure
+from store.plain_file import open_plain
 from store.schema import Manifest
 from store.sums import check_size, read_summed
 
@@ -66,13 +68,15 @@ def find_heads(path: Path, manifest: Manifest) -> None:
             f"the manifest beside {path.parent} names {len(manifest.heads)} heads and "
             f"{'lists' if listed else 'does not list'} {HEADS_FILE}: restore the manifest"
         )
-    if listed and (path.is_symlink() or not path.is_file()):
-        raise StoreError(f"{path} is missing: restore it from a copy")
-    if listed:
-        try:
-            check_size(path.stat().st_size, manifest.files[HEADS_FILE], str(path))
-        except StoreError as error:
-            raise StoreError(f"{error}: restore it from a copy") from error
+    if not listed:
+        return
+    try:
+        with open_plain(path, str(path)) as file:
+            check_size(os.fstat(file.fileno()).st_size, manifest.files[HEADS_FILE], str(path))
+    except SystemFailure:
+        raise
+    except StoreError as error:
+        raise StoreError(f"{error}: restore it from a copy") from error
 
 
 def read_heads(path: Path, manifest: Manifest) -> dict[str, Array]:
@@ -81,6 +85,8 @@ def read_heads(path: Path, manifest: Manifest) -> dict[str, Array]:
         return {}
     try:
         content = read_summed(path, manifest.files[HEADS_FILE], str(path))
+    except SystemFailure:
+        raise
     except StoreError as error:
         raise StoreError(f"{error}: restore it from a copy") from error
     try:

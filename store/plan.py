@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         pa.field("shard", pa.int64(), nullable=False),
     ]
 )
+EMPTY = pa.array([], pa.string())
 MAX_VARIATION = 2**31
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -40,10 +41,10 @@ class Plan:
     It holds columns, not keys: a million rollouts take some tens of megabytes.
     """
 
-    sample_ids: pa.StringArray
-    """[S] the planned samples, each once, by first appearance."""
+    index: TextIndex
+    """Numbers of the planned samples, by first appearance."""
     samples: Integers
-    """[R] int32 index into `sample_ids` of every rollout, in the order of the shards."""
+    """[R] int32 number of the sample of every rollout, in the order of the shards."""
     variations: Integers
     """[R] int32."""
     starts: Offsets
@@ -80,12 +81,12 @@ class Plan:
         for name, value in (("variations", variations), ("rollouts_per_shard", rollouts_per_shard)):
             if value < 1:
                 raise StoreError(f"{name} is {value} but must be >= 1: correct it in the plan")
-        column = _sample_column(sample_ids).dictionary_encode()
-        count = len(column) * variations
+        index, samples = TextIndex.encode(_sample_column(sample_ids))
+        count = len(samples) * variations
         plan = cls(
-            column.dictionary,
-            np.tile(column.indices.to_numpy(), variations),
-            np.repeat(np.arange(variations, dtype=np.int32), len(column)),
+            index,
+            np.tile(samples, variations),
+            np.repeat(np.arange(variations, dtype=np.int32), len(samples)),
             np.append(np.arange(0, count, rollouts_per_shard), count),
         )
         return plan._checked()
@@ -101,7 +102,9 @@ class Plan:
         steps = np.diff(shard, prepend=-1)
         if not np.isin(steps, (0, 1)).all() or shard[:1].tolist() != [0]:
             raise StoreError(f"{source} does not count its shards 0, 1, 2, …: restore it")
-        ids, variations = table["sample_id"].combine_chunks(), table["variation"].to_numpy()
+        chunks, variations = table["sample_id"].chunks, table["variation"].to_numpy()
+        # `combine_chunks` copies even a single one.
+        ids = chunks[0] if len(chunks) == 1 else pa.concat_arrays([EMPTY, *chunks])
         try:
             _check_range(ids, variations)
             starts = np.append(np.flatnonzero(steps), len(shard))
@@ -111,9 +114,8 @@ class Plan:
 
     @classmethod
     def _encoded(cls, sample_ids: pa.StringArray, variations: Integers, starts: Offsets) -> Self:
-        column = sample_ids.dictionary_encode()
-        samples = column.indices.to_numpy()
-        return cls(column.dictionary, samples, variations, starts)._checked()
+        index, samples = TextIndex.encode(sample_ids)
+        return cls(index, samples, variations, starts)._checked()
 
     def to_table(self) -> pa.Table:
         """The content of plan.parquet: sample_id, variation, shard, one row per rollout."""
@@ -122,6 +124,11 @@ class Plan:
         return pa.table(
             [pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA
         )
+
+    @property
+    def sample_ids(self) -> pa.StringArray:
+        """[S] the planned samples, each once, by first appearance."""
+        return self.index.texts
 
     @property
     def rollouts(self) -> int:
@@ -162,7 +169,7 @@ class Plan:
         """(shard, row in the shard) of a key; None when it is not planned."""
         match key:
             case (str() as sample_id, int() | np.integer() as variation):
-                sample = self._index.find(sample_id)
+                sample = self.index.find(sample_id)
             case _:
                 return None
         if sample is None or not 0 <= variation < MAX_VARIATION:
@@ -170,15 +177,11 @@ class Plan:
         pairs, order = self._pairs
         pair = _pair(sample, int(variation))
         at = int(pairs.searchsorted(pair))
-        if at == len(pairs) or pairs[at] != pair:
+        if at == len(pairs) or pairs.item(at) != pair:
             return None
-        position = int(order[at])
+        position = order.item(at)
         shard = int(self.starts.searchsorted(position, side="right")) - 1
-        return shard, position - int(self.starts[shard])
-
-    @cached_property
-    def _index(self) -> TextIndex:
-        return TextIndex(self.sample_ids)
+        return shard, position - self.starts.item(shard)
 
     @cached_property
     def _pairs(self) -> tuple[Offsets, Integers]:

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
 
 from store.commit import ShardWriter
-from store.create import check_samples, create_store
+from store.create import create_store
 from store.encoding import Array, array_specs
 from store.errors import RolloutNotFound, StoreError
 from store.heads import Heads, find_heads, read_heads
 from store.layout import Layout, shard_name
+from store.plain_file import lies_at
 from store.plan import Key, Plan
 from store.recent import Recent
+from store.samples import Samples
 from store.schema import Fast, Manifest
 from store.sealed import unseal
 from store.shard import Rollout, RolloutTable, Shard, Timestep
 from store.shard_folder import MappedShard, ShardFolder, VerifiedShard
 from store.tables import read_table
-from store.text_index import TextIndex
 from store.threads import in_threads
 from store.zarr_files import ArrayFiles
 
 MAPPED_SHARDS = 64
-"""Shards whose files stay open, one descriptor per array."""
+"""Shards whose files stay mapped, one mapping per array; a process may have 65,530 (Linux)."""
 
 DECODED_SHARDS = 4
 """Shards of encoded arrays that stay in memory whole."""
@@ -36,18 +38,20 @@ DECODED_SHARDS = 4
 class PredictionStore:
     """What a teacher predicted at every timestep, as it was committed when the store was opened.
 
-    Every byte of a shard is checked against its record when the store first touches it, and again
-    when a file of it changes. Arrays of the profile `fast` are views of files mapped into memory;
-    of `compact`, a whole shard is decoded at once, or the chunks that a rollout lies in. Processes
-    may fork the store or pickle it; threads may share it.
+    Every byte of a shard is checked against its record when the store first touches it. What is
+    small (record, headers, table of rollouts) is then kept, and decoded arrays are too (`compact`:
+    a whole shard, or the chunks that a rollout lies in). Arrays of the profile `fast` are views of
+    files mapped into memory: before any are handed out, the reader looks whether the files still
+    lie there as they were, for rollouts by key at most every 10 ms; if not, all is checked anew.
+    Nothing guards a view that was handed out: who cuts or writes a committed file in place changes
+    it, and reading where a file was cut off ends the process (SIGBUS).
+    Processes may fork the store or pickle it; threads may share it.
     """
 
     manifest: Manifest
     fingerprint: str
     """Checksum of the manifest, and through it of plan and samples."""
     plan: Plan
-    samples: pa.Table
-    """The conditioning inputs, one row per sample."""
     committed: list[int]
     """Shards that were committed when the store was opened, rising."""
 
@@ -55,10 +59,10 @@ class PredictionStore:
         self._layout = layout
         self.manifest, self.fingerprint = unseal(layout.manifest, Manifest)
         self.plan = Plan.from_table(read_table(layout.plan, self.manifest), str(layout.plan))
-        self.samples = read_table(layout.samples, self.manifest)
-        check_samples(self.samples, self.manifest, self.plan, str(layout.samples))
+        pa.default_memory_pool().release_unused()  # what decoding and checking the table took
+        self._samples = Samples(layout.samples, self.manifest, self.plan)
+        pa.default_memory_pool().release_unused()
         find_heads(layout.heads, self.manifest)
-        pa.default_memory_pool().release_unused()  # what decoding and checking the tables took
         self._pin(layout.committed())
         specs = array_specs(self.manifest).values()
         self._files = {spec.name: ArrayFiles.of(spec, self.manifest.profile) for spec in specs}
@@ -97,12 +101,12 @@ class PredictionStore:
         """Open a store for reading and writing, pinning the shards committed by now.
 
         At most `cached_shards` decoded shards (`compact`) stay in memory. The files of at most
-        `mapped_shards` stay mapped; that takes descriptors but no memory, and mapping them anew
-        costs a quarter of what it takes to read them.
+        `mapped_shards` stay mapped; that takes neither descriptors nor memory, and mapping them
+        anew costs a quarter of what it takes to read them.
         Raises StoreError when there is none, or its manifest, plan or samples were altered.
         """
         layout = Layout.at(path)
-        if not layout.manifest.is_file():
+        if not lies_at(layout.manifest):
             raise StoreError(f"{layout.root} is no store: it holds no manifest.json; correct it")
         for name, limit in (("cached_shards", cached_shards), ("mapped_shards", mapped_shards)):
             if limit < 1:
@@ -119,6 +123,14 @@ class PredictionStore:
         return self._layout.root
 
     @property
+    def samples(self) -> pa.Table:
+        """The conditioning inputs, one row per sample: all of them, in memory from then on.
+
+        Raises StoreError when the file was altered. `samples_of` takes less.
+        """
+        return self._samples.table
+
+    @property
     def planned_shards(self) -> int:
         """Number of shards when the store is complete."""
         return len(self.plan)
@@ -129,7 +141,8 @@ class PredictionStore:
 
     def is_committed(self, shard: int) -> bool:
         """Whether a shard is committed by now; unlike `committed` it asks the disk."""
-        return self._layout.shard(shard).exists()
+        self._check_planned(shard)
+        return lies_at(self._layout.shard(shard))
 
     def writer(self, shard: int) -> ShardWriter:
         """A writer of one planned shard; raises StoreError when it is not planned."""
@@ -150,12 +163,14 @@ class PredictionStore:
         """(sample_id, variation) of every committed rollout, in the order of the plan."""
         return (key for shard in self.committed for key in self.plan[shard])
 
-    def lengths(self) -> list[Array]:
+    def lengths(self, progress: Callable[[Sequence[int]], Iterable[int]] = iter) -> list[Array]:
         """Timesteps of every rollout, one [R] int64 array per committed shard, in that order.
 
-        Reads only each shard's record and table; raises DamagedShard.
+        Reads only each shard's record and table, half a millisecond each; `progress` may wrap the
+        list of shards (tqdm). Raises ShardError.
         """
-        return list(in_threads(lambda shard: self.folder(shard).read_lengths(), self.committed))
+        found = in_threads(lambda shard: self.folder(shard).read_lengths(), self.committed)
+        return [lengths for _, lengths in zip(progress(self.committed), found, strict=True)]
 
     def rollout_table(self, shard: int) -> RolloutTable:
         """Lengths, stop reasons and weights of a committed shard, without its arrays.
@@ -175,15 +190,16 @@ class PredictionStore:
         """All rollouts of a committed shard, verified; read-only arrays.
 
         Raises StoreError when it was not committed when the store was opened, DamagedShard when
-        any file of it is missing, altered or foreign.
+        any file of it is missing, altered or foreign, UnreadableShard when the system does not let
+        us read it.
         """
         self._require_committed(shard)
         if self._mapped_only:
-            return self._mapped_shard(shard).whole
+            return self._mapped_shard(shard, MappedShard.unchanged).whole
         decoded = self._decoded.get(shard)
         if decoded is None:
             self._decoded.make_room()
-            decoded = self._mapped_shard(shard).load()
+            decoded = self._mapped_shard(shard, MappedShard.unchanged).load()
             self._decoded.put(shard, decoded)
         return decoded
 
@@ -203,13 +219,19 @@ class PredictionStore:
         """`store[sample_id, variation]` or `store[sample_id, variation, timestep]`.
 
         Raises RolloutNotFound (a KeyError) saying whether the key is planned, StoreError for a
-        timestep outside the rollout.
+        timestep outside the rollout, ShardError.
         """
         if not isinstance(key, tuple) or len(key) not in (2, 3):
             raise StoreError(f"key {key!r} must be (sample_id, variation[, timestep]): correct it")
+        if len(key) == 3 and not isinstance(key[2], int | np.integer):
+            raise StoreError(f"timestep {key[2]!r} of key {key!r} must be an integer: correct it")
         shard, row = self._locate(key[0], key[1])
         decoded = None if self._mapped_only else self._decoded.get(shard)
-        rollout = decoded[row] if decoded else self._mapped_shard(shard).rollout(row, key[:2])
+        if decoded is None:
+            mapped = self._mapped_shard(shard, MappedShard.unchanged_lately)
+            rollout = mapped.rollout(row, key[:2])
+        else:
+            rollout = decoded[row]
         return rollout[key[2]] if len(key) == 3 else rollout
 
     def sample(self, sample_id: str) -> dict[str, Any]:
@@ -219,25 +241,20 @@ class PredictionStore:
     def samples_of(self, sample_ids: Sequence[str]) -> list[dict[str, Any]]:
         """The conditioning inputs of some samples, in their order; raises RolloutNotFound."""
         rows = [self._sample_row(sample_id) for sample_id in sample_ids]
-        samples: list[dict[str, Any]] = self.samples.take(pa.array(rows, pa.int64())).to_pylist()
-        return samples
+        return self._samples.take(sample_ids, rows)
 
     def _sample_row(self, sample_id: str) -> int:
-        row = self._sample_rows.find(sample_id) if isinstance(sample_id, str) else None
+        row = self._samples.find(sample_id) if isinstance(sample_id, str) else None
         if row is None:
             raise RolloutNotFound(
                 f"sample {sample_id!r} is not in {self._layout.samples}: it has "
-                f"{self.samples.num_rows} samples; take an id from keys()"
+                f"{self._samples.count} samples; take an id from keys()"
             )
         return row
 
-    @cached_property
-    def _sample_rows(self) -> TextIndex:
-        return TextIndex(self.samples["sample_id"].combine_chunks())
-
-    def _mapped_shard(self, shard: int) -> MappedShard:
+    def _mapped_shard(self, shard: int, unchanged: Callable[[MappedShard], bool]) -> MappedShard:
         mapped = self._mapped.get(shard)
-        if mapped is None or not mapped.unchanged():
+        if mapped is None or not unchanged(mapped):
             self._mapped.make_room()
             verified = self._verified.get(shard)
             folder = self.folder(shard)
@@ -272,13 +289,15 @@ class PredictionStore:
         )
 
     def _check_planned(self, shard: int) -> None:
+        if not isinstance(shard, int | np.integer):
+            raise StoreError(f"shard {shard!r} of {self.path} must be an integer: correct it")
         if not 0 <= shard < len(self.plan):
             raise StoreError(
                 f"shard {shard} is not planned: {self.path} has shards 0 to {len(self.plan) - 1}"
             )
 
     def _require_committed(self, shard: int) -> None:
-        if shard not in self._pinned:
+        if shard not in self._pinned or not isinstance(shard, int | np.integer):
             self._check_planned(shard)
             raise StoreError(f"shard {shard_name(shard)} is not committed: {self._how_to_commit()}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from store.errors import StoreError, explain_os_errors
+from store.plain_file import open_plain
 from store.schema import FORMAT_VERSION, Record
 
 MAX_DOCUMENT_BYTES = 16 * 2**20
@@ -85,8 +87,8 @@ def _fields(value: Any, path: str = "") -> set[str]:
 
 
 def _read(path: Path) -> bytes:
-    with explain_os_errors(f"read {path}"), path.open("rb") as file:
-        text = file.read(MAX_DOCUMENT_BYTES + 1)
+    with open_plain(path, str(path)) as file, explain_os_errors(f"read {path}"):
+        text = file.read(min(os.fstat(file.fileno()).st_size, MAX_DOCUMENT_BYTES) + 1)
     if len(text) > MAX_DOCUMENT_BYTES:
         raise StoreError(f"{path} is over the limit of {MAX_DOCUMENT_BYTES} bytes: restore it")
     return text

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from time import monotonic
 
 import numpy as np
 
 from store.encoding import Array
-from store.errors import DamagedShard, StoreError, array_of, explain_os_errors
+from store.errors import (
+    DamagedShard,
+    ShardError,
+    StoreError,
+    SystemFailure,
+    UnreadableShard,
+    array_of,
+    explain_os_errors,
+)
 from store.mapped_file import Identity, MappedFile
 from store.plan import Key, Plan
 from store.schema import FileSum
@@ -36,8 +46,9 @@ ROLLOUTS_FILE = "rollouts.parquet"
 THREADED_BYTES = 2**22
 """Arrays smaller than this are decoded before threads would have begun."""
 
-RECHECK_S = 0.1
-"""Seconds for which a mapped file may be gone, cut or written to before a reader looks again."""
+RECHECK_S = 0.01
+"""Seconds for which a file that rollouts are read from by key may be gone, cut or written to before
+a reader looks again. Looking takes as long as finding the rollout, so not every one can pay it."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,9 @@ class ShardFolder:
 
         That is the one at `timestep` of the shard if `table` is known, else the first of all.
         """
+        return DamagedShard(self.path, file, self._rollouts(table, timestep), reason)
+
+    def _rollouts(self, table: RolloutTable | None = None, timestep: int | None = None) -> str:
         keys = self.plan[self.number]
         row = table.row_of(timestep) if table is not None and timestep is not None else 0
         sample_id, variation = keys[row]
@@ -88,63 +102,79 @@ class ShardFolder:
         more = len(keys) - 1
         if timestep is None and more:
             place += f" and {more} more"
-        return DamagedShard(self.path, file, place, reason)
+        return place
 
-    def record(self) -> ShardRecord:
-        """The sealed record, checked against store and plan; raises DamagedShard."""
+    @contextmanager
+    def _blaming(self, file: str) -> Iterator[None]:
+        """Ascribe what goes wrong in the block to a file: DamagedShard, or UnreadableShard."""
         try:
-            record, _ = unseal(self.path / RECORD_FILE, ShardRecord)
-        except StoreError as error:
-            raise self.damaged(RECORD_FILE, str(error)) from error
-        for name, found, expected in (
-            ("shard", record.shard, self.number),
-            ("manifest", record.manifest, self.manifest),
-            ("rollouts", record.rollouts, self._planned),
-        ):
-            if found != expected:
-                reason = f"{name} is {found!r} but must be {expected!r}: it is of another store"
-                raise self.damaged(RECORD_FILE, reason)
-        self._check_listing(record)
-        return record
-
-    def strangers(self, record: ShardRecord) -> Iterator[DamagedShard]:
-        """Files below the shard that it does not list, and everything that is no plain file."""
-        with explain_os_errors(f"list {self.path}"):
-            found = sorted(_files_below(self.path))
-        for file in found:
-            if file not in record.files and file != RECORD_FILE:
-                yield self.damaged(file, "it is not a file of this shard")
-
-    def read(self, file: str, record: ShardRecord) -> bytes:
-        """Content of one file; raises DamagedShard when it is missing, short, long or altered."""
-        try:
-            return read_summed(self.path / file, record.files[file], "it")
+            yield
+        except ShardError:
+            raise
+        except SystemFailure as error:
+            raise UnreadableShard(self.path, file, self._rollouts(), str(error)) from error
         except StoreError as error:
             raise self.damaged(file, str(error)) from error
 
-    def read_rollouts(self, record: ShardRecord) -> RolloutTable:
-        """The rollouts of the shard, checked against record and plan; raises DamagedShard."""
-        content = self.read(ROLLOUTS_FILE, record)
+    def record(self) -> ShardRecord:
+        """The sealed record, checked against store and plan; raises ShardError."""
+        with self._blaming(RECORD_FILE):
+            self._check_is_folder()
+            record, _ = unseal(self.path / RECORD_FILE, ShardRecord)
+            if record.manifest != self.manifest:
+                raise StoreError(
+                    f"manifest is {record.manifest!r} but must be {self.manifest!r}: it is of "
+                    "another store"
+                )
+            if record.shard != self.number:
+                raise StoreError(
+                    f"shard is {record.shard} but must be {self.number}: its folder was renamed"
+                )
+            if record.rollouts != self._planned:
+                raise StoreError(
+                    f"rollouts is {record.rollouts} but the plan has {self._planned} here"
+                )
+        self._check_listing(record)
+        return record
+
+    def strangers(self, record: ShardRecord) -> list[ShardError]:
+        """What lies below the shard and is no file that it lists, or no folder of one.
+
+        If the folders cannot be listed, that is the answer.
+        """
+        expected = {RECORD_FILE, *record.files, *_folders_of(record.files)}
         try:
+            with self._blaming(RECORD_FILE), explain_os_errors(f"list {self.path}"):
+                found = sorted(_leaves_below(self.path))
+        except ShardError as error:
+            return [error]
+        reason = "it is not a file of this shard"
+        return [self.damaged(leaf, reason) for leaf in found if leaf not in expected]
+
+    def read(self, file: str, record: ShardRecord) -> bytes:
+        """Content of one file, which must be as the record says; raises ShardError."""
+        with self._blaming(file):
+            return read_summed(self.path / file, record.files[file], "it")
+
+    def read_rollouts(self, record: ShardRecord) -> RolloutTable:
+        """The rollouts of the shard, checked against record and plan; raises ShardError."""
+        content = self.read(ROLLOUTS_FILE, record)
+        with self._blaming(ROLLOUTS_FILE):
             table = parse_table(content, ROLLOUTS_FILE)
             return RolloutTable.from_table(table, self.plan, self.number, record.rows)
-        except StoreError as error:
-            raise self.damaged(ROLLOUTS_FILE, str(error)) from error
 
     def read_lengths(self) -> Array:
-        """[R] int64 timesteps of every rollout, from record and table; raises DamagedShard."""
+        """[R] int64 timesteps of every rollout, from record and table; raises ShardError."""
         record = self.record()
         content = self.read(ROLLOUTS_FILE, record)
-        try:
+        with self._blaming(ROLLOUTS_FILE):
             lengths: Array = parse_table(content, ROLLOUTS_FILE, ["length"])["length"].to_numpy()
             if len(lengths) != record.rollouts or lengths.sum() != record.rows:
                 raise StoreError(f"its lengths are not those of {record.rollouts} rollouts")
-        except StoreError as error:
-            raise self.damaged(ROLLOUTS_FILE, str(error)) from error
         return lengths
 
     def open(self) -> MappedShard:
-        """Verify every byte of the shard and map its arrays; raises DamagedShard."""
+        """Verify every byte of the shard and map its arrays; raises ShardError."""
         record = self.record()
         for stranger in self.strangers(record):
             raise stranger
@@ -153,10 +183,8 @@ class ShardFolder:
         mapped, bounds = {}, {}
         for name, files in self.files.items():
             mapped[name] = self._map(files, record.files[files.data], table)
-            try:
+            with self._blaming(files.data):
                 bounds[name] = files.chunk_bounds(mapped[name].content, record.rows)
-            except StoreError as error:
-                raise self.damaged(files.data, str(error)) from error
         identities = {name: file.identity for name, file in mapped.items()}
         return MappedShard(self, VerifiedShard(record.rows, table, identities, bounds), mapped)
 
@@ -173,36 +201,41 @@ class ShardFolder:
         return MappedShard(self, verified, mapped)
 
     def check_file(self, file: str, record: ShardRecord) -> None:
-        """Compare a file with its sum; raises DamagedShard."""
+        """Compare a file with its sum; raises ShardError."""
         arrays = [files for files in self.files.values() if files.data == file]
         if arrays:
             self._map(arrays[0], record.files[file], None)
         else:
             self.read(file, record)
 
+    def _check_is_folder(self) -> None:
+        with explain_os_errors(f"look up {self.path}"):
+            try:
+                mode = os.lstat(self.path).st_mode
+            except FileNotFoundError:
+                raise StoreError("it is missing, and so is its folder") from None
+        if not stat.S_ISDIR(mode):
+            raise StoreError(f"{self.path} is no folder of its own, but a link or a file")
+
     def _check_headers(self, record: ShardRecord) -> None:
         arrays = list(self.files.values())
-        file, content = HEADER_FILE, self.read(HEADER_FILE, record)
-        try:
+        content = self.read(HEADER_FILE, record)
+        with self._blaming(HEADER_FILE):
             check_group(content, arrays, record.rows)
-            for array in arrays:
-                file, content = array.header, self.read(array.header, record)
+        for array in arrays:
+            content = self.read(array.header, record)
+            with self._blaming(array.header):
                 array.check_header(content, record.rows)
-        except DamagedShard:
-            raise
-        except StoreError as error:
-            raise self.damaged(file, str(error)) from error
 
     def _map(self, files: ArrayFiles, expected: FileSum, table: RolloutTable | None) -> MappedFile:
-        end = None
-        try:
+        with self._blaming(files.data):
             mapped = MappedFile.open(self.path / files.data)
-            end = files.timesteps_within(mapped.identity.bytes)
-            check_size(mapped.identity.bytes, expected, "it")
-            end = None
+            try:
+                check_size(mapped.identity.bytes, expected, "it")
+            except StoreError as error:
+                end = files.timesteps_within(mapped.identity.bytes)
+                raise self.damaged(files.data, str(error), table, end) from error
             check_sum(mapped.content, expected, "it")
-        except StoreError as error:
-            raise self.damaged(files.data, str(error), table, end) from error
         return mapped
 
     def _check_listing(self, record: ShardRecord) -> None:
@@ -234,15 +267,13 @@ class MappedShard:
     """When the files were last looked at."""
 
     def unchanged(self) -> bool:
-        """Whether every mapped file lies there as it was, as far as is known by now.
-
-        To look at the files every time would double the cost of a rollout.
-        """
-        now = monotonic()
-        if now - self.checked_s < RECHECK_S:
-            return True
-        self.checked_s = now
+        """Whether every mapped file lies there as it was."""
+        self.checked_s = monotonic()
         return all(file.unchanged() for file in self.mapped.values())
+
+    def unchanged_lately(self) -> bool:
+        """Whether every mapped file lay there as it was when one last looked, `RECHECK_S` ago."""
+        return monotonic() - self.checked_s < RECHECK_S or self.unchanged()
 
     @cached_property
     def views(self) -> Mapping[str, Array] | None:
@@ -313,13 +344,20 @@ class MappedShard:
             raise self.folder.damaged(files.data, reason, table, start) from error
 
 
-def _files_below(root: Path) -> Iterator[str]:
-    """Relative paths of all that is no folder; links are not followed."""
+def _folders_of(files: Iterable[str]) -> set[str]:
+    """Every folder above one of some relative paths, with a slash behind."""
+    return {f"{folder}/" for file in files for folder in PurePosixPath(file).parents}
+
+
+def _leaves_below(root: Path) -> Iterator[str]:
+    """Relative paths of all files and links, and of empty folders with a slash behind."""
     for folder, folders, files in os.walk(root, onerror=_raise):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         here = os.path.relpath(folder, root)
         for name in (*files, *links):
             yield os.path.normpath(os.path.join(here, name))
+        if not (folders or files):
+            yield f"{here}/"
 
 
 def _raise(error: OSError) -> None:

@@ -7,6 +7,7 @@ Zarr file ends in an index and its CRC-32C, and the CRC-32C of all is the same f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import xxhash
 
 from store.durable import Content, write_file
 from store.errors import StoreError, explain_os_errors
+from store.plain_file import open_plain
 from store.schema import FileSum
 
 
@@ -53,12 +55,10 @@ def read_summed(path: Path, expected: FileSum, subject: str) -> bytes:
     """Content of a file that must have this size and hash.
 
     Raises StoreError that begins with `subject`. The size is compared before anything is read, so
-    a record that lies costs no memory. A link is refused: it may lead out of the store.
+    a record that lies costs no memory.
     """
-    if path.is_symlink() or not path.is_file():
-        raise StoreError(f"{subject} is missing")
-    with explain_os_errors(f"read {path}"):
-        check_size(path.stat().st_size, expected, subject)
-        content = path.read_bytes()
+    with open_plain(path, subject) as file, explain_os_errors(f"read {path}"):
+        check_size(os.fstat(file.fileno()).st_size, expected, subject)
+        content = file.read()
     check_sum(content, expected, subject)
     return content

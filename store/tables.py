@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from store.errors import StoreError
+from store.errors import StoreError, SystemFailure
 from store.schema import Manifest
 from store.sums import read_summed
 
@@ -34,21 +35,48 @@ def table_bytes(table: pa.Table) -> bytes:
 
 def parse_table(content: bytes, source: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Table of a Parquet file, or some columns of it; raises StoreError naming `source`."""
-    try:
+    with _parsing(source):
         # Not read_table: it waits for a pool of threads, even where it is told to use none.
         return pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
+
+
+def open_table(path: Path, manifest: Manifest) -> pq.ParquetFile:
+    """A Parquet file beside the manifest, whose sum is right; raises StoreError."""
+    content = _read_listed(path, manifest)
+    with _parsing(str(path)):
+        return pq.ParquetFile(pa.BufferReader(content))
+
+
+def column_blocks(file: pq.ParquetFile, column: str, source: str) -> Iterator[pa.Array]:
+    """A column, one group of rows after the other; raises StoreError naming `source`."""
+    with _parsing(source):
+        for group in range(file.num_row_groups):
+            yield from file.read_row_group(group, [column], use_threads=False)[column].chunks
+
+
+def read_table(path: Path, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
+    """Table of a Parquet file beside the manifest, or some columns of it; raises StoreError."""
+    file = open_table(path, manifest)
+    with _parsing(str(path)):
+        return file.read(columns, use_threads=False)
+
+
+def _read_listed(path: Path, manifest: Manifest) -> bytes:
+    if path.name not in manifest.files:
+        raise StoreError(f"the manifest beside {path} does not list it: restore the manifest")
+    try:
+        return read_summed(path, manifest.files[path.name], str(path))
+    except SystemFailure:
+        raise
+    except StoreError as error:
+        raise StoreError(f"{error}: restore it from a copy") from error
+
+
+@contextmanager
+def _parsing(source: str) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
             f"{source} is no Parquet file ({error}): restore it from a copy"
         ) from error
-
-
-def read_table(path: Path, manifest: Manifest) -> pa.Table:
-    """Table of a Parquet file beside the manifest, which gives its sum; raises StoreError."""
-    if path.name not in manifest.files:
-        raise StoreError(f"the manifest beside {path} does not list it: restore the manifest")
-    try:
-        content = read_summed(path, manifest.files[path.name], str(path))
-    except StoreError as error:
-        raise StoreError(f"{error}: restore it from a copy") from error
-    return parse_table(content, str(path))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from store.encoding import find_fault
-from store.errors import DamagedShard, StoreError
+from store.errors import ShardError, StoreError
 from store.layout import Layout, parse_shard
 from store.reader import PredictionStore
 from store.schema import Record
@@ -48,7 +48,8 @@ def verify(
 ) -> Verification:
     """Read every byte of a store and check it against manifest, plan and records.
 
-    `progress` may wrap the list of shards (tqdm). Never raises for damage: it is in the result.
+    `progress` may wrap the list of shards (tqdm). Raises neither for damage nor for what the system
+    does not let us read: it is in the result.
     """
     try:
         store = PredictionStore.open(path, cached_shards=1)
@@ -112,24 +113,24 @@ def _shard_damages(store: PredictionStore, folder: ShardFolder) -> Iterator[Dama
         yield Damage(shard=error.shard, file=error.file, array=error.array, reason=reason)
 
 
-def _file_damages(folder: ShardFolder) -> Iterator[DamagedShard]:
+def _file_damages(folder: ShardFolder) -> Iterator[ShardError]:
     try:
         record = folder.record()
-    except DamagedShard as error:
+    except ShardError as error:
         yield error
         return
     yield from folder.strangers(record)
     for file in record.files:
         try:
             folder.check_file(file, record)
-        except DamagedShard as error:
+        except ShardError as error:
             yield error
 
 
-def _content_damages(store: PredictionStore, folder: ShardFolder) -> Iterator[DamagedShard]:
+def _content_damages(store: PredictionStore, folder: ShardFolder) -> Iterator[ShardError]:
     try:
         shard = folder.open().load()
-    except DamagedShard as error:
+    except ShardError as error:
         yield error
         return
     fault = find_fault(store.manifest, shard.arrays)
@@ -137,4 +138,4 @@ def _content_damages(store: PredictionStore, folder: ShardFolder) -> Iterator[Da
         at = fault.timestep or 0
         row = shard.rollouts.row_of(at)
         reason = f"timestep {at - int(shard.offsets[row])}: {fault.reason}"
-        yield folder.damaged(f"{fault.array}/zarr.json", reason, shard.rollouts, at)
+        yield folder.damaged(folder.files[fault.array].data, reason, shard.rollouts, at)

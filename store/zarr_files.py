@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from mmap import mmap
 from typing import Any, cast
 
 import google_crc32c
@@ -155,14 +154,14 @@ class ArrayFiles:
                 yield chunk
         yield _index(sizes)
 
-    def chunk_bounds(self, content: mmap, timesteps: int) -> Array:
+    def chunk_bounds(self, content: memoryview, timesteps: int) -> Array:
         """[chunks + 1] int64: chunk i holds the bytes bounds[i] to bounds[i + 1] of the data file.
 
         Raises StoreError when the index does not list the chunks end to end.
         """
         count = chunk_count(timesteps)
         data_bytes = len(content) - count * INDEX_ENTRY_BYTES - CRC_BYTES
-        index = content[max(data_bytes, 0) :]
+        index = bytes(content[max(data_bytes, 0) :])
         if data_bytes < 0 or _crc(index[:-CRC_BYTES]) != index[-CRC_BYTES:]:
             raise StoreError(f"it does not end in an index of {count} chunks")
         entries = np.frombuffer(index[:-CRC_BYTES], "<u8").reshape(count, 2).astype(np.int64)
@@ -175,13 +174,13 @@ class ArrayFiles:
             raise StoreError("its index does not list its chunks end to end")
         return bounds
 
-    def view(self, content: mmap, timesteps: int) -> Array:
+    def view(self, content: memoryview, timesteps: int) -> Array:
         """[N, *trailing] the values of an array without codec, read-only and not copied."""
         return np.ndarray((timesteps, *self.spec.trailing), self.stored_dtype, content)
 
-    def decode_chunk(self, content: mmap, bounds: Array, chunk: int, out: Array) -> None:
+    def decode_chunk(self, content: memoryview, bounds: Array, chunk: int, out: Array) -> None:
         """Fill `out` [256, *trailing] with one chunk; raises StoreError for damage."""
-        coded = content[bounds[chunk] : bounds[chunk + 1]]
+        coded = bytes(content[bounds[chunk] : bounds[chunk + 1]])
         cast(ChunkCodec, self.codec).decode_into(coded, out)
 
     def _plain(self, parts: Sequence[Array], padding: int) -> Iterator[Content]:

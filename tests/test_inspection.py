@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.inspection import describe_key, store_text
+from pipeline.inspection import describe_key, describe_store, store_text
 from store import PredictionStore
 from store.schema import Dense, Full, Hidden, Sampled, Target, TopK
+from store.shard import ShardRecord
+from store.shard_folder import ShardFolder
 from store.synthetic import (
     synthetic_heads,
     synthetic_manifest,
@@ -111,3 +113,33 @@ def test_continuous_predictions_are_summed_up(tmp_path: Path) -> None:
         assert shown["dense.delta"]["rms"] == pytest.approx(np.sqrt((values[stream] ** 2).mean()))
         assert shown["dense.delta"]["most"] == values[stream].max()
     assert "dense.cond" in text
+
+
+def test_a_store_is_summed_up_with_progress_and_every_record_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = synthetic_store(tmp_path / "s", synthetic_manifest(TopK(k=3)), 4, 1, 2)
+    for shard in (0, 1):
+        write_synthetic_shard(store, shard, 5)
+    seen: list[int] = []
+    read: list[int] = []
+    record = ShardFolder.record
+
+    def counted(folder: ShardFolder) -> ShardRecord:
+        read.append(folder.number)
+        return record(folder)
+
+    monkeypatch.setattr(ShardFolder, "record", counted)
+    document = describe_store(store.path, lambda shards: seen.extend(shards) or shards)
+    assert seen == read == [0, 1]
+    lengths = np.concatenate(PredictionStore.open(store.path).lengths())
+    assert document["timesteps"] == lengths.sum()
+    assert document["longest"] == lengths.max()
+    assert document["stop_reasons"] == {"end": 4}
+    assert document["bytes"]["tables"] > 0
+
+
+def test_an_empty_store_is_summed_up(tmp_path: Path) -> None:
+    store = synthetic_store(tmp_path / "s", synthetic_manifest(TopK(k=3)), 4, 1, 2)
+    document = describe_store(store.path)
+    assert (document["shards"], document["longest"], document["bytes"]) == (0, 0, {})

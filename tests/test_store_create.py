@@ -168,6 +168,36 @@ def test_samples_that_cannot_feed_a_student_are_refused(
     assert not (tmp_path / "store").exists()
 
 
+def test_samples_may_lie_in_another_order_than_the_plan_and_among_others(tmp_path: Path) -> None:
+    ids = ["x", "c", "a", "y", "b"]
+    samples = pa.table(
+        {"text": [f"of {i}" for i in ids], "sample_id": pa.array(ids, "large_string")}
+    )
+    store = PredictionStore.create(tmp_path / "store", MANIFEST, PLAN, samples)
+    found = store.samples_of(["b", "y", "a", "b", "x"])
+    assert found == [{"sample_id": i, "text": f"of {i}"} for i in ("b", "y", "a", "b", "x")]
+    assert store.samples == samples
+    twice = pa.concat_tables([samples, samples.slice(3, 1)])
+    with pytest.raises(StoreError, match="name 'y' twice"):
+        PredictionStore.create(tmp_path / "other", MANIFEST, PLAN, twice)
+
+
+def test_samples_without_conditions_are_their_ids(tmp_path: Path) -> None:
+    manifest = MANIFEST.model_copy(update={"conditions": ()})
+    store = PredictionStore.create(tmp_path, manifest, PLAN, SAMPLES.select(["sample_id"]))
+    assert store.samples_of(["c", "a"]) == [{"sample_id": "c"}, {"sample_id": "a"}]
+
+
+def test_conditions_that_changed_since_the_store_was_opened_are_refused(tmp_path: Path) -> None:
+    """They are read when they are first asked for."""
+    store = PredictionStore.create(tmp_path, MANIFEST, PLAN, SAMPLES)
+    opened = PredictionStore.open(tmp_path)
+    content = (store.path / "samples.parquet").read_bytes()
+    (store.path / "samples.parquet").write_bytes(content[:50] + b"?" + content[51:])
+    with pytest.raises(StoreError, match=r"samples\.parquet was altered.*from a copy"):
+        opened.sample("a")
+
+
 HIDDEN = synthetic_manifest(Hidden())
 HEADS = synthetic_heads(HIDDEN)
 
@@ -240,7 +270,9 @@ def test_damaged_plan_and_samples_are_refused(tmp_path: Path, name: str, damage:
     elif damage == "link":
         (tmp_path / "elsewhere").write_bytes(content)
         file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StoreError, match=f"{name} (was altered|has|is missing).*from a copy"):
+    with pytest.raises(
+        StoreError, match=f"{name} (was altered|has|is missing|is a symbolic link).*from a copy"
+    ):
         PredictionStore.open(store.path)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,15 @@ import pyarrow as pa
 import pytest
 import zarr
 
-from store import DamagedShard, Plan, PredictionStore, Rollout, RolloutNotFound, StoreError
+from store import (
+    DamagedShard,
+    Plan,
+    PredictionStore,
+    Rollout,
+    RolloutNotFound,
+    StoreError,
+    reader,
+)
 from store.plan import Key
 from store.schema import (
     Compact,
@@ -180,6 +191,18 @@ def test_what_is_not_there_is_named(store: PredictionStore) -> None:
         store["sample-0"]  # type: ignore[call-overload]
 
 
+def test_a_shard_or_timestep_that_is_no_integer_is_refused(store: PredictionStore) -> None:
+    for timestep in (1.0, 1.5, "1", None):
+        with pytest.raises(StoreError, match=r"timestep .* of key .* must be an integer"):
+            store["sample-0", 0, timestep]  # type: ignore[index]
+    for shard in (1.0, 0.5, "1", None):
+        for read in (store.shard, store.rollout_table, store.folder, store.writer):
+            with pytest.raises(StoreError, match=rf"shard {shard!r} of .* must be an integer"):
+                read(shard)  # type: ignore[arg-type]
+    assert store.shard(np.int64(1)) is not None
+    assert store["sample-0", 0, np.int32(1)].timestep == 1
+
+
 def test_a_reader_pins_the_shards_it_found(tmp_path: Path) -> None:
     made = synthetic_store(tmp_path, synthetic_manifest(TARGETS["top_k"]), 4, 1, 2)
     write_synthetic_shard(made, 1, 5)
@@ -205,12 +228,34 @@ def test_lengths_are_those_of_the_rollouts(store: PredictionStore) -> None:
         assert store.shard(shard).keys == store.plan[shard]
 
 
+def test_progress_over_lengths_moves_with_the_shards_that_were_read(
+    store: PredictionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def progress(shards):
+        for shard in shards:
+            events.append(f"next {shard}")
+            yield shard
+
+    monkeypatch.setattr(reader, "in_threads", map)
+    real = ShardFolder.read_lengths
+    monkeypatch.setattr(
+        ShardFolder, "read_lengths", lambda self: events.append(f"read {self.number}") or real(self)
+    )
+    store.lengths(progress)
+    assert events == ["next 0", "read 0", "next 1", "read 1"]
+
+
 def test_rollouts_cannot_be_written_and_are_views_where_they_can(store: PredictionStore) -> None:
     shard = store.shard(0)
     for rollout in (PredictionStore.open(store.path)["sample-1", 0], shard[1]):
         for array in rollout.arrays.values():
             with pytest.raises(ValueError, match="read-only"):
                 array[0] = 0
+            if isinstance(store.manifest.profile, Fast):
+                with pytest.raises(ValueError, match="cannot set WRITEABLE"):
+                    array.setflags(write=True)
     for name, array in store["sample-1", 0].arrays.items():
         assert np.shares_memory(array, shard.arrays[name])
 
@@ -231,10 +276,59 @@ def test_few_files_stay_open_however_many_shards_are_read(tmp_path: Path) -> Non
     for shard in range(12):
         write_synthetic_shard(made, shard, 3)
     store = PredictionStore.open(tmp_path, mapped_shards=3)
-    before, arrays = len(os.listdir("/proc/self/fd")), len(store.shard(0).arrays)
+    before = mapped_below(tmp_path)
     for key in [*store, *store]:
         store[key]
-    assert len(os.listdir("/proc/self/fd")) - before <= 3 * arrays
+    assert mapped_below(tmp_path) - before <= 3 * len(store.shard(0).arrays)
+
+
+def mapped_below(folder: Path) -> int:
+    """Files of a folder that this process maps."""
+    return Path("/proc/self/maps").read_text().count(f"{folder}/")
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """Let this process open only so many files more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    filler = [os.open("/dev/null", os.O_RDONLY) for _ in range(highest)]  # what is free below
+    limit = max(map(int, os.listdir("/proc/self/fd"))) + count
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in filler:
+            os.close(descriptor)
+
+
+@by_profile
+def test_rollouts_of_any_number_of_shards_may_be_held_without_a_descriptor(
+    tmp_path: Path, profile: Profile
+) -> None:
+    made = synthetic_store(tmp_path, synthetic_manifest(TopK(k=3), profile=profile), 40, 1, 1)
+    for shard in range(40):
+        write_synthetic_shard(made, shard, 3)
+    store = PredictionStore.open(tmp_path)
+    with descriptors_left(10):
+        held = [store[key] for key in store]
+        shards = [store.shard(shard) for shard in store.committed]
+    for shard, rollout in zip(shards, held, strict=True):
+        assert_written(store, rollout)
+        assert_written(store, shard[0])
+
+
+def test_a_want_of_descriptors_is_no_damage(store: PredictionStore) -> None:
+    reader = PredictionStore.open(store.path)
+    with (
+        descriptors_left(0),
+        pytest.raises(StoreError, match=r"00001/shard.json.*`ulimit -n`") as e,
+    ):
+        reader.shard(1)
+    assert not isinstance(e.value, DamagedShard)
+    assert "Restore" not in str(e.value)
+    assert_written(reader, reader.shard(1)[0])
 
 
 def test_a_shard_is_verified_once_however_often_it_is_mapped(

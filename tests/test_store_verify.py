@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pickle
 import random
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,12 +167,104 @@ def test_a_link_is_foreign_and_not_followed(path: Path) -> None:
     assert [entry.file for entry in verify(path).bad] == ["link"]
 
 
-def test_a_file_replaced_by_a_link_is_refused(path: Path) -> None:
-    (path / CHUNKS).rename(path.parent / "elsewhere")
-    (path / CHUNKS).symlink_to(path.parent / "elsewhere")
-    assert not verify(path).ok
-    with pytest.raises(DamagedShard, match="it is missing"):
+@pytest.mark.parametrize("file", ["shard.json", "zarr.json", "codes/c/0/0", "codes/c", "codes", ""])
+def test_a_file_or_folder_replaced_by_a_link_is_refused(path: Path, file: str) -> None:
+    """What it leads to may be anywhere, and be removed or changed by anyone."""
+    place = path / SHARD / file
+    place.rename(path.parent / "elsewhere")
+    place.symlink_to(path.parent / "elsewhere")
+    assert [(entry.shard, entry.file) for entry in verify(path).bad][:1] == [
+        (1, file or "shard.json")
+    ]
+    with pytest.raises(DamagedShard, match=r"link|is not a file of this shard"):
         read_everything(path)
+
+
+@pytest.mark.parametrize("file", ["shard.json", "rollouts.parquet", "codes/c/0/0"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(path: Path, file: str) -> None:
+    (path / SHARD / file).unlink()
+    os.mkfifo(path / SHARD / file)
+    assert [(entry.shard, entry.file) for entry in verify(path).bad] == [(1, file)]
+    with pytest.raises(DamagedShard, match="is no plain file"):
+        read_everything(path)
+
+
+def test_a_link_in_place_of_the_manifest_is_refused(path: Path) -> None:
+    (path / "manifest.json").rename(path.parent / "elsewhere")
+    (path / "manifest.json").symlink_to(path.parent / "elsewhere")
+    assert [entry.file for entry in verify(path).bad] == ["manifest.json"]
+    with pytest.raises(StoreError, match=r"manifest\.json is a symbolic link, not a file"):
+        read_everything(path)
+
+
+@pytest.mark.parametrize("name", ["foo/bar", "codes/c/1"])
+def test_a_foreign_folder_without_files_is_found_and_refused(path: Path, name: str) -> None:
+    (path / SHARD / name).mkdir(parents=True)
+    assert [(entry.shard, entry.file) for entry in verify(path).bad] == [(1, f"{name}/")]
+    with pytest.raises(DamagedShard, match="is not a file of this shard"):
+        read_everything(path)
+
+
+def refuse_to(monkeypatch: pytest.MonkeyPatch, call: str, path: Path, number: int) -> None:
+    """Let a call of `os` fail for one path, as the system would."""
+    real = getattr(os, call)
+
+    def refused(at: Any, *arguments: Any, **options: Any) -> Any:
+        if str(at) == str(path):
+            raise OSError(number, os.strerror(number), str(at))
+        return real(at, *arguments, **options)
+
+    monkeypatch.setattr(os, call, refused)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ENOMEM])
+@pytest.mark.parametrize(
+    "file", ["shard.json", "rollouts.parquet", "codes/zarr.json", "codes/c/0/0"]
+)
+def test_what_the_system_does_not_let_us_read_is_found_and_is_no_damage(
+    path: Path, monkeypatch: pytest.MonkeyPatch, file: str, number: int
+) -> None:
+    (path / "shards/00000/codes/c/0/0").unlink()
+    refuse_to(monkeypatch, "open", path / SHARD / file, number)
+    lost, unreadable = verify(path).bad
+    assert (lost.shard, unreadable.shard, unreadable.file) == (0, 1, file)
+    assert unreadable.reason.startswith("sample 'sample-2', variation 0 and 1 more: cannot read ")
+    with pytest.raises(StoreError, match=r"shard 00001, .*sample 'sample-2'.*cannot read") as error:
+        PredictionStore.open(path).shard(1)
+    assert not isinstance(error.value, DamagedShard)
+    assert isinstance(pickle.loads(pickle.dumps(error.value)), type(error.value))
+
+
+def test_a_folder_that_cannot_be_listed_is_found_beside_all_other_damage(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(path / CHUNKS)
+    refuse_to(monkeypatch, "scandir", path / SHARD / "codes/c", errno.EACCES)
+    refused, short = verify(path).bad
+    assert "cannot list" in refused.reason
+    assert (short.shard, short.array) == (1, "top_k.ids")
+
+
+def test_a_path_that_cannot_be_looked_up_is_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    with pytest.raises(StoreError, match=r"File name too long.*choose a shorter one"):
+        PredictionStore.open(path)
+    with pytest.raises(StoreError, match="File name too long"):
+        synthetic_store(path, MANIFEST, 2, 1, 2)
+    (bad,) = verify(path).bad
+    assert "File name too long" in bad.reason
+
+
+@pytest.mark.parametrize("name", ["plan.parquet", "samples.parquet", "heads/heads.safetensors"])
+def test_a_file_of_the_store_that_cannot_be_read_is_not_to_be_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = synthetic_store(tmp_path / "store", synthetic_manifest(Hidden()), 2, 1, 2).path
+    refuse_to(monkeypatch, "open", path / name, errno.EACCES)
+    with pytest.raises(StoreError, match=f"cannot read .*{name}.*permission is missing") as error:
+        PredictionStore.open(path)
+    assert "restore" not in str(error.value)
+    assert [bad.file for bad in verify(path).bad] == [name]
 
 
 def test_files_of_equal_size_cannot_be_exchanged(path: Path) -> None:
@@ -204,6 +300,7 @@ def test_a_shard_of_another_place_or_store_is_refused(path: Path, tmp_path: Path
     bad = verify(path).bad
     assert [(entry.shard, entry.file) for entry in bad] == [(1, "shard.json"), (2, "shard.json")]
     assert "it is of another store" in bad[0].reason
+    assert "shard is 0 but must be 2: its folder was renamed" in bad[1].reason
 
 
 def test_what_is_no_shard_among_the_shards_is_found(path: Path) -> None:
@@ -237,7 +334,7 @@ def rewrite(path: Path, file: str, content: bytes) -> None:
     [
         (lambda record: record.update(rows=2**60), r"rows is \d+ but must be in \[1, "),
         (lambda record: record.update(rows=0), "rows is 0"),
-        (lambda record: record.update(rollouts=3), "rollouts is 3 but must be 2"),
+        (lambda record: record.update(rollouts=3), "rollouts is 3 but the plan has 2"),
         (lambda record: record["files"].pop("codes/c/0/0"), "does not list exactly the files"),
         (
             lambda record: record["files"].update({"../../../x": {"bytes": 1, "xxh3": ""}}),
@@ -288,7 +385,7 @@ def test_an_array_whose_values_are_wrong_is_found(path: Path) -> None:
     logits[shard.offsets[1] + 2, 0, 1] = np.nan
     rewrite_array(store, path, "top_k.logits", logits)
     (damage,) = verify(path).bad
-    assert damage.array == "top_k.logits"
+    assert (damage.array, damage.file) == ("top_k.logits", "top_k.logits/c/0/0/0")
     assert damage.reason == "sample 'sample-3', variation 0: timestep 2: it holds NaN"
 
 
@@ -365,6 +462,39 @@ def test_a_file_that_changes_while_the_store_is_open_is_refused(
     flip(place)
     with pytest.raises(DamagedShard, match="was altered"):
         store[key]
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_file_that_is_cut_is_refused_by_the_next_shard_and_soon_by_key(
+    path: Path, size: int
+) -> None:
+    """And nothing beyond its end is read, which would end the process."""
+    for read in (
+        lambda store: store.shard(1),
+        lambda store: time.sleep(shard_folder.RECHECK_S) or store[store.plan[1][0]],
+    ):
+        store = PredictionStore.open(path)
+        content = (path / CHUNKS).read_bytes()
+        store.shard(1)
+        store[store.plan[1][0]]
+        os.truncate(path / CHUNKS, size)
+        if store.manifest.profile.kind == "fast":
+            with pytest.raises(DamagedShard, match=r"bytes but must|it is empty"):
+                read(store)
+        else:
+            read(store)  # what was decoded was verified
+        (path / CHUNKS).write_bytes(content)
+
+
+def test_what_was_verified_is_served_until_a_mapped_file_changes(path: Path) -> None:
+    """Record and table are in memory by then; only the next opening reads them again."""
+    store = PredictionStore.open(path)
+    whole = store.shard(1)
+    (path / SHARD / "shard.json").unlink()
+    (path / SHARD / "rollouts.parquet").unlink()
+    assert store.shard(1).rollouts is whole.rollouts
+    with pytest.raises(DamagedShard, match=r"shard\.json is missing"):
+        PredictionStore.open(path).shard(1)
 
 
 def flip(file: Path) -> None:

@@ -31,6 +31,28 @@ def test_texts_with_one_hash_are_told_apart(digest) -> None:
     assert index.find("\ud800") is None
 
 
+@given(st.lists(st.sampled_from(TEXTS)), st.sampled_from([lambda t: len(t) % 2, None]))
+def test_a_column_is_encoded_as_arrow_encodes_it_even_where_texts_share_a_hash(
+    column: list[str], digest
+) -> None:
+    array = pa.array(column, pa.string())
+    index, numbers = TextIndex.encode(array, *([digest] if digest else []))
+    expected = array.dictionary_encode()
+    assert index.texts.equals(expected.dictionary)
+    assert numbers.tolist() == expected.indices.to_pylist()
+    assert [index.find(text) for text in column] == numbers.tolist()
+    assert index.find("c") is None
+
+
+@pytest.mark.parametrize("digest", [lambda _: 0, lambda text: len(text) % 2, None])
+def test_all_texts_of_a_column_are_found_at_once_as_one_by_one(digest) -> None:
+    index = TextIndex(pa.array(TEXTS[:5]), *([digest] if digest else []))
+    column = pa.array(["none", *reversed(TEXTS), "a", "c"])
+    each = [index.find(text) for text in column.to_pylist()]
+    assert index.find_all(column).tolist() == [-1 if n is None else n for n in each]
+    assert TextIndex(pa.array([], pa.string())).find_all(column).tolist() == [-1] * len(column)
+
+
 def test_a_column_may_be_long_or_in_chunks_or_a_slice() -> None:
     texts = [f"text {n}" for n in range(BLOCK + 2)]
     index = TextIndex(pa.chunked_array([texts[:3], texts[3:]]))

@@ -1,0 +1,106 @@
+"""What interrupted work left in tmp/: listing it, and deleting what was listed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+from store.errors import StoreError, explain_os_errors
+from store.layout import Layout
+from store.plain_file import lies_at
+from store.schema import Manifest, Record
+from store.sealed import unseal
+
+
+class Leftover(Record):
+    """One entry of tmp/: unpublished work, of a writer that ended or of one that still works."""
+
+    name: str
+    """Below tmp/."""
+    files: int
+    """Files in it."""
+    bytes: int
+    """Bytes of these files."""
+    age_s: float
+    """Seconds since anything in it was last written."""
+
+
+class Kept(Record):
+    """One entry of tmp/ that could not be deleted."""
+
+    name: str
+    """Below tmp/."""
+    reason: str
+    """What kept it, and what to do."""
+
+
+def find_garbage(path: str | Path) -> list[Leftover]:
+    """List what lies in tmp/ of a store, by name.
+
+    Raises StoreError when there is no store at `path`, or tmp/ is a link, which may lead anywhere.
+    """
+    tmp = _tmp_of(path)
+    with explain_os_errors(f"list {tmp}"):
+        names = sorted(os.listdir(tmp)) if lies_at(tmp) else []
+        return [_measured(tmp, name) for name in names]
+
+
+def delete_garbage(path: str | Path, found: Sequence[Leftover]) -> list[Kept]:
+    """Delete what was found in tmp/, and return what could not be deleted.
+
+    Nothing else is touched: no link is followed, and what came into tmp/ since stays. Entries that
+    are gone by now are not missed. Raises StoreError as `find_garbage` does.
+    """
+    tmp = _tmp_of(path)
+    kept = []
+    for leftover in found:
+        try:
+            with explain_os_errors(f"delete {tmp / leftover.name}"):
+                _delete(tmp / leftover.name)
+        except StoreError as error:
+            kept.append(Kept(name=leftover.name, reason=str(error)))
+    return kept
+
+
+def _tmp_of(path: str | Path) -> Path:
+    layout = Layout.at(path)
+    unseal(layout.manifest, Manifest)  # a folder named tmp/ that is not a store's is not ours
+    if layout.tmp.is_symlink():
+        raise StoreError(f"{layout.tmp} is a link and may lead to anything: replace it by a folder")
+    return layout.tmp
+
+
+def _measured(tmp: Path, name: str) -> Leftover:
+    files = size = 0
+    written_s = 0.0
+    for found in _stats_below(tmp / name):
+        written_s = max(written_s, found.st_mtime)
+        if not stat.S_ISDIR(found.st_mode):
+            files, size = files + 1, size + found.st_size
+    age_s = max(time.time() - written_s, 0.0)
+    return Leftover(name=name, files=files, bytes=size, age_s=age_s)
+
+
+def _stats_below(root: Path) -> Iterator[os.stat_result]:
+    """What lies at a path and below; what vanishes meanwhile is left out, no link is followed."""
+    below = (Path(folder, name) for folder, *names in os.walk(root) for name in chain(*names))
+    for path in chain([root], below):
+        with suppress(FileNotFoundError):
+            yield os.lstat(path)
+
+
+def _delete(path: Path) -> None:
+    try:
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        if lies_at(path):  # a file in it was gone, not all of it
+            raise
