@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,11 +177,12 @@ class Plan:
             return None
         pairs, order = self._pairs
         pair = _pair(sample, int(variation))
-        at = int(pairs.searchsorted(pair))
+        # On single numbers `bisect` takes half the time of numpy's search.
+        at = bisect_left(pairs.data, pair)
         if at == len(pairs) or pairs.item(at) != pair:
             return None
         position = order.item(at)
-        shard = int(self.starts.searchsorted(position, side="right")) - 1
+        shard = bisect_right(self.starts.data, position) - 1
         return shard, position - self.starts.item(shard)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -78,7 +79,7 @@ class TextIndex:
         """Number of a text; None where it is not among them."""
         # What UTF-8 cannot encode is in no column, and its hash may be any.
         digest = self._digest(text.encode(errors="surrogatepass"))
-        place = int(self._hashes.searchsorted(np.uint64(digest)))
+        place = bisect_left(self._hashes.data, digest)
         while place < len(self._hashes) and self._hashes.item(place) == digest:
             number = self._numbers.item(place)
             if self.texts[number].as_py() == text:
