@@ -114,7 +114,10 @@ class HiddenTarget:
     forbidden: Forbidden
 
     def rows(self, index: Tensor) -> DenseTarget:
-        """Return the guided logits of timesteps `index` [n] of the flattened [B, T]."""
+        """Return the guided logits of timesteps `index` [n] of the flattened [B, T].
+
+        Their last bits depend on n, for so do those of a matrix product.
+        """
         device = index.device.type
         with torch.autocast(device, enabled=False):  # the heads multiply in float32
             parts = [

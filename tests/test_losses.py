@@ -257,10 +257,12 @@ def test_the_reverse_divergence_may_be_taken_over_the_students_own_ids(kind, tem
 def test_the_size_of_the_blocks_changes_nothing(kind):
     made, student = scene(kind), student_of(kind)
     one, _, whole = computed(made, student, EVERYTHING[kind], block_values=2**20)
+    # The heads of hidden targets multiply other numbers of rows at a time, which round otherwise.
+    slack = 10 if "hidden" in kind else 1
     for values in (1, 2 * C * V, 5 * C * V):
         loss, _, gradient = computed(made, student, EVERYTHING[kind], block_values=values)
-        torch.testing.assert_close(loss, one, rtol=1e-6, atol=0)
-        torch.testing.assert_close(gradient, whole, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(loss, one, rtol=1e-6 * slack, atol=0)
+        torch.testing.assert_close(gradient, whole, rtol=1e-5, atol=1e-7 * slack)
 
 
 class Largest(TorchDispatchMode):
