@@ -155,9 +155,8 @@ def reference(made: Scene, student: Tensor, config: LossConfig, weights: Tensor)
     return float(loss.detach()), {n: float(v.detach()) for n, v in sums.items()}, leaf.grad
 
 
-def assert_equals_reference(kind: str, config: LossConfig, student: Tensor | None = None) -> None:
-    made = scene(kind)
-    student = student_of(kind) if student is None else student
+def assert_equals_reference(kind: str, config: LossConfig, dtype: str = "float32") -> None:
+    made, student = scene(kind, dtype=dtype), student_of(kind)
     loss, terms, gradient = computed(made, student, config)
     expected_loss, expected_terms, expected = reference(made, student, config, weights_of())
     assert {name: float(value) for name, value in terms.items()} == pytest.approx(
@@ -222,6 +221,13 @@ EVERYTHING["dense"] = EVERYTHING["dense_both"]
 @pytest.mark.parametrize("kind", TARGETS)
 def test_all_terms_together_are_their_weighted_sum(kind):
     assert_equals_reference(kind, EVERYTHING[kind])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TARGETS if kind != "sampled"])
+def test_targets_stored_in_half_precision_teach_exactly_what_rounding_left(kind):
+    arrays = scene(kind, dtype="float16").arrays
+    assert any(array.dtype == np.float16 for array in arrays.values())
+    assert_equals_reference(kind, EVERYTHING[kind], "float16")
 
 
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
@@ -293,6 +299,31 @@ def test_of_all_logits_at_once_only_the_gradient_is_made_and_in_their_own_type(k
         )
         loss.backward()
     assert [dtype for _, dtype in largest.found] == [torch.bfloat16], largest.found
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often a number is asked of the device, which then is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.times += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_device_is_asked_as_often_for_many_blocks_as_for_one(kind):
+    made, student, times = scene(kind), student_of(kind), []
+    for values in (1, 2**20):
+        with torch.no_grad(), Asked() as asked:
+            distillation_loss(
+                student, made.target(), CODES, weights_of(), made.forbidden, EVERYTHING[kind],
+                values,
+            )  # fmt: skip
+        times.append(asked.times)
+    assert times[0] == times[1]
 
 
 def poisoned(made: Scene, lengths: Tensor) -> Scene:
