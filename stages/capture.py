@@ -20,6 +20,7 @@ from stages.family import Branches
 from stages.philox import uniforms
 from stages.reduction import Arrays, all_finite, draws_of, ingredients, stored_arrays
 from stages.sampling import keyed_seed
+from stages.targets import Forbidden
 from store.schema import Manifest
 
 BLOCK_VALUES = 16 * 2**20
@@ -113,7 +114,8 @@ def _reduce(manifest: Manifest, seeds: Tensor, waiting: Sequence[_Waiting]) -> H
         numbers = uniforms(seeds[rows], timesteps, codes.shape[1], draws)
     arrays = stored_arrays(manifest, codes, values, numbers)
     arrays[ROWS] = rows
-    arrays[FINITE] = all_finite(values, manifest.forbidden).to(torch.uint8).reshape(1)
+    finite = all_finite(values, Forbidden.of(manifest, rows.device))
+    arrays[FINITE] = finite.to(torch.uint8).reshape(1)
     return HostArrays.of(arrays)
 
 

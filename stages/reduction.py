@@ -15,7 +15,8 @@ from torch import Tensor
 
 from stages.family import Branches
 from stages.guidance import guide
-from stages.sampling import draw_many, index_of, mask_forbidden
+from stages.sampling import draw_many
+from stages.targets import Forbidden
 from store.encoding import array_specs
 from store.schema import Dense, Full, Hidden, Manifest, Sampled, Target, TopK
 
@@ -59,16 +60,14 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)
 
 
-def all_finite(values: Mapping[str, Tensor], forbidden: Sequence[int]) -> Tensor:
+def all_finite(values: Mapping[str, Tensor], forbidden: Forbidden) -> Tensor:
     """Return whether all ingredients are finite, as bool [] on their device.
 
-    Forbidden ids, which logits [..., V] have and hidden states have not, may hold anything.
+    Forbidden ids, which logits [..., C, V] have and hidden states have not, may hold anything.
     """
     sums = []
     for name, x in values.items():
-        allowed = x.float()
-        if forbidden and "." not in name:
-            allowed = allowed.index_fill(-1, index_of(tuple(forbidden), x.device), 0.0)
+        allowed = x.float() if "." in name else forbidden.filled(x.float(), 0.0)
         # A sum shows every NaN and infinity among its terms, at a tenth of the price of isfinite.
         sums.append(allowed.sum(-1).isfinite().all())
     return torch.stack(sums).all()
@@ -78,18 +77,18 @@ def reduce(
     logits: Tensor,
     codes: Tensor,
     target: TopK | Full | Sampled,
-    forbidden: Sequence[int],
+    forbidden: Forbidden,
     end_id: int | None,
     uniforms: Tensor | None = None,
 ) -> Arrays:
     """Reduce guided logits to the arrays of a target.
 
-    `logits` is [..., V] of any floating dtype, `codes` [...] int64 the drawn ids, which are always
-    kept, as is the end id; `uniforms` [..., draws] float64 in [0, 1) for targets that draw. Returns
-    the arrays of `store.encoding` without their target prefix, on the device of `logits`.
+    `logits` is [..., C, V] of any floating dtype, `codes` [..., C] int64 the drawn ids, which are
+    always kept, as is the end id in streams that have it; `uniforms` [..., C, draws] float64 in
+    [0, 1) for targets that draw. Returns the arrays of `store.encoding` without their target
+    prefix, on the device of `logits`.
     """
-    masked = mask_forbidden(logits.float(), forbidden)
-    relative = masked - masked.amax(-1, keepdim=True)
+    relative = _relative(logits, forbidden)
     match target:
         case Full():
             return {"logits": relative}
@@ -99,13 +98,18 @@ def reduce(
             return _reduce_top_k(relative, codes, target, forbidden, end_id, uniforms)
 
 
-def reduce_branches(branches: Mapping[str, Tensor], forbidden: Sequence[int]) -> Arrays:
-    """Reduce the logits `cond` and `uncond` [..., V] for `full`, each relative to its maximum.
+def _relative(logits: Tensor, forbidden: Forbidden) -> Tensor:
+    """Logits [..., C, V] less their row's maximum, float32, -inf at forbidden ids; a new tensor."""
+    masked = forbidden.filled(logits.float())
+    return masked - masked.amax(-1, keepdim=True)
+
+
+def reduce_branches(branches: Mapping[str, Tensor], forbidden: Forbidden) -> Arrays:
+    """Reduce the logits `cond` and `uncond` [..., C, V] for `full`, each relative to its maximum.
 
     Constants of a row cancel when they are mixed, whatever the scale.
     """
-    masked = {name: mask_forbidden(x.float(), forbidden) for name, x in branches.items()}
-    return {name: x - x.amax(-1, keepdim=True) for name, x in masked.items()}
+    return {name: _relative(x, forbidden) for name, x in branches.items()}
 
 
 def reduce_hidden(states: Mapping[str, Tensor], target: Hidden, scale: float) -> Arrays:
@@ -167,7 +171,7 @@ def _reduce_top_k(
     relative: Tensor,
     codes: Tensor,
     target: TopK,
-    forbidden: Sequence[int],
+    forbidden: Forbidden,
     end_id: int | None,
     uniforms: Tensor | None,
 ) -> Arrays:
@@ -186,8 +190,9 @@ def _reduce_top_k(
 def _kept_ids(relative: Tensor, codes: Tensor, k: int, end_id: int | None) -> Tensor:
     """Rising ids [..., k] of the largest logits, the codes and the end id always among them."""
     forced = relative.scatter(-1, codes.unsqueeze(-1), float("inf"))
-    if end_id is not None:
-        forced[..., end_id] = float("inf")
+    if end_id is not None:  # -inf where it is beyond the vocabulary of the stream
+        has_end = relative[..., end_id] > float("-inf")
+        forced[..., end_id].masked_fill_(has_end, float("inf"))
     if forced.device.type == "cpu":
         # NumPy parts and sorts such rows four times as fast as torch.
         ids = np.argpartition(forced.numpy(), -k, axis=-1)[..., -k:]
@@ -209,13 +214,13 @@ def _tail_logmass(outside: Tensor, kept: Tensor, temperature: float) -> Tensor:
     return (tail - torch.cat([kept / temperature, tail], -1).logsumexp(-1, keepdim=True))[..., 0]
 
 
-def moments(relative: Tensor, forbidden: Sequence[int]) -> Tensor:
-    """Return mean and population standard deviation [..., 2] over the allowed ids of [..., V]."""
-    index = index_of(tuple(forbidden), relative.device)
-    count = relative.shape[-1] - len(set(forbidden))
-    mean = relative.index_fill(-1, index, 0.0).sum(-1, keepdim=True) / count
-    centred = (relative - mean).index_fill(-1, index, 0.0)
-    std = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+def moments(relative: Tensor, forbidden: Forbidden) -> Tensor:
+    """Return mean and population standard deviation [..., C, 2] of the allowed of [..., C, V]."""
+    count = forbidden.allowed(relative)
+    logits = forbidden.fill_(relative.clone(), 0.0)
+    mean = logits.sum(-1, keepdim=True) / count
+    centred = forbidden.fill_(logits.sub_(mean), 0.0)
+    std = (centred.square_().sum(-1, keepdim=True) / count).sqrt()
     return torch.cat([mean, std], -1)
 
 
@@ -227,25 +232,30 @@ def stored_arrays(
     `codes` [n, C], `values` what `ingredients` names, [n, ...], `uniforms` [n, C, draws] where the
     target draws. Narrowed here, on the device: an id takes a quarter of its int64 in the store.
     """
-    target, scale, forbidden = manifest.target, manifest.guidance.scale, manifest.forbidden
-    match target:
-        case TopK() | Sampled():
-            logits = values["logits"]
-            reduced = reduce(logits, codes, target, forbidden, manifest.end_id, uniforms)
-        case Full():
-            if _both(target):
-                reduced = reduce_branches(values, forbidden)
-            else:
-                reduced = reduce(values["logits"], codes, target, forbidden, manifest.end_id)
-        case Hidden():
-            reduced = reduce_hidden(values, target, scale)
-        case Dense():
-            reduced = reduce_dense(values["cond"], values.get("uncond"), target, scale)
-    named = {f"{target.kind}.{name}": array for name, array in reduced.items()} | {"codes": codes}
+    reduced = _reduced(manifest, codes, values, uniforms)
+    named = {f"{manifest.target.kind}.{name}": array for name, array in reduced.items()}
+    named["codes"] = codes
     return {
         name: named[name].to(getattr(torch, spec.dtype.name))
         for name, spec in array_specs(manifest).items()
     }
+
+
+def _reduced(
+    manifest: Manifest, codes: Tensor, values: Mapping[str, Tensor], uniforms: Tensor | None
+) -> Arrays:
+    target, forbidden = manifest.target, Forbidden.of(manifest, codes.device)
+    match target:
+        case Hidden():
+            return reduce_hidden(values, target, manifest.guidance.scale)
+        case Dense():
+            scale = manifest.guidance.scale
+            return reduce_dense(values["cond"], values.get("uncond"), target, scale)
+        case Full() if _both(target):
+            return reduce_branches(values, forbidden)
+        case _:
+            logits = values["logits"]
+            return reduce(logits, codes, target, forbidden, manifest.end_id, uniforms)
 
 
 def draws_of(target: Target) -> int:
