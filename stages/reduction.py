@@ -27,6 +27,9 @@ DRAW_VALUES = (2**22, 2**18)
 LEAST_WEIGHT = 2e-35
 """Just over e^-80, which no tail and no draw ever notices."""
 LEAST_LOGIT = -1e30
+LEAST_STORED = -65504.0
+"""What a logit further below its row's maximum is stored as: never, but finite. Below it float16
+has only minus infinity, and two of float32's own least numbers would overflow when mixed."""
 
 
 def ingredients(target: Target, logits: Tensor, branches: Branches | None) -> Arrays:
@@ -65,12 +68,13 @@ def all_finite(values: Mapping[str, Tensor], forbidden: Forbidden) -> Tensor:
 
     Forbidden ids, which logits [..., C, V] have and hidden states have not, may hold anything.
     """
-    sums = []
+    extremes: list[Tensor] = []
     for name, x in values.items():
         allowed = x.float() if "." in name else forbidden.filled(x.float(), 0.0)
-        # A sum shows every NaN and infinity among its terms, at a tenth of the price of isfinite.
-        sums.append(allowed.sum(-1).isfinite().all())
-    return torch.stack(sums).all()
+        # NaN is an extreme too; isfinite of all values costs five times as much, and a sum of
+        # logits that a model puts at the least number there is would overflow.
+        extremes += torch.aminmax(allowed)
+    return torch.stack(extremes).isfinite().all()
 
 
 def reduce(
@@ -91,7 +95,7 @@ def reduce(
     relative = _relative(logits, forbidden)
     match target:
         case Full():
-            return {"logits": relative}
+            return {"logits": _storable_(relative, forbidden)}
         case Sampled():
             return {"ids": _draw_ids(relative, uniforms)}
         case TopK():
@@ -104,12 +108,17 @@ def _relative(logits: Tensor, forbidden: Forbidden) -> Tensor:
     return masked - masked.amax(-1, keepdim=True)
 
 
+def _storable_(relative: Tensor, forbidden: Forbidden) -> Tensor:
+    """Let nothing but forbidden ids become minus infinity when [..., C, V] are narrowed."""
+    return forbidden.fill_(relative.clamp_min_(LEAST_STORED))
+
+
 def reduce_branches(branches: Mapping[str, Tensor], forbidden: Forbidden) -> Arrays:
     """Reduce the logits `cond` and `uncond` [..., C, V] for `full`, each relative to its maximum.
 
     Constants of a row cancel when they are mixed, whatever the scale.
     """
-    return {name: _relative(x, forbidden) for name, x in branches.items()}
+    return {name: _storable_(_relative(x, forbidden), forbidden) for name, x in branches.items()}
 
 
 def reduce_hidden(states: Mapping[str, Tensor], target: Hidden, scale: float) -> Arrays:
@@ -176,7 +185,7 @@ def _reduce_top_k(
     uniforms: Tensor | None,
 ) -> Arrays:
     ids = _kept_ids(relative, codes, target.k, end_id)
-    values = relative.gather(-1, ids)
+    values = relative.gather(-1, ids).clamp_min_(LEAST_STORED)
     arrays = {"ids": ids, "logits": values}
     if target.moments:
         arrays["moments"] = moments(relative, forbidden)
@@ -215,9 +224,12 @@ def _tail_logmass(outside: Tensor, kept: Tensor, temperature: float) -> Tensor:
 
 
 def moments(relative: Tensor, forbidden: Forbidden) -> Tensor:
-    """Return mean and population standard deviation [..., C, 2] of the allowed of [..., C, V]."""
+    """Return mean and population standard deviation [..., C, 2] of the allowed of [..., C, V].
+
+    They are of the logits as they are stored, so that one that is never meant stays finite.
+    """
     count = forbidden.allowed(relative)
-    logits = forbidden.fill_(relative.clone(), 0.0)
+    logits = forbidden.fill_(relative.clamp_min(LEAST_STORED), 0.0)
     mean = logits.sum(-1, keepdim=True) / count
     centred = forbidden.fill_(logits.sub_(mean), 0.0)
     std = (centred.square_().sum(-1, keepdim=True) / count).sqrt()

@@ -150,6 +150,12 @@ def test_one_value_that_is_not_finite_is_noticed(bad, dtype):
         assert not all_finite({"cond.backbone": spoiled}, MASK)
 
 
+def test_the_least_numbers_there_are_are_finite_though_their_sum_is_not():
+    logits = teacher_logits()
+    logits[:, :20] = torch.finfo(torch.float32).min
+    assert all_finite({"logits": logits}, MASK)
+
+
 @pytest.mark.parametrize("anything", [torch.nan, torch.inf, -torch.inf])
 def test_only_logits_have_forbidden_ids_that_may_hold_anything(anything):
     logits = teacher_logits()
