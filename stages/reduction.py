@@ -197,16 +197,34 @@ def _reduce_top_k(
 
 
 def _kept_ids(relative: Tensor, codes: Tensor, k: int, end_id: int | None) -> Tensor:
-    """Rising ids [..., k] of the largest logits, the codes and the end id always among them."""
+    """Rising ids [..., k] of the largest logits, the codes and the end id always among them.
+
+    Of equal logits the lower ids are kept, on every machine.
+    """
     forced = relative.scatter(-1, codes.unsqueeze(-1), float("inf"))
     if end_id is not None:  # -inf where it is beyond the vocabulary of the stream
         has_end = relative[..., end_id] > float("-inf")
         forced[..., end_id].masked_fill_(has_end, float("inf"))
     if forced.device.type == "cpu":
-        # NumPy parts and sorts such rows four times as fast as torch.
-        ids = np.argpartition(forced.numpy(), -k, axis=-1)[..., -k:]
-        return torch.from_numpy(np.sort(ids, axis=-1))
+        rows = forced.flatten(0, -2).numpy()
+        return torch.from_numpy(_largest(rows, k)).view(*forced.shape[:-1], k)
+    # CUDA's topk fills up with equal ones in the order of their ids, as a test holds it to.
     return forced.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def _largest(rows: np.ndarray, k: int) -> np.ndarray:
+    """Rising places [n, k] of the largest values of rows [n, V]; of equal ones the first."""
+    # NumPy parts and sorts such rows four times as fast as torch, the least of the k in front.
+    places = np.argpartition(rows, -k, axis=-1)[:, -k:]
+    values = np.take_along_axis(rows, places, -1)
+    least = values[:, :1]
+    chosen, ties = values == least, np.flatnonzero(rows == least)
+    # Which of equal values it takes depends on the processor: only where some were left out.
+    if len(ties) > np.count_nonzero(chosen):
+        row, place = np.divmod(ties, rows.shape[-1])
+        before = np.arange(len(ties)) - np.searchsorted(row, row)
+        places[chosen] = place[before < chosen.sum(-1)[row]]  # both lie row by row
+    return np.sort(places, axis=-1)
 
 
 def _tail_logmass(outside: Tensor, kept: Tensor, temperature: float) -> Tensor:

@@ -61,6 +61,38 @@ def test_the_likeliest_ids_are_kept_with_the_drawn_code_and_the_end(k):
         assert arrays["logits"][row].max() == 0
 
 
+def tied_logits(rows: int = 400, vocabulary: int = 256) -> torch.Tensor:
+    """Logits of few different values, as bfloat16 and smaller types have them."""
+    return teacher_logits(rows, 3.0, vocabulary).mul(4).round().div(4)
+
+
+@pytest.mark.parametrize("k", [3, 4, 16, 64, 255, 256])
+def test_of_equal_logits_at_the_border_the_lower_ids_are_kept(k):
+    logits = tied_logits()
+    codes = torch.arange(400) % 256
+    ids = reduce(logits, codes, TopK(k=k), NOTHING, 255)["ids"].numpy()
+    values = logits.numpy().copy()
+    values[np.arange(400), codes] = values[:, 255] = np.inf
+    ranked = np.lexsort((np.broadcast_to(np.arange(256), values.shape), -values), axis=-1)
+    np.testing.assert_array_equal(ids, np.sort(ranked[:, :k], -1))
+    if k == 16:
+        border = np.take_along_axis(values, ranked[:, k - 1 : k + 1], -1)
+        assert (border[:, 0] == border[:, 1]).mean() > 0.5, "such rows must be among them"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("vocabulary", [256, 2048, 152_064])
+@pytest.mark.parametrize("k", [16, 64, 128])
+def test_an_accelerator_keeps_the_same_of_equal_logits(k, vocabulary):
+    for rows in (1, 40, 400):
+        logits = tied_logits(rows, vocabulary)
+        codes = torch.arange(rows)
+        expected = reduce(logits, codes, TopK(k=k), NOTHING, 255)["ids"]
+        nothing = Forbidden(NOTHING.ids.cuda(), None)
+        found = reduce(logits.cuda(), codes.cuda(), TopK(k=k), nothing, 255)["ids"]
+        assert torch.equal(found.cpu(), expected)
+
+
 def test_a_tail_far_below_fp32_resolution_keeps_its_mass_where_subtraction_loses_it():
     logits = torch.full((1, VOCABULARY), -30.0)
     logits[0, 0] = 0.0
