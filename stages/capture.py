@@ -74,8 +74,9 @@ class Capture:
         """Take predictions of n timesteps, of one row each.
 
         `rows` [n] int64 says which rollout of the batch each belongs to, `timesteps` [n] int64 (or
-        one number) its place there; those of a rollout come in order. `codes` [n, C]; `logits`
-        [n, C, V] and `branches` are of `stages.family`. Tensors are kept, not copied.
+        one number) its place there; those of a rollout come in order. `codes` [n, C], which
+        continuous streams do not store; `logits` [n, C, V] or [n, C, *shape] and `branches` are of
+        `stages.family`. Tensors are kept, not copied.
         """
         values = ingredients(self._manifest.target, logits, branches)
         self._waiting.append(_Waiting(rows, timesteps, codes, values))

@@ -35,10 +35,11 @@ has only minus infinity, and two of float32's own least numbers would overflow w
 def ingredients(target: Target, logits: Tensor, branches: Branches | None) -> Arrays:
     """Return what a target is made of, by name and without copying whole predictions.
 
-    `logits` [..., C, V] are the guided ones, `branches` what they were mixed from. The names are
-    `logits`, or `cond` and `uncond`, or for hidden states `cond.GROUP` and `uncond.GROUP`.
+    `logits` [n, C, V], or [n, C, *shape] where streams are continuous, are the guided ones,
+    `branches` what they were mixed from. The names are `logits`, or `cond` and `uncond`, or for
+    hidden states `cond.GROUP` and `uncond.GROUP`.
     """
-    if isinstance(target, TopK | Sampled) or (isinstance(target, Full) and not _both(target)):
+    if isinstance(target, TopK | Sampled) or not (isinstance(target, Hidden) or _both(target)):
         return {"logits": logits}
     if branches is None:
         raise ValueError(
@@ -46,7 +47,7 @@ def ingredients(target: Target, logits: Tensor, branches: Branches | None) -> Ar
         )
     parts = {"cond": branches.cond, "uncond": branches.uncond}
     given = {name: branch for name, branch in parts.items() if branch is not None}
-    if isinstance(target, Full):
+    if not isinstance(target, Hidden):
         return {name: _joined(branch.logits) for name, branch in given.items()}
     return {
         f"{name}.{group}": _joined(states)
@@ -60,7 +61,7 @@ def _both(target: Full | Hidden | Dense) -> bool:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
 def all_finite(values: Mapping[str, Tensor], forbidden: Forbidden) -> Tensor:
@@ -138,15 +139,12 @@ def reduce_hidden(states: Mapping[str, Tensor], target: Hidden, scale: float) ->
     }
 
 
-def reduce_dense(cond: Tensor, uncond: Tensor | None, target: Dense, scale: float) -> Arrays:
-    """Reduce continuous predictions [..., C, *shape] in float32: guided, or `cond` and `delta`.
+def reduce_dense(cond: Tensor, uncond: Tensor | None) -> Arrays:
+    """Reduce continuous predictions [..., C, *shape] to `cond` and `delta`, in float32.
 
     The delta is conditional less unconditional, so the prediction at scale s is
-    cond + (s − 1)·delta. Without an unconditional prediction there is no guidance to apply; both
-    branches then cannot be kept, which raises ValueError.
+    cond + (s − 1)·delta. Without an unconditional prediction there is no delta: ValueError.
     """
-    if not _both(target):
-        return {"guided": cond.float() if uncond is None else guide(cond, uncond, scale)}
     if uncond is None:
         raise ValueError("branches: both needs the unconditional prediction, which is missing")
     return {"cond": cond.float(), "delta": cond.float() - uncond.float()}
@@ -279,8 +277,9 @@ def _reduced(
         case Hidden():
             return reduce_hidden(values, target, manifest.guidance.scale)
         case Dense():
-            scale = manifest.guidance.scale
-            return reduce_dense(values["cond"], values.get("uncond"), target, scale)
+            if _both(target):
+                return reduce_dense(values["cond"], values.get("uncond"))
+            return {"guided": values["logits"]}
         case Full() if _both(target):
             return reduce_branches(values, forbidden)
         case _:

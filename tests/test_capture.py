@@ -17,7 +17,7 @@ from stages.guidance import guide
 from stages.measure import _compare
 from stages.targets import restore
 from store.encoding import array_specs, find_fault
-from store.schema import Full, Manifest, Sampled, Target, TopK
+from store.schema import Dense, Full, Manifest, Sampled, Target, TopK
 from store.synthetic import synthetic_manifest
 
 CPU = torch.device("cpu")
@@ -57,12 +57,13 @@ def steps_of(manifest: Manifest, lengths: list[int]) -> list[tuple]:
     """What a family yields for rollouts of these lengths, rows in an order that changes."""
     generator = torch.Generator().manual_seed(0)
     streams, size = len(manifest.streams), min(manifest.vocabularies)
+    values = manifest.streams[0].shape if isinstance(manifest.target, Dense) else (V,)
     steps = []
     for timestep in range(max(lengths)):
         rows = torch.tensor([row for row, length in enumerate(lengths) if length > timestep])
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        codes = torch.randint(0, size - 2, (len(rows), streams), generator=generator)
-        cond, uncond = 3 * torch.randn(2, len(rows), streams, V, generator=generator)
+        codes = torch.randint(0, max(size - 2, 1), (len(rows), streams), generator=generator)
+        cond, uncond = 3 * torch.randn(2, len(rows), streams, *values, generator=generator)
         branches = Branches(Branch(cond.split(1, 1)), Branch((uncond,)))
         steps.append((rows, timestep, codes, guide(cond, uncond, 2.5), branches))
     return steps
@@ -72,7 +73,8 @@ LENGTHS = [3, 7, 1, 5]
 KEYS = [(f"sample {row}", row % 2) for row in range(4)]
 V = 34
 TARGETS = [TopK(k=5, tail_samples=3, moments=True), Full(dtype="float32"), Sampled(draws=7)]
-BRANCHED = [Full(branches="both")]
+BRANCHED = [Full(branches="both"), Dense(dtype="float32")]
+DENSE = [Dense(branches="guided", dtype="float32"), Dense(dtype="float32")]
 
 
 def name_of(target: Target) -> str:
@@ -108,6 +110,29 @@ def test_every_rollout_gets_its_own_timesteps_in_order(monkeypatch, target, valu
                 allowed = logits[place].clone()
                 allowed[:, list(manifest.forbidden)] = -torch.inf
                 torch.testing.assert_close(stored, allowed.softmax(-1))
+
+
+@pytest.mark.parametrize("values", [1, 200, 10**9], ids=["each step", "some steps", "all"])
+@pytest.mark.parametrize("target", DENSE, ids=name_of)
+def test_every_rollout_gets_its_own_continuous_predictions_and_no_codes(
+    monkeypatch, target, values
+):
+    monkeypatch.setattr(module, "CPU_BLOCK_VALUES", values)
+    manifest = synthetic_manifest(target)
+    steps = steps_of(manifest, LENGTHS)
+    for row, arrays in enumerate(captured(manifest, steps)):
+        assert find_fault(manifest, arrays) is None
+        for timestep in range(LENGTHS[row]):
+            rows, _, _, guided, branches = steps[timestep]
+            (place,) = torch.nonzero(rows == row)[:, 0].tolist()
+            cond = torch.cat(branches.cond.logits, 1)[place]
+            delta = cond - branches.uncond.logits[0][place]
+            expected = {"dense.guided": guided[place]}
+            if target.branches == "both":
+                expected = {"dense.cond": cond, "dense.delta": delta}
+            assert arrays.keys() == expected.keys()
+            for name, prediction in expected.items():
+                np.testing.assert_array_equal(arrays[name][timestep], prediction)
 
 
 def with_vocabularies(manifest: Manifest, *sizes: int) -> Manifest:

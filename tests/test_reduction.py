@@ -16,7 +16,7 @@ from stages.reduction import (
     reduce_hidden,
 )
 from stages.targets import Forbidden, SparseTarget
-from store.schema import Dense, Full, Hidden, Sampled, TopK
+from store.schema import Full, Hidden, Sampled, TopK
 
 VOCABULARY, FORBIDDEN, END = 40, (5, 38), 39
 MASK = Forbidden(torch.tensor(FORBIDDEN), None)
@@ -343,15 +343,11 @@ def test_without_an_unconditional_branch_the_conditional_state_is_what_is_taught
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.5])
-def test_continuous_predictions_are_kept_guided_or_as_branch_and_difference(scale):
+def test_continuous_predictions_are_kept_as_branch_and_difference(scale):
     cond, uncond = (x.bfloat16().view(30, 2, 4, 5) for x in (teacher_logits(), -teacher_logits()))
     expected = scale * cond.double() + (1 - scale) * uncond.double()
-    guided = reduce_dense(cond, uncond, Dense(branches="guided"), scale)["guided"]
-    torch.testing.assert_close(guided.double(), expected, atol=1e-5, rtol=1e-5)
-    both = reduce_dense(cond, uncond, Dense(), scale)
+    both = reduce_dense(cond, uncond)
     mixed = both["cond"].double() + (scale - 1) * both["delta"].double()
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
-    alone = reduce_dense(cond, None, Dense(branches="guided"), scale)["guided"]
-    assert torch.equal(alone, cond.float())
     with pytest.raises(ValueError, match="unconditional"):
-        reduce_dense(cond, None, Dense(), scale)
+        reduce_dense(cond, None)
