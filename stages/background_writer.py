@@ -29,36 +29,31 @@ class Drawn:
 
     key: tuple[str, int]
     arrays: dict[str, np.ndarray]
-    """`codes` [T, C] and the target's arrays [T, ...]."""
+    """`codes` [T, C] but for continuous streams, and the target's arrays [T, ...]."""
     stop_reason: str
     weight: float
     seed: int
-
-
-class _LeftUndone(Exception):
-    """What was given before it had failed, and says why."""
 
 
 class BackgroundWriter:
     """Appends rollouts to the shards of a store and commits them, in one thread, in order.
 
     Leave it through `with`: then the thread has ended. Shards that `commit` was called for are
-    finished first, and one that was not is dropped. What fails in the thread is raised by the
-    next call or, after the last, on leaving; nothing that was given later is done.
+    finished first, and one that was not is dropped. What fails in the thread is raised by every
+    call after it and on leaving; nothing that was given later is done.
     """
 
     def __init__(self, store: PredictionStore) -> None:
         self._store = store
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
-        self._tasks: deque[Future[Any]] = deque()
-        """What was given and not yet seen to have succeeded, oldest first."""
         self._in_hand: list[Future[Any]] = []
         """What was given since the last commit."""
         self._computing: deque[tuple[Future[Any], int]] = deque()
         self._computing_values = 0
         self._publishing: Future[None] | None = None
-        # From here on for the thread only.
-        self._failed = False
+        # From here on for the thread to write.
+        self._failure: BaseException | None = None
+        """What failed first."""
         self._writer: ShardWriter | None = None
 
     def __enter__(self) -> Self:
@@ -75,13 +70,11 @@ class BackgroundWriter:
         self._executor.shutdown(wait=True)
         if self._writer is not None:
             self._writer.__exit__(kind, error, trace)
-        failures = [task.exception() for task in self._tasks if not task.cancelled()]
-        for failure in failures:
-            if failure is None or isinstance(failure, _LeftUndone):
-                continue
-            if error is None:
-                raise failure
-            logger.error("writing a shard in the background failed too: %r", failure)
+        if self._failure is None or self._failure is error:
+            return
+        if error is None:
+            raise self._failure
+        logger.error("writing a shard in the background failed too: %r", self._failure)
 
     def append(self, shard: int, collect: Callable[[], Iterable[Drawn]]) -> None:
         """Append to a shard what `collect`, called in the thread, returns."""
@@ -112,19 +105,18 @@ class BackgroundWriter:
         return task
 
     def _give(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        while self._tasks and self._tasks[0].done():
-            self._tasks.popleft().result()
-        task = self._executor.submit(self._do, work, *arguments)
-        self._tasks.append(task)
-        return task
+        if self._failure is not None:
+            raise self._failure
+        return self._executor.submit(self._do, work, *arguments)
 
     def _do(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        if self._failed:
-            raise _LeftUndone
-        self._failed = True
-        result = work(*arguments)
-        self._failed = False
-        return result
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return work(*arguments)
+        except BaseException as failure:
+            self._failure = failure
+            raise
 
     def _append(self, shard: int, collect: Callable[[], Iterable[Drawn]]) -> None:
         if self._writer is None:

@@ -20,6 +20,7 @@ from stages.family import Branches
 from stages.philox import uniforms
 from stages.reduction import Arrays, all_finite, draws_of, ingredients, stored_arrays
 from stages.sampling import keyed_seed
+from stages.targets import Forbidden
 from store.schema import Manifest
 
 BLOCK_VALUES = 16 * 2**20
@@ -73,8 +74,9 @@ class Capture:
         """Take predictions of n timesteps, of one row each.
 
         `rows` [n] int64 says which rollout of the batch each belongs to, `timesteps` [n] int64 (or
-        one number) its place there; those of a rollout come in order. `codes` [n, C]; `logits`
-        [n, C, V] and `branches` are of `stages.family`. Tensors are kept, not copied.
+        one number) its place there; those of a rollout come in order. `codes` [n, C], which
+        continuous streams do not store; `logits` [n, C, V] or [n, C, *shape] and `branches` are of
+        `stages.family`. Tensors are kept, not copied.
         """
         values = ingredients(self._manifest.target, logits, branches)
         self._waiting.append(_Waiting(rows, timesteps, codes, values))
@@ -113,7 +115,8 @@ def _reduce(manifest: Manifest, seeds: Tensor, waiting: Sequence[_Waiting]) -> H
         numbers = uniforms(seeds[rows], timesteps, codes.shape[1], draws)
     arrays = stored_arrays(manifest, codes, values, numbers)
     arrays[ROWS] = rows
-    arrays[FINITE] = all_finite(values, manifest.forbidden).to(torch.uint8).reshape(1)
+    finite = all_finite(values, Forbidden.of(manifest, rows.device))
+    arrays[FINITE] = finite.to(torch.uint8).reshape(1)
     return HostArrays.of(arrays)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from stages.sampling import RolloutPolicy
-    from store.schema import Head, Stream
+    from store.schema import Head, Latent, Stream
 
 CONFIGS: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 
@@ -32,11 +32,12 @@ Sample = Mapping[str, Any]
 class Branch:
     """What a model predicts with the conditions, or without them: references, no copies.
 
-    Parts are joined along their second last axis, and only by who needs them whole.
+    Parts are joined along their axis of streams or states, and only by who needs them whole.
     """
 
     logits: tuple[Tensor, ...]
-    """Parts [..., c, V] of the streams in order, in the type of the model."""
+    """Parts [..., c, V] of the streams in order, in the type of the model; predictions
+    [..., c, *shape] where streams are continuous."""
     hidden: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """By group, parts [..., h, D] of what the group's linear head reads, `Family.heads` in all."""
 
@@ -59,9 +60,10 @@ class Step:
     timestep: int
     """Decoding step, counted from 0."""
     codes: Tensor
-    """[b, C] int64: the codes drawn."""
+    """[b, C] int64: the codes drawn; 0 for continuous streams."""
     logits: Tensor
-    """[b, C, V] float32: guided, before forbidden ids are masked and before any filter."""
+    """[b, C, V] float32: guided, before forbidden ids are masked and before any filter. What
+    stands beyond the vocabulary of a stream is not read. Continuous: predictions [b, C, *shape]."""
     branches: Branches | None = None
     """What `logits` were mixed from, [b, ...]."""
 
@@ -71,7 +73,8 @@ class Scores:
     """Teacher-forced predictions of a batch."""
 
     logits: Tensor
-    """[B, T, C, V]: `logits[:, t]` predicts `codes[:, t]`."""
+    """[B, T, C, V]: `logits[:, t]` predicts `codes[:, t]`; [B, T, C, *shape] where streams are
+    continuous."""
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     """Auxiliary losses of the model itself, already weighted (mixture-of-experts balance, ...)."""
     branches: Branches | None = None
@@ -94,7 +97,7 @@ class Family(Protocol):
     """Its architecture."""
     facts: DatasetFacts
     """What it was built for: alphabet, speakers, codes and the audio codec that makes them."""
-    streams: tuple[Stream, ...]
+    streams: tuple[Stream, ...] | tuple[Latent, ...]
     heads: tuple[Head, ...]
     """Its linear output heads, one per group of streams; none where a group's is not linear."""
     forbidden: tuple[int, ...]
@@ -139,7 +142,10 @@ class Family(Protocol):
         ...
 
     def reference_codes(self, sample: Sample) -> Tensor:
-        """[T, C] int64: the recording's own codes with the end block, in this family's layout."""
+        """[T, C] int64: the recording's own codes with the end block, in this family's layout.
+
+        0 for continuous streams, whose T is all that it says.
+        """
         ...
 
     def frames(self, codes: Tensor) -> Tensor:
@@ -181,10 +187,11 @@ class Family(Protocol):
     ) -> Scores:
         """Predict every timestep of given codes in one parallel pass.
 
-        `codes` [B, T, C] int64, `lengths` [B] int64; what lies beyond a length is never read.
-        With `cfg_scale` other than 1, or `both_branches`, both are computed and mixed (no
-        gradients wanted); `unconditional` [B] bool drops the conditions of the marked samples
-        (condition dropout); `alignment` asks for the loss "alignment", where the family has one.
+        `codes` [B, T, C] int64, 0 for continuous streams, `lengths` [B] int64; what lies beyond a
+        length is never read. With `cfg_scale` other than 1, or `both_branches`, both are computed
+        and mixed (no gradients wanted); `unconditional` [B] bool drops the conditions of the marked
+        samples (condition dropout); `alignment` asks for the loss "alignment", where the family has
+        one.
         """
         ...
 

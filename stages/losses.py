@@ -101,11 +101,13 @@ class _Blockwise(torch.autograd.Function):
         flat = logits.flatten(0, 1)
         sums = torch.zeros(len(factors), dtype=torch.float64, device=logits.device)
         counted = (batch.weights > 0).any(-1).flatten()
+        # Whether streams count nothing at timesteps where others do: asked of the device once.
+        uneven = bool(((batch.weights > 0).all(-1).flatten() != counted).any())
         gradient = torch.empty_like(flat) if wanted else None
         if gradient is not None:
             gradient.index_fill_(0, (~counted).nonzero().squeeze(1), 0.0)
         for rows in _split(counted.nonzero().squeeze(1), batch.block_values // flat[0].numel()):
-            values, block_gradient = _block(flat, batch, rows)
+            values, block_gradient = _block(flat, batch, rows, uneven)
             sums += torch.stack([values[name] for name in factors])
             if gradient is not None:
                 _write(gradient, rows, block_gradient)
@@ -140,8 +142,11 @@ def _write(gradient: Tensor, rows: Tensor, values: Tensor) -> None:
         gradient[int(run[0]) : int(run[-1]) + 1] = part
 
 
-def _block(logits: Tensor, batch: _Batch, rows: Tensor) -> tuple[Terms, Tensor]:
-    """Return the weighted sum of every term over timesteps `rows` [n], and their gradient."""
+def _block(logits: Tensor, batch: _Batch, rows: Tensor, uneven: bool) -> tuple[Terms, Tensor]:
+    """Return the weighted sum of every term over timesteps `rows` [n], and their gradient.
+
+    With `uneven`, some streams of them weigh nothing: these get no gradient, not even NaN.
+    """
     weights = batch.weights.flatten(0, 1).index_select(0, rows)
     codes = batch.codes.flatten(0, 1).index_select(0, rows)
     target = batch.target.rows(rows)
@@ -158,7 +163,7 @@ def _block(logits: Tensor, batch: _Batch, rows: Tensor) -> tuple[Terms, Tensor]:
     }
     if not isinstance(target, ContinuousTarget):
         batch.forbidden.fill_(gradient, 0.0)
-    if not bool(present.all()):  # streams that count nothing, at timesteps where others do
+    if uneven:
         mask = ~present[(...,) + (None,) * (gradient.dim() - present.dim())]
         gradient.masked_fill_(mask, 0.0)
     return sums, gradient
@@ -440,8 +445,9 @@ def stream_weights(codebook_weights: Sequence[float], family: Family, local: flo
     """Return the weight [C] of every stream of a family, of mean 1.
 
     Streams lie frame by frame and group by group, so the weights of a frame's codebooks repeat; no
-    weights mean equal ones. Streams of the group `local` count `local` times as much. Raises
-    `UserError` when the weights do not fit.
+    weights mean equal ones. Streams of the group `local` count `local` times as much; where there
+    are no others and they count nothing, all weights are 0. Raises `UserError` when the weights do
+    not fit.
     """
     streams = len(family.streams)
     given = list(codebook_weights) or [1.0]
@@ -452,4 +458,4 @@ def stream_weights(codebook_weights: Sequence[float], family: Family, local: flo
         )
     groups = torch.tensor([local if s.group == "local" else 1.0 for s in family.streams])
     weights = torch.tensor(given).repeat(streams // len(given)) * groups
-    return weights / weights.mean()
+    return weights / weights.mean() if weights.any() else weights

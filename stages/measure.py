@@ -21,8 +21,8 @@ from stages.family import Family, Sample
 from stages.losses import kl_divergence
 from stages.publish import replace_file
 from stages.rollout import policy_for, split
-from stages.sampling import END, mask_forbidden
-from stages.targets import DenseTarget, SparseTarget
+from stages.sampling import END
+from stages.targets import DenseTarget, Forbidden, SparseTarget
 from store import PredictionStore
 from store.schema import Record
 
@@ -129,7 +129,8 @@ def _compare(
                 f"the reference store holds {reference.manifest.target.kind} targets, of which no "
                 "divergence can be measured: set evaluate.target to full, hidden or top_k"
             )
-        student = mask_forbidden(logits[valid].float(), reference.manifest.forbidden)
+        forbidden = Forbidden.of(reference.manifest, logits.device)
+        student = forbidden.filled(logits[valid].float())
         kl = kl_divergence(student, target).sum()
         agreed = student.argmax(-1) == _likeliest(target)
         yield float(kl), int(agreed.sum()), agreed.numel()

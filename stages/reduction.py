@@ -15,7 +15,8 @@ from torch import Tensor
 
 from stages.family import Branches
 from stages.guidance import guide
-from stages.sampling import draw_many, index_of, mask_forbidden
+from stages.sampling import draw_many
+from stages.targets import Forbidden
 from store.encoding import array_specs
 from store.schema import Dense, Full, Hidden, Manifest, Sampled, Target, TopK
 
@@ -26,15 +27,19 @@ DRAW_VALUES = (2**22, 2**18)
 LEAST_WEIGHT = 2e-35
 """Just over e^-80, which no tail and no draw ever notices."""
 LEAST_LOGIT = -1e30
+LEAST_STORED = -65504.0
+"""What a logit further below its row's maximum is stored as: never, but finite. Below it float16
+has only minus infinity, and two of float32's own least numbers would overflow when mixed."""
 
 
 def ingredients(target: Target, logits: Tensor, branches: Branches | None) -> Arrays:
     """Return what a target is made of, by name and without copying whole predictions.
 
-    `logits` [..., C, V] are the guided ones, `branches` what they were mixed from. The names are
-    `logits`, or `cond` and `uncond`, or for hidden states `cond.GROUP` and `uncond.GROUP`.
+    `logits` [n, C, V], or [n, C, *shape] where streams are continuous, are the guided ones,
+    `branches` what they were mixed from. The names are `logits`, or `cond` and `uncond`, or for
+    hidden states `cond.GROUP` and `uncond.GROUP`.
     """
-    if isinstance(target, TopK | Sampled) or (isinstance(target, Full) and not _both(target)):
+    if isinstance(target, TopK | Sampled) or not (isinstance(target, Hidden) or _both(target)):
         return {"logits": logits}
     if branches is None:
         raise ValueError(
@@ -42,7 +47,7 @@ def ingredients(target: Target, logits: Tensor, branches: Branches | None) -> Ar
         )
     parts = {"cond": branches.cond, "uncond": branches.uncond}
     given = {name: branch for name, branch in parts.items() if branch is not None}
-    if isinstance(target, Full):
+    if not isinstance(target, Hidden):
         return {name: _joined(branch.logits) for name, branch in given.items()}
     return {
         f"{name}.{group}": _joined(states)
@@ -56,56 +61,65 @@ def _both(target: Full | Hidden | Dense) -> bool:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
-def all_finite(values: Mapping[str, Tensor], forbidden: Sequence[int]) -> Tensor:
+def all_finite(values: Mapping[str, Tensor], forbidden: Forbidden) -> Tensor:
     """Return whether all ingredients are finite, as bool [] on their device.
 
-    Forbidden ids, which logits [..., V] have and hidden states have not, may hold anything.
+    Forbidden ids, which logits [..., C, V] have and hidden states have not, may hold anything.
     """
-    sums = []
+    extremes: list[Tensor] = []
     for name, x in values.items():
-        allowed = x.float()
-        if forbidden and "." not in name:
-            allowed = allowed.index_fill(-1, index_of(tuple(forbidden), x.device), 0.0)
-        # A sum shows every NaN and infinity among its terms, at a tenth of the price of isfinite.
-        sums.append(allowed.sum(-1).isfinite().all())
-    return torch.stack(sums).all()
+        allowed = x.float() if "." in name else forbidden.filled(x.float(), 0.0)
+        # NaN is an extreme too; isfinite of all values costs five times as much, and a sum of
+        # logits that a model puts at the least number there is would overflow.
+        extremes += torch.aminmax(allowed)
+    return torch.stack(extremes).isfinite().all()
 
 
 def reduce(
     logits: Tensor,
     codes: Tensor,
     target: TopK | Full | Sampled,
-    forbidden: Sequence[int],
+    forbidden: Forbidden,
     end_id: int | None,
     uniforms: Tensor | None = None,
 ) -> Arrays:
     """Reduce guided logits to the arrays of a target.
 
-    `logits` is [..., V] of any floating dtype, `codes` [...] int64 the drawn ids, which are always
-    kept, as is the end id; `uniforms` [..., draws] float64 in [0, 1) for targets that draw. Returns
-    the arrays of `store.encoding` without their target prefix, on the device of `logits`.
+    `logits` is [..., C, V] of any floating dtype, `codes` [..., C] int64 the drawn ids, which are
+    always kept, as is the end id in streams that have it; `uniforms` [..., C, draws] float64 in
+    [0, 1) for targets that draw. Returns the arrays of `store.encoding` without their target
+    prefix, on the device of `logits`.
     """
-    masked = mask_forbidden(logits.float(), forbidden)
-    relative = masked - masked.amax(-1, keepdim=True)
+    relative = _relative(logits, forbidden)
     match target:
         case Full():
-            return {"logits": relative}
+            return {"logits": _storable_(relative, forbidden)}
         case Sampled():
             return {"ids": _draw_ids(relative, uniforms)}
         case TopK():
             return _reduce_top_k(relative, codes, target, forbidden, end_id, uniforms)
 
 
-def reduce_branches(branches: Mapping[str, Tensor], forbidden: Sequence[int]) -> Arrays:
-    """Reduce the logits `cond` and `uncond` [..., V] for `full`, each relative to its maximum.
+def _relative(logits: Tensor, forbidden: Forbidden) -> Tensor:
+    """Logits [..., C, V] less their row's maximum, float32, -inf at forbidden ids; a new tensor."""
+    masked = forbidden.filled(logits.float())
+    return masked - masked.amax(-1, keepdim=True)
+
+
+def _storable_(relative: Tensor, forbidden: Forbidden) -> Tensor:
+    """Let nothing but forbidden ids become minus infinity when [..., C, V] are narrowed."""
+    return forbidden.fill_(relative.clamp_min_(LEAST_STORED))
+
+
+def reduce_branches(branches: Mapping[str, Tensor], forbidden: Forbidden) -> Arrays:
+    """Reduce the logits `cond` and `uncond` [..., C, V] for `full`, each relative to its maximum.
 
     Constants of a row cancel when they are mixed, whatever the scale.
     """
-    masked = {name: mask_forbidden(x.float(), forbidden) for name, x in branches.items()}
-    return {name: x - x.amax(-1, keepdim=True) for name, x in masked.items()}
+    return {name: _storable_(_relative(x, forbidden), forbidden) for name, x in branches.items()}
 
 
 def reduce_hidden(states: Mapping[str, Tensor], target: Hidden, scale: float) -> Arrays:
@@ -125,15 +139,12 @@ def reduce_hidden(states: Mapping[str, Tensor], target: Hidden, scale: float) ->
     }
 
 
-def reduce_dense(cond: Tensor, uncond: Tensor | None, target: Dense, scale: float) -> Arrays:
-    """Reduce continuous predictions [..., C, *shape] in float32: guided, or `cond` and `delta`.
+def reduce_dense(cond: Tensor, uncond: Tensor | None) -> Arrays:
+    """Reduce continuous predictions [..., C, *shape] to `cond` and `delta`, in float32.
 
     The delta is conditional less unconditional, so the prediction at scale s is
-    cond + (s − 1)·delta. Without an unconditional prediction there is no guidance to apply; both
-    branches then cannot be kept, which raises ValueError.
+    cond + (s − 1)·delta. Without an unconditional prediction there is no delta: ValueError.
     """
-    if not _both(target):
-        return {"guided": cond.float() if uncond is None else guide(cond, uncond, scale)}
     if uncond is None:
         raise ValueError("branches: both needs the unconditional prediction, which is missing")
     return {"cond": cond.float(), "delta": cond.float() - uncond.float()}
@@ -167,12 +178,12 @@ def _reduce_top_k(
     relative: Tensor,
     codes: Tensor,
     target: TopK,
-    forbidden: Sequence[int],
+    forbidden: Forbidden,
     end_id: int | None,
     uniforms: Tensor | None,
 ) -> Arrays:
     ids = _kept_ids(relative, codes, target.k, end_id)
-    values = relative.gather(-1, ids)
+    values = relative.gather(-1, ids).clamp_min_(LEAST_STORED)
     arrays = {"ids": ids, "logits": values}
     if target.moments:
         arrays["moments"] = moments(relative, forbidden)
@@ -184,15 +195,34 @@ def _reduce_top_k(
 
 
 def _kept_ids(relative: Tensor, codes: Tensor, k: int, end_id: int | None) -> Tensor:
-    """Rising ids [..., k] of the largest logits, the codes and the end id always among them."""
+    """Rising ids [..., k] of the largest logits, the codes and the end id always among them.
+
+    Of equal logits the lower ids are kept, on every machine.
+    """
     forced = relative.scatter(-1, codes.unsqueeze(-1), float("inf"))
-    if end_id is not None:
-        forced[..., end_id] = float("inf")
+    if end_id is not None:  # -inf where it is beyond the vocabulary of the stream
+        has_end = relative[..., end_id] > float("-inf")
+        forced[..., end_id].masked_fill_(has_end, float("inf"))
     if forced.device.type == "cpu":
-        # NumPy parts and sorts such rows four times as fast as torch.
-        ids = np.argpartition(forced.numpy(), -k, axis=-1)[..., -k:]
-        return torch.from_numpy(np.sort(ids, axis=-1))
+        rows = forced.flatten(0, -2).numpy()
+        return torch.from_numpy(_largest(rows, k)).view(*forced.shape[:-1], k)
+    # CUDA's topk fills up with equal ones in the order of their ids, as a test holds it to.
     return forced.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def _largest(rows: np.ndarray, k: int) -> np.ndarray:
+    """Rising places [n, k] of the largest values of rows [n, V]; of equal ones the first."""
+    # NumPy parts and sorts such rows four times as fast as torch, the least of the k in front.
+    places = np.argpartition(rows, -k, axis=-1)[:, -k:]
+    values = np.take_along_axis(rows, places, -1)
+    least = values[:, :1]
+    chosen, ties = values == least, np.flatnonzero(rows == least)
+    # Which of equal values it takes depends on the processor: only where some were left out.
+    if len(ties) > np.count_nonzero(chosen):
+        row, place = np.divmod(ties, rows.shape[-1])
+        before = np.arange(len(ties)) - np.searchsorted(row, row)
+        places[chosen] = place[before < chosen.sum(-1)[row]]  # both lie row by row
+    return np.sort(places, axis=-1)
 
 
 def _tail_logmass(outside: Tensor, kept: Tensor, temperature: float) -> Tensor:
@@ -209,13 +239,16 @@ def _tail_logmass(outside: Tensor, kept: Tensor, temperature: float) -> Tensor:
     return (tail - torch.cat([kept / temperature, tail], -1).logsumexp(-1, keepdim=True))[..., 0]
 
 
-def moments(relative: Tensor, forbidden: Sequence[int]) -> Tensor:
-    """Return mean and population standard deviation [..., 2] over the allowed ids of [..., V]."""
-    index = index_of(tuple(forbidden), relative.device)
-    count = relative.shape[-1] - len(set(forbidden))
-    mean = relative.index_fill(-1, index, 0.0).sum(-1, keepdim=True) / count
-    centred = (relative - mean).index_fill(-1, index, 0.0)
-    std = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+def moments(relative: Tensor, forbidden: Forbidden) -> Tensor:
+    """Return mean and population standard deviation [..., C, 2] of the allowed of [..., C, V].
+
+    They are of the logits as they are stored, so that one that is never meant stays finite.
+    """
+    count = forbidden.allowed(relative)
+    logits = forbidden.fill_(relative.clamp_min(LEAST_STORED), 0.0)
+    mean = logits.sum(-1, keepdim=True) / count
+    centred = forbidden.fill_(logits.sub_(mean), 0.0)
+    std = (centred.square_().sum(-1, keepdim=True) / count).sqrt()
     return torch.cat([mean, std], -1)
 
 
@@ -227,25 +260,31 @@ def stored_arrays(
     `codes` [n, C], `values` what `ingredients` names, [n, ...], `uniforms` [n, C, draws] where the
     target draws. Narrowed here, on the device: an id takes a quarter of its int64 in the store.
     """
-    target, scale, forbidden = manifest.target, manifest.guidance.scale, manifest.forbidden
-    match target:
-        case TopK() | Sampled():
-            logits = values["logits"]
-            reduced = reduce(logits, codes, target, forbidden, manifest.end_id, uniforms)
-        case Full():
-            if _both(target):
-                reduced = reduce_branches(values, forbidden)
-            else:
-                reduced = reduce(values["logits"], codes, target, forbidden, manifest.end_id)
-        case Hidden():
-            reduced = reduce_hidden(values, target, scale)
-        case Dense():
-            reduced = reduce_dense(values["cond"], values.get("uncond"), target, scale)
-    named = {f"{target.kind}.{name}": array for name, array in reduced.items()} | {"codes": codes}
+    reduced = _reduced(manifest, codes, values, uniforms)
+    named = {f"{manifest.target.kind}.{name}": array for name, array in reduced.items()}
+    named["codes"] = codes
     return {
         name: named[name].to(getattr(torch, spec.dtype.name))
         for name, spec in array_specs(manifest).items()
     }
+
+
+def _reduced(
+    manifest: Manifest, codes: Tensor, values: Mapping[str, Tensor], uniforms: Tensor | None
+) -> Arrays:
+    target, forbidden = manifest.target, Forbidden.of(manifest, codes.device)
+    match target:
+        case Hidden():
+            return reduce_hidden(values, target, manifest.guidance.scale)
+        case Dense():
+            if _both(target):
+                return reduce_dense(values["cond"], values.get("uncond"))
+            return {"guided": values["logits"]}
+        case Full() if _both(target):
+            return reduce_branches(values, forbidden)
+        case _:
+            logits = values["logits"]
+            return reduce(logits, codes, target, forbidden, manifest.end_id, uniforms)
 
 
 def draws_of(target: Target) -> int:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -38,7 +39,7 @@ class GivenCodes:
     """Codes that the teacher did not draw, for it to score."""
 
     codes: Tensor
-    """[T, C] int64."""
+    """[T, C] int64; 0 for continuous streams."""
     stop_reason: str
     weight: float
 
@@ -140,6 +141,8 @@ def _naming(keys: Sequence[Key]) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
+        if isinstance(error.__cause__, FloatingPointError):
+            raise  # the writer's thread tells of an earlier batch, which is named
         raise FloatingPointError(
             f"{error} while scoring {keys[0][0]!r} variation {keys[0][1]} and the "
             f"{len(keys) - 1} rollouts batched with it; nothing of this shard was stored. Check "
@@ -169,13 +172,18 @@ def _generate(
                 key,
                 rollout,
                 policy.stop_reason(row),
-                policy.weight(row, len(rollout["codes"]), references[row]),
+                policy.weight(row, _timesteps(rollout), references[row]),
                 keyed_seed(manifest.seed, *key),
             )
             for row, (key, rollout) in enumerate(zip(keys, arrays(), strict=True))
         ]
 
     return collect
+
+
+def _timesteps(rollout: Mapping[str, np.ndarray]) -> int:
+    """T of its arrays [T, ...], among which continuous streams have no codes."""
+    return len(next(iter(rollout.values())))
 
 
 def policy_for(

@@ -185,6 +185,10 @@ class RolloutPolicy:
         self.stop[rows] = reason
         return reason != RUNNING
 
+    def finish(self, rows: Tensor) -> None:
+        """Note that `rows` [b] have come to their end, where it is no code that says so."""
+        self.stop[rows] = END
+
     def _ended(self, codes: Tensor, likeliest: Tensor, end_id: int) -> Tensor:
         votes = codes.eq(end_id) | likeliest.eq(end_id)
         match self.sampler.end_on:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -35,11 +36,13 @@ class Forbidden:
     @classmethod
     def of(cls, manifest: Manifest, device: torch.device | str) -> Forbidden:
         """Return what a manifest forbids, as tensors on `device`."""
-        ids = torch.tensor(manifest.forbidden, dtype=torch.int64, device=device)
-        sizes = torch.tensor(manifest.vocabularies, device=device)
-        if bool((sizes == manifest.vocabulary).all()):
-            return cls(ids, None)
-        return cls(ids, torch.arange(manifest.vocabulary, device=device) >= sizes.unsqueeze(-1))
+        return _forbidden(manifest.forbidden, manifest.vocabularies, torch.device(device))
+
+    def filled(self, logits: Tensor, value: float = float("-inf")) -> Tensor:
+        """Return logits [..., C, V] with `value` at the forbidden ids; themselves without any."""
+        if len(self.ids):
+            logits = logits.index_fill(-1, self.ids, value)
+        return logits if self.beyond is None else logits.masked_fill(self.beyond, value)
 
     def fill_(self, logits: Tensor, value: float = float("-inf")) -> Tensor:
         """Put `value` at the forbidden ids of logits [..., C, V], in place."""
@@ -51,6 +54,19 @@ class Forbidden:
         """Return how many ids of each stream are allowed, [C, 1] in the type of `logits`."""
         ones = torch.ones_like(logits[0])  # [C, V]
         return self.fill_(ones, 0.0).sum(-1, keepdim=True)
+
+
+@cache
+def _forbidden(
+    ids: tuple[int, ...], vocabularies: tuple[int, ...], device: torch.device
+) -> Forbidden:
+    """Copied to the device once per process: a copy per block would wait for it every time."""
+    with torch.inference_mode(False):  # so that training may use it too
+        places = torch.tensor(ids, dtype=torch.int64, device=device)
+        if min(vocabularies) == max(vocabularies):
+            return Forbidden(places, None)
+        sizes = torch.tensor(vocabularies).unsqueeze(-1)
+        return Forbidden(places, (torch.arange(max(vocabularies)) >= sizes).to(device))
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,10 @@ class HiddenTarget:
     forbidden: Forbidden
 
     def rows(self, index: Tensor) -> DenseTarget:
-        """Return the guided logits of timesteps `index` [n] of the flattened [B, T]."""
+        """Return the guided logits of timesteps `index` [n] of the flattened [B, T].
+
+        Their last bits depend on n, for so do those of a matrix product.
+        """
         device = index.device.type
         with torch.autocast(device, enabled=False):  # the heads multiply in float32
             parts = [

@@ -41,6 +41,7 @@ def train(
     """
     require_match(family, store.manifest)
     require_supported(config.loss, store.manifest)
+    stream_weights(config.loss.codebook_weights, family)
     require_complete(store)
     with closing(TargetLearner(family, store, config, seed, place)) as learner:
         network = attach(family, config.optimizer, place)

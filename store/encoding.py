@@ -149,10 +149,17 @@ def _value_faults(manifest: Manifest, arrays: Mapping[str, Array]) -> Iterator[F
             yield from _order_faults("sampled.ids", arrays["sampled.ids"])
         case Hidden() | Dense():
             for name in sorted(arrays.keys() - {"codes"}):
-                for fault in _faults(name, "NaN or infinity", ~np.isfinite(arrays[name])):
+                for fault in _faults(name, _not_finite(arrays[name]), ~np.isfinite(arrays[name])):
                     # A state belongs to a head, which may serve several streams.
                     hidden = isinstance(manifest.target, Hidden)
                     yield replace(fault, stream=None) if hidden else fault
+
+
+def _not_finite(values: Array) -> str:
+    """The reason of a fault; float16 has no place for what is larger than its largest number."""
+    if values.dtype != np.float16:
+        return "NaN or infinity"
+    return "NaN or infinity (float16 ends at 65504: for larger numbers set target.dtype: float32)"
 
 
 def _top_k_faults(manifest: Manifest, arrays: Mapping[str, Array]) -> Iterator[Fault]:
@@ -161,7 +168,9 @@ def _top_k_faults(manifest: Manifest, arrays: Mapping[str, Array]) -> Iterator[F
     yield from _faults("top_k.ids", "ids that do not rise", ids[..., 1:] <= ids[..., :-1])
     dropped = ~(ids == codes[..., None]).any(-1)
     yield from _faults("top_k.ids", "no place for the drawn code", dropped)
-    yield from _relative_faults("top_k.logits", arrays["top_k.logits"])
+    logits = arrays["top_k.logits"]
+    yield from _faults("top_k.logits", "NaN or infinity", ~np.isfinite(logits))
+    yield from _maximum_faults("top_k.logits", logits)
     yield from _mass_faults(arrays["top_k.tail_logmass"])
     if "top_k.tail_ids" in arrays:
         drawn = arrays["top_k.tail_ids"]
@@ -191,8 +200,7 @@ def _vocabularies(manifest: Manifest) -> Array:
     return np.array(manifest.vocabularies)  # [C]
 
 
-def _relative_faults(name: str, logits: Array) -> Iterator[Fault]:
-    yield from _faults(name, "NaN", np.isnan(logits))
+def _maximum_faults(name: str, logits: Array) -> Iterator[Fault]:
     yield from _faults(name, "a largest logit that is not 0", logits.max(-1) != 0)
 
 
@@ -203,9 +211,12 @@ def _mass_faults(logmass: Array) -> Iterator[Fault]:
 
 
 def _full_logit_faults(manifest: Manifest, name: str, logits: Array) -> Iterator[Fault]:
-    yield from _relative_faults(name, logits)
     banned = np.arange(manifest.vocabulary) >= _vocabularies(manifest)[:, None]  # [C, V]
     banned[:, list(manifest.forbidden)] = True
+    # Minus infinity is for ids that are not allowed: at others it would teach NaN.
+    wrong = ~(np.isfinite(logits) | banned)
+    yield from _faults(name, "NaN or infinity at an id that is allowed", wrong)
+    yield from _maximum_faults(name, logits)
     finite = logits[:, banned] != -np.inf
     streams = np.nonzero(banned)[0]
     for fault in _faults(name, "a logit over -inf at an id that is not allowed", finite):

@@ -72,9 +72,14 @@ def guided(cond: np.ndarray, uncond: np.ndarray) -> np.ndarray:
     return (1 - scale) * uncond.astype(np.float64) + scale * cond.astype(np.float64)
 
 
-def scene(kind: str, seed: int = 0, spread: float = 2.0) -> Scene:
-    """A batch [B, T] of random targets of one kind of `TARGETS`."""
+def scene(kind: str, seed: int = 0, spread: float = 2.0, dtype: str = "float32") -> Scene:
+    """A batch [B, T] of random targets of one kind of `TARGETS`, stored as `dtype`.
+
+    What rounding leaves is the truth: predictions are rounded first.
+    """
     target = TARGETS[kind]
+    if not isinstance(target, Sampled):
+        target = target.model_copy(update={"dtype": dtype})
     manifest = synthetic_manifest(target, streams=C, vocabulary=V)
     random = np.random.default_rng(seed)
     if isinstance(target, Dense):
@@ -83,11 +88,11 @@ def scene(kind: str, seed: int = 0, spread: float = 2.0) -> Scene:
         return _hidden(manifest, target, random)
     cond, uncond = (_masked(random.normal(scale=spread, size=(B, T, C, V))) for _ in range(2))
     if isinstance(target, Full) and target.branches == "both":
-        arrays = {"cond": cond.astype(np.float32), "uncond": uncond.astype(np.float32)}
+        arrays = {"cond": cond.astype(dtype), "uncond": uncond.astype(dtype)}
         with np.errstate(invalid="ignore"):
             mixed = guided(arrays["cond"], arrays["uncond"])
         return Scene(manifest, arrays, {}, _masked(mixed))
-    cond = cond.astype(np.float32)
+    cond = cond.astype(dtype)
     return Scene(manifest, stored(target, cond, random), {}, cond.astype(np.float64))
 
 
@@ -146,7 +151,7 @@ def _hidden(manifest: Manifest, target: Hidden, random: np.random.Generator) -> 
     manifest = manifest.model_copy(update={"heads": (head,)})
     weight = random.normal(size=(C, V, D)).astype(np.float32)
     bias = random.normal(size=(C, V)).astype(np.float32)
-    cond, uncond = (random.normal(size=(B, T, 1, D)).astype(np.float32) for _ in range(2))
+    cond, uncond = (random.normal(size=(B, T, 1, D)).astype(target.dtype) for _ in range(2))
     both = target.branches == "both"
     states = guided(cond, uncond) if both else cond.astype(np.float64)
     arrays = {"cond.backbone": cond, "uncond.backbone": uncond} if both else {"backbone": cond}
@@ -156,8 +161,9 @@ def _hidden(manifest: Manifest, target: Hidden, random: np.random.Generator) -> 
 
 
 def _continuous(manifest: Manifest, target: Dense, random: np.random.Generator) -> Scene:
-    cond, uncond = (random.normal(size=(B, T, C, 4, 3)).astype(np.float32) for _ in range(2))
+    cond, uncond = (random.normal(size=(B, T, C, 4, 3)).astype(target.dtype) for _ in range(2))
     if target.branches == "guided":
         return Scene(manifest, {"guided": cond}, {}, cond.astype(np.float64))
     arrays = {"cond": cond, "delta": cond - uncond}
-    return Scene(manifest, arrays, {}, guided(cond, cond - arrays["delta"]))
+    exact = {name: array.astype(np.float64) for name, array in arrays.items()}
+    return Scene(manifest, arrays, {}, guided(exact["cond"], exact["cond"] - exact["delta"]))

@@ -140,6 +140,44 @@ def test_a_failure_is_raised_by_the_next_call_and_nothing_later_is_done(
     assert committed(store) == []
 
 
+def test_who_catches_a_failure_and_goes_on_meets_it_again_at_every_call_and_on_leaving(store):
+    done = []
+
+    def generate():
+        with BackgroundWriter(store) as writer:
+            failed = writer.compute(fail, 1)
+            with pytest.raises(Broken):
+                failed.result(TIMEOUT_S)
+            for call in (
+                lambda: writer.append(0, lambda: done.append("append") or batch(store, 0)),
+                lambda: writer.compute(lambda: done.append("compute"), 1),
+                lambda: writer.commit(0),
+            ):
+                with pytest.raises(Broken):
+                    call()
+            done.append("left")
+
+    with pytest.raises(Broken):
+        generate()
+    assert done == ["left"]
+    assert committed(store) == []
+
+
+def test_what_was_given_before_a_failure_was_known_says_why_it_was_left_undone(store):
+    free = threading.Event()
+
+    def generate():
+        with BackgroundWriter(store) as writer:
+            writer.compute(lambda: free.wait(TIMEOUT_S) and fail(), 1)
+            later = writer.compute(lambda: None, 1)
+            free.set()
+            with pytest.raises(Broken):
+                later.result(TIMEOUT_S)
+
+    with pytest.raises(Broken):
+        generate()
+
+
 def test_a_failure_after_the_last_call_is_raised_on_leaving(store, monkeypatch):
     commits = iter([ShardWriter.commit, ShardWriter.commit, fail])
 

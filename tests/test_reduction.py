@@ -15,10 +15,12 @@ from stages.reduction import (
     reduce_dense,
     reduce_hidden,
 )
-from stages.targets import SparseTarget
-from store.schema import Dense, Full, Hidden, Sampled, TopK
+from stages.targets import Forbidden, SparseTarget
+from store.schema import Full, Hidden, Sampled, TopK
 
 VOCABULARY, FORBIDDEN, END = 40, (5, 38), 39
+MASK = Forbidden(torch.tensor(FORBIDDEN), None)
+NOTHING = Forbidden(torch.empty(0, dtype=torch.int64), None)
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 
 
@@ -41,7 +43,7 @@ def reference(logits: torch.Tensor, temperature: float = 1.0) -> np.ndarray:
 
 
 def reduced(logits, codes, **target) -> dict[str, torch.Tensor]:
-    return reduce(logits, codes, TopK(**target), FORBIDDEN, END)
+    return reduce(logits, codes, TopK(**target), MASK, END)
 
 
 @pytest.mark.parametrize("k", [3, 4, 16, 38])
@@ -59,6 +61,38 @@ def test_the_likeliest_ids_are_kept_with_the_drawn_code_and_the_end(k):
         assert arrays["logits"][row].max() == 0
 
 
+def tied_logits(rows: int = 400, vocabulary: int = 256) -> torch.Tensor:
+    """Logits of few different values, as bfloat16 and smaller types have them."""
+    return teacher_logits(rows, 3.0, vocabulary).mul(4).round().div(4)
+
+
+@pytest.mark.parametrize("k", [3, 4, 16, 64, 255, 256])
+def test_of_equal_logits_at_the_border_the_lower_ids_are_kept(k):
+    logits = tied_logits()
+    codes = torch.arange(400) % 256
+    ids = reduce(logits, codes, TopK(k=k), NOTHING, 255)["ids"].numpy()
+    values = logits.numpy().copy()
+    values[np.arange(400), codes] = values[:, 255] = np.inf
+    ranked = np.lexsort((np.broadcast_to(np.arange(256), values.shape), -values), axis=-1)
+    np.testing.assert_array_equal(ids, np.sort(ranked[:, :k], -1))
+    if k == 16:
+        border = np.take_along_axis(values, ranked[:, k - 1 : k + 1], -1)
+        assert (border[:, 0] == border[:, 1]).mean() > 0.5, "such rows must be among them"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("vocabulary", [256, 2048, 152_064])
+@pytest.mark.parametrize("k", [16, 64, 128])
+def test_an_accelerator_keeps_the_same_of_equal_logits(k, vocabulary):
+    for rows in (1, 40, 400):
+        logits = tied_logits(rows, vocabulary)
+        codes = torch.arange(rows)
+        expected = reduce(logits, codes, TopK(k=k), NOTHING, 255)["ids"]
+        nothing = Forbidden(NOTHING.ids.cuda(), None)
+        found = reduce(logits.cuda(), codes.cuda(), TopK(k=k), nothing, 255)["ids"]
+        assert torch.equal(found.cpu(), expected)
+
+
 def test_a_tail_far_below_fp32_resolution_keeps_its_mass_where_subtraction_loses_it():
     logits = torch.full((1, VOCABULARY), -30.0)
     logits[0, 0] = 0.0
@@ -74,11 +108,11 @@ def test_when_every_allowed_id_is_kept_the_tail_is_empty_and_dense_and_sparse_ag
     logits, codes = teacher_logits(), allowed_codes()
     k = VOCABULARY - len(FORBIDDEN)
     target = TopK(k=k, dtype="float32")
-    arrays = reduce(logits, codes, target, FORBIDDEN, END)
+    arrays = reduce(logits, codes, target, MASK, END)
     assert (arrays["tail_logmass"] == -torch.inf).all()
     restored = SparseTarget(arrays["ids"], arrays["logits"], arrays["tail_logmass"], (1.0,))
     kept = restored.logprobs(1.0)[..., :-1]
-    dense = reduce(logits, codes, Full(dtype="float32"), FORBIDDEN, END)["logits"]
+    dense = reduce(logits, codes, Full(dtype="float32"), MASK, END)["logits"]
     expected = dense.double().log_softmax(-1).gather(-1, arrays["ids"])
     torch.testing.assert_close(kept.double(), expected, atol=1e-6, rtol=1e-6)
 
@@ -101,7 +135,7 @@ def test_the_temperatures_of_the_tail_are_not_powers_of_one_another():
     logits = torch.zeros(1, 1002)
     logits[0, :2] = 12.0
     target = TopK(k=2, temperatures=(1.0, 2.0), dtype="float32")
-    arrays = reduce(logits, torch.tensor([0]), target, (), 1)
+    arrays = reduce(logits, torch.tensor([0]), target, NOTHING, 1)
     at_one, at_two = arrays["tail_logmass"][0].double().exp().tolist()
     assert at_one == pytest.approx(1000 / (1000 + 2 * np.exp(12.0)), rel=1e-5)
     assert at_two == pytest.approx(1000 / (1000 + 2 * np.exp(6.0)), rel=1e-5)
@@ -131,9 +165,7 @@ def test_forbidden_ids_take_no_mass_however_likely():
     logits, codes = teacher_logits(), allowed_codes()
     loud = logits.index_fill(-1, torch.tensor(FORBIDDEN), 60.0)
     for target in (TopK(k=4, moments=True), Full()):
-        quiet_arrays, loud_arrays = (
-            reduce(x, codes, target, FORBIDDEN, END) for x in (logits, loud)
-        )
+        quiet_arrays, loud_arrays = (reduce(x, codes, target, MASK, END) for x in (logits, loud))
         assert all(torch.equal(quiet_arrays[name], loud_arrays[name]) for name in quiet_arrays)
     assert (loud_arrays["logits"][:, list(FORBIDDEN)] == -torch.inf).all()
 
@@ -142,21 +174,27 @@ def test_forbidden_ids_take_no_mass_however_likely():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_value_that_is_not_finite_is_noticed(bad, dtype):
     logits = teacher_logits().to(dtype)
-    assert all_finite({"logits": logits}, FORBIDDEN)
+    assert all_finite({"logits": logits}, MASK)
     for place in ((7, 20), (29, 39)):
         spoiled = logits.clone()
         spoiled[place] = bad
-        assert not all_finite({"cond": logits, "uncond": spoiled}, FORBIDDEN)
-        assert not all_finite({"cond.backbone": spoiled}, FORBIDDEN)
+        assert not all_finite({"cond": logits, "uncond": spoiled}, MASK)
+        assert not all_finite({"cond.backbone": spoiled}, MASK)
+
+
+def test_the_least_numbers_there_are_are_finite_though_their_sum_is_not():
+    logits = teacher_logits()
+    logits[:, :20] = torch.finfo(torch.float32).min
+    assert all_finite({"logits": logits}, MASK)
 
 
 @pytest.mark.parametrize("anything", [torch.nan, torch.inf, -torch.inf])
 def test_only_logits_have_forbidden_ids_that_may_hold_anything(anything):
     logits = teacher_logits()
     logits[:, FORBIDDEN[0]] = anything
-    assert all_finite({"logits": logits}, FORBIDDEN)
-    assert not all_finite({"cond.backbone": logits}, FORBIDDEN), "a state has no ids"
-    assert not all_finite({"logits": logits}, ())
+    assert all_finite({"logits": logits}, MASK)
+    assert not all_finite({"cond.backbone": logits}, MASK), "a state has no ids"
+    assert not all_finite({"logits": logits}, NOTHING)
 
 
 def test_what_stands_at_forbidden_ids_may_be_anything():
@@ -190,7 +228,7 @@ def counts(ids: torch.Tensor, vocabulary: int) -> np.ndarray:
 
 def test_every_id_is_sampled_for_exactly_its_share_of_the_unit_interval():
     logits, draws = teacher_logits(6), 20_000
-    arrays = reduce(logits, allowed_codes(6), Sampled(draws=1), FORBIDDEN, END, grid(6, draws))
+    arrays = reduce(logits, allowed_codes(6), Sampled(draws=1), MASK, END, grid(6, draws))
     ids = arrays["ids"]
     assert (ids[:, 1:] >= ids[:, :-1]).all(), "draws are stored in order"
     np.testing.assert_allclose(counts(ids, VOCABULARY), draws * reference(logits), atol=1.01)
@@ -202,7 +240,7 @@ def test_in_a_large_vocabulary_every_id_still_has_an_interval_of_its_own():
     logits = teacher_logits(1, 2.0, vocabulary)
     ends = np.cumsum(logits.double().softmax(-1).numpy())
     middles = torch.from_numpy(ends - np.diff(ends, prepend=0) / 2)[None]
-    ids = reduce(logits, torch.tensor([0]), Sampled(draws=1), (), None, middles)["ids"]
+    ids = reduce(logits, torch.tensor([0]), Sampled(draws=1), NOTHING, None, middles)["ids"]
     assert (ids[0] != torch.arange(vocabulary)).float().mean() < 1e-3
 
 
@@ -210,7 +248,7 @@ def test_keyed_draws_follow_the_distribution_by_the_chi_square_test():
     rows, draws = 4, 20_000
     logits = teacher_logits(1, 2.0).expand(rows, -1)
     numbers = uniforms(torch.arange(rows), torch.tensor([0, 7, 7, 9]), 1, draws)[:, 0]
-    ids = reduce(logits, allowed_codes(rows), Sampled(draws=1), FORBIDDEN, END, numbers)["ids"]
+    ids = reduce(logits, allowed_codes(rows), Sampled(draws=1), MASK, END, numbers)["ids"]
     expected = rows * draws * reference(logits[:1])[0]
     observed = counts(ids, VOCABULARY).sum(0)
     likely = expected > 5
@@ -224,7 +262,7 @@ def test_keyed_draws_follow_the_distribution_by_the_chi_square_test():
 def test_ids_of_the_tail_are_drawn_from_the_teacher_s_own_tail():
     logits, codes, draws = teacher_logits(6), allowed_codes(6), 20_000
     target = TopK(k=8, tail_samples=1)
-    arrays = reduce(logits, codes, target, FORBIDDEN, END, grid(6, draws))
+    arrays = reduce(logits, codes, target, MASK, END, grid(6, draws))
     tail = reference(logits)
     np.put_along_axis(tail, arrays["ids"].numpy(), 0.0, -1)
     tail /= tail.sum(-1, keepdims=True)
@@ -237,7 +275,7 @@ def test_a_tail_without_any_mass_in_float32_still_has_a_shape():
     logits[0, [0, 1, END]] = torch.tensor([0.0, -1.0, -2.0])
     logits[0, 10], logits[0, 11] = -250.0, -250.0 + np.log(3)
     target = TopK(k=3, tail_samples=1)
-    arrays = reduce(logits, torch.tensor([0]), target, FORBIDDEN, END, grid(1, 1000))
+    arrays = reduce(logits, torch.tensor([0]), target, MASK, END, grid(1, 1000))
     assert logits.softmax(-1)[0, 10] == 0
     drawn = counts(arrays["tail_ids"], VOCABULARY)[0]
     assert drawn[10] == pytest.approx(250, abs=1)
@@ -251,11 +289,11 @@ def test_draws_do_not_depend_on_how_many_rows_are_drawn_at_once(rows, monkeypatc
     logits, codes = teacher_logits(), allowed_codes()
     numbers = uniforms(torch.arange(30), torch.arange(30), 1, 50)[:, 0]
     target = TopK(k=4, tail_samples=1)
-    together = reduce(logits, codes, target, FORBIDDEN, END, numbers)
+    together = reduce(logits, codes, target, MASK, END, numbers)
     monkeypatch.setattr("stages.reduction.DRAW_VALUES", (0, rows * VOCABULARY))
-    parted = reduce(logits, codes, target, FORBIDDEN, END, numbers)
+    parted = reduce(logits, codes, target, MASK, END, numbers)
     alone = [
-        reduce(logits[i : i + 1], codes[i : i + 1], target, FORBIDDEN, END, numbers[i : i + 1])
+        reduce(logits[i : i + 1], codes[i : i + 1], target, MASK, END, numbers[i : i + 1])
         for i in range(30)
     ]
     for name in together:
@@ -266,13 +304,13 @@ def test_draws_do_not_depend_on_how_many_rows_are_drawn_at_once(rows, monkeypatc
 @pytest.mark.parametrize("target", [Sampled(), TopK(k=4, tail_samples=2)], ids=lambda t: t.kind)
 def test_targets_that_draw_say_so_when_they_get_no_numbers(target):
     with pytest.raises(ValueError, match="uniform numbers"):
-        reduce(teacher_logits(), allowed_codes(), target, FORBIDDEN, END)
+        reduce(teacher_logits(), allowed_codes(), target, MASK, END)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, 7.0])
 def test_branches_mixed_later_are_the_guided_distribution(scale):
     cond, uncond = teacher_logits(), teacher_logits().flip(0) + 5.0
-    stored = reduce_branches({"cond": cond.bfloat16(), "uncond": uncond.bfloat16()}, FORBIDDEN)
+    stored = reduce_branches({"cond": cond.bfloat16(), "uncond": uncond.bfloat16()}, MASK)
     for logits in stored.values():
         assert logits.dtype == torch.float32
         assert (logits.max(-1).values == 0).all()
@@ -305,15 +343,11 @@ def test_without_an_unconditional_branch_the_conditional_state_is_what_is_taught
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.5])
-def test_continuous_predictions_are_kept_guided_or_as_branch_and_difference(scale):
+def test_continuous_predictions_are_kept_as_branch_and_difference(scale):
     cond, uncond = (x.bfloat16().view(30, 2, 4, 5) for x in (teacher_logits(), -teacher_logits()))
     expected = scale * cond.double() + (1 - scale) * uncond.double()
-    guided = reduce_dense(cond, uncond, Dense(branches="guided"), scale)["guided"]
-    torch.testing.assert_close(guided.double(), expected, atol=1e-5, rtol=1e-5)
-    both = reduce_dense(cond, uncond, Dense(), scale)
+    both = reduce_dense(cond, uncond)
     mixed = both["cond"].double() + (scale - 1) * both["delta"].double()
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
-    alone = reduce_dense(cond, None, Dense(branches="guided"), scale)["guided"]
-    assert torch.equal(alone, cond.float())
     with pytest.raises(ValueError, match="unconditional"):
-        reduce_dense(cond, None, Dense(), scale)
+        reduce_dense(cond, None)

@@ -386,7 +386,7 @@ def test_an_array_whose_values_are_wrong_is_found(path: Path) -> None:
     rewrite_array(store, path, "top_k.logits", logits)
     (damage,) = verify(path).bad
     assert (damage.array, damage.file) == ("top_k.logits", "top_k.logits/c/0/0/0")
-    assert damage.reason == "sample 'sample-3', variation 0: timestep 2: it holds NaN"
+    assert damage.reason == "sample 'sample-3', variation 0: timestep 2: it holds NaN or infinity"
 
 
 def test_an_array_of_another_shape_than_the_manifest_says_is_refused(path: Path) -> None:

@@ -75,7 +75,9 @@ def test_rows_are_the_timesteps_asked_for_and_nothing_else(kind):
     whole, some = restored.rows(EVERYTHING), restored.rows(torch.tensor([11, 2, 7]))
     for name, tensor in vars(whole).items():
         if isinstance(tensor, torch.Tensor):
-            assert torch.equal(getattr(some, name), tensor[[11, 2, 7]]), name
+            # A matrix product of 3 rows rounds otherwise than one of 15.
+            exact = {"atol": 2e-6, "rtol": 1e-6} if "hidden" in kind else {"atol": 0, "rtol": 0}
+            torch.testing.assert_close(getattr(some, name), tensor[[11, 2, 7]], **exact, msg=name)
             assert tensor.dtype in (torch.float32, torch.int64)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from stages.checkpoint import load_latest
 from stages.config import CodecLMConfig, DatasetFacts, RolloutConfig, TrainConfig
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.families.codec_lm import CodecLM
 from stages.interruption import StopRequest
+from stages.losses import stream_weights
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
 from stages.sampling import mask_forbidden
@@ -58,9 +61,9 @@ SAMPLES = [
 ]
 
 
-def family_of(seed: int, model: dict = MODEL) -> CodecLM:
+def family_of(seed: int, model: dict = MODEL, kind: type[CodecLM] = CodecLM) -> CodecLM:
     """A model whose branches disagree."""
-    family = CodecLM.build(
+    family = kind.build(
         CodecLMConfig.model_validate(model), FACTS.model_dump(mode="json"), seed=seed
     )
     generator = torch.Generator().manual_seed(seed)
@@ -97,10 +100,11 @@ def config_of(loss: dict, model: dict = MODEL, **optimizer) -> TrainConfig:
 
 
 def learned(
-    store: PredictionStore, loss: dict, model: dict = MODEL, step: int = 0, network=lambda x: x
-):
+    store: PredictionStore, loss: dict, model: dict = MODEL, step: int = 0, network=lambda x: x,
+    kind: type[CodecLM] = CodecLM,
+):  # fmt: skip
     """Terms, loss and gradients of the first batch, of a student that is not the teacher."""
-    student = family_of(1, model)
+    student = family_of(1, model, kind)
     student.network = network(student.module)
     learner = TargetLearner(student, store, config_of(loss, model), 0, HERE)
     (batch,) = learner.batches(0)
@@ -113,8 +117,17 @@ def learned(
 
 def teacher_kl(scale: float, model: dict = MODEL) -> tuple[float, dict]:
     """Summed KL(guided teacher ‖ student) of all samples, and gradients, by its definition."""
-    teacher, student = family_of(0, model), family_of(1, model)
-    total = torch.zeros((), dtype=torch.float64)
+    student = family_of(1, model)
+    total = teacher_kl_by_stream(scale, model, student).sum()
+    total.backward()
+    found = {n: p.grad for n, p in student.module.named_parameters() if p.grad is not None}
+    return float(total.detach()), found
+
+
+def teacher_kl_by_stream(scale: float, model: dict, student: CodecLM | None = None) -> torch.Tensor:
+    """That sum for every stream, [C]."""
+    teacher, student = family_of(0, model), student or family_of(1, model)
+    total = torch.zeros(len(teacher.streams), dtype=torch.float64)
     for sample in SAMPLES:
         codes = teacher.reference_codes(sample)[None]
         lengths = torch.tensor([codes.shape[1]])
@@ -125,11 +138,10 @@ def teacher_kl(scale: float, model: dict = MODEL) -> tuple[float, dict]:
         p, q = (
             mask_forbidden(x.double(), student.forbidden).log_softmax(-1) for x in (guided, ours)
         )
-        allowed = p.isfinite()
-        total = total + (p[allowed].exp() * (p[allowed] - q[allowed])).sum()
-    total.backward()
-    found = {n: p.grad for n, p in student.module.named_parameters() if p.grad is not None}
-    return float(total.detach()), found
+        allowed = [i for i in range(p.shape[-1]) if i not in student.forbidden]
+        p, q = p[..., allowed], q[..., allowed]
+        total = total + (p.exp() * (p - q)).sum((0, 1, 3))
+    return total
 
 
 @pytest.mark.parametrize("model", [MODEL, LOCAL], ids=["parallel", "local"])
@@ -148,6 +160,80 @@ def test_a_store_of_whole_distributions_teaches_the_divergence_from_the_guided_t
         torch.testing.assert_close(
             gradient[name], expected_gradient, atol=1e-3, rtol=1e-3, msg=name
         )
+
+
+WEIGHTED = {
+    "codebooks": (MODEL, {"codebook_weights": [3.0, 1.0]}, 0, [1.5, 0.5]),
+    "local": (LOCAL, {"local": 0.5}, 0, [4 / 3, 4 / 3, 2 / 3, 2 / 3]),
+    "both": (LOCAL, {"local": 0.5, "codebook_weights": [3.0, 1.0]}, 0, [2.0, 2 / 3, 1.0, 1 / 3]),
+    "before the start": (LOCAL, {"local_start_step": 3, "local_ramp_steps": 4}, 1, [2, 2, 0, 0]),
+    "on the ramp": (
+        LOCAL, {"local_start_step": 3, "local_ramp_steps": 4}, 4, [4 / 3, 4 / 3, 2 / 3, 2 / 3],
+    ),
+    "after the ramp": (LOCAL, {"local_start_step": 3, "local_ramp_steps": 4}, 9, [1, 1, 1, 1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_every_stream_counts_by_its_weight_and_the_mean_weight_is_1(tmp_path, name):
+    model, loss, step, weights = WEIGHTED[name]
+    store = store_of(tmp_path / "store", "full", model)
+    objective, _, _ = learned(store, loss, model, step)
+    by_stream = teacher_kl_by_stream(SCALE, model).detach()
+    assert (by_stream.max() / by_stream.min()) > 1.01, "else no weight would show"
+    expected = float(by_stream @ torch.tensor(weights, dtype=torch.float64))
+    assert float(objective.terms["kl"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_streams_that_are_all_of_a_group_without_weight_weigh_nothing():
+    streams = [SimpleNamespace(group="local")] * 4
+    family = SimpleNamespace(streams=streams)
+    assert stream_weights((3.0, 1.0), family, local=0.0).tolist() == [0.0] * 4
+    assert stream_weights((3.0, 1.0), family, local=0.25).tolist() == [1.5, 0.5] * 2
+
+
+class Penalised(CodecLM):
+    """A family with a loss of its own: the same for every batch, whatever it weighs."""
+
+    def penalty(self) -> torch.Tensor:
+        return 0.1 * sum(parameter.square().sum() for parameter in self.module.parameters())
+
+    def score(self, *arguments, **named):
+        return replace(super().score(*arguments, **named), losses={"penalty": self.penalty()})
+
+
+def test_a_loss_of_the_model_itself_counts_once_for_every_prediction_that_counts(tmp_path):
+    store = store_of(tmp_path / "store", "full")
+    plain, gradient, batch = learned(store, {"kl": 1.0})
+    own, found, _ = learned(store, {"kl": 1.0}, kind=Penalised)
+    alone = family_of(1, kind=Penalised)
+    penalty = batch.weight * alone.penalty()
+    penalty.backward()
+    assert float(own.terms["penalty"].detach()) == pytest.approx(float(penalty.detach()))
+    torch.testing.assert_close(own.total, plain.total + penalty)
+    for name, parameter in alone.module.named_parameters():
+        torch.testing.assert_close(found[name], gradient.get(name, 0.0) + parameter.grad)
+
+
+def test_micro_batches_share_the_loss_of_the_model_without_changing_the_gradient(tmp_path):
+    store, moments, logged = store_of(tmp_path / "store", "full"), {}, {}
+    for size in (None, 1, 4):
+        folder = tmp_path / f"{size}"
+        config = config_of({"kl": 1.0}, steps=1, clip_norm=1e9, micro_batch_size=size)
+        student = family_of(1, kind=Penalised)
+        logged["expected"] = float(student.penalty().detach())
+        assert train(
+            student, store, config, folder, seed=0, identity="", place=HERE, stop=StopRequest()
+        )
+        moments[size] = {
+            name: x for name, x in load_latest(folder / "checkpoints").tensors.items()
+            if name.startswith("optimizer.exp_avg.")
+        }  # fmt: skip
+        logged[size] = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["penalty"]
+    for size in (1, 4):
+        assert logged[size] == pytest.approx(logged["expected"], rel=1e-5)
+        for name, whole in moments[None].items():
+            torch.testing.assert_close(moments[size][name], whole, atol=1e-6, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["full_both", "hidden_both"])
@@ -252,6 +338,16 @@ def test_what_the_store_cannot_teach_is_refused_before_anything_is_read(tmp_path
         train(
             family_of(1), store, config_of({}), tmp_path / "student",
             seed=0, identity="", place=HERE, stop=StopRequest(),
+        )  # fmt: skip
+    assert not (tmp_path / "student").exists()
+
+
+def test_codebook_weights_that_fit_no_stream_are_refused_before_anything_is_written(tmp_path):
+    store = store_of(tmp_path / "store", "full")
+    with pytest.raises(UserError, match=r"3 codebook_weights do not fit 2 streams"):
+        train(
+            family_of(1), store, config_of({"codebook_weights": [1.0, 1.0, 1.0]}),
+            tmp_path / "student", seed=0, identity="", place=HERE, stop=StopRequest(),
         )  # fmt: skip
     assert not (tmp_path / "student").exists()
 
