@@ -398,6 +398,7 @@ def _mse(
     student: Tensor, target: ContinuousTarget, weights: Tensor, config: LossConfig
 ) -> tuple[Terms, Tensor]:
     """The mean square error of continuous predictions [n, C, *shape]."""
+    assert isinstance(target.values, Tensor)
     error = student - target.values
     flat = error.flatten(2)
     factor = 2 * config.mse / flat.shape[-1] * weights

@@ -82,22 +82,37 @@ class DenseTarget:
 
 
 @dataclass(frozen=True)
-class BranchedTarget:
-    """Both branches of the teacher's distribution, mixed when rows of them are read."""
+class Mixture:
+    """Both branches of what the teacher predicted, mixed when rows of them are read."""
 
     cond: Tensor
-    """[B, T, C, V] of any floating dtype; -inf at forbidden ids."""
-    uncond: Tensor
-    """[B, T, C, V], likewise."""
+    """[B, T, ...] of any floating dtype."""
+    other: Tensor
+    """[B, T, ...], likewise: the unconditional branch, or `cond` minus it."""
     scale: Tensor
     """[B, T] float32: the guidance scale of every timestep."""
+    differs: bool = False
+    """Whether `other` is the difference."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return timesteps `index` [n] of the flattened [B, T], guided, in float32 at least."""
+        cond, other = _lifted(self.cond, index), _lifted(self.other, index)
+        scale = self.scale.flatten().index_select(0, index)
+        uncond = cond - other if self.differs else other
+        return guide(cond, uncond, scale[(...,) + (None,) * (cond.dim() - 1)])
+
+
+@dataclass(frozen=True)
+class BranchedTarget:
+    """Both branches of the teacher's distribution."""
+
+    logits: Mixture
+    """Of [B, T, C, V], -inf at forbidden ids."""
     forbidden: Forbidden
 
     def rows(self, index: Tensor) -> DenseTarget:
         """Return the guided logits of timesteps `index` [n] of the flattened [B, T]."""
-        scale = self.scale.flatten().index_select(0, index)[:, None, None]
-        mixed = guide(_lifted(self.cond, index), _lifted(self.uncond, index), scale)
-        return DenseTarget(self.forbidden.fill_(mixed))
+        return DenseTarget(self.forbidden.fill_(_lifted(self.logits, index)))
 
 
 @dataclass(frozen=True)
@@ -124,8 +139,8 @@ class LinearHead:
 class HiddenTarget:
     """The states that the teacher's linear heads read; rows of them become a `DenseTarget`."""
 
-    states: tuple[Tensor, ...]
-    """One [B, T, H, D] per head, guided."""
+    states: tuple[Tensor | Mixture, ...]
+    """One [B, T, H, D] per head, guided or both branches: guidance commutes with a linear head."""
     heads: tuple[LinearHead, ...]
     forbidden: Forbidden
 
@@ -212,8 +227,8 @@ class SampledTarget:
 class ContinuousTarget:
     """What the teacher predicted for continuous streams, guided."""
 
-    values: Tensor
-    """[..., C, *shape] of any floating dtype."""
+    values: Tensor | Mixture
+    """[..., C, *shape] of any floating dtype, guided or both branches; of rows always guided."""
 
     def rows(self, index: Tensor) -> ContinuousTarget:
         """Return timesteps `index` [n] of the flattened [B, T], in float32 at least."""
@@ -226,8 +241,10 @@ RestoredTarget = Rows | BranchedTarget | HiddenTarget
 """What `restore` returns: tensors [B, T, C, ...] as small as in the store."""
 
 
-def _lifted(values: Tensor, index: Tensor) -> Tensor:
+def _lifted(values: Tensor | Mixture, index: Tensor) -> Tensor:
     """Rows of [B, T, ...] by their place in B·T: int64, or a float of 32 bits at least."""
+    if isinstance(values, Mixture):
+        return values.rows(index)
     taken = values.flatten(0, 1).index_select(0, index)
     if not taken.is_floating_point():
         return taken.long()
@@ -288,40 +305,37 @@ Scale = float | Tensor | None
 def _full(tensors: Tensors, forbidden: Forbidden, scale: Scale) -> DenseTarget | BranchedTarget:
     if scale is None:
         return DenseTarget(tensors["logits"])
-    cond = tensors["cond"]
-    scales = _per_rollout(scale, cond).expand(cond.shape[:2])
-    return BranchedTarget(cond, tensors["uncond"], scales, forbidden)
+    cond, uncond = tensors["cond"], tensors["uncond"]
+    return BranchedTarget(Mixture(cond, uncond, _scales(scale, cond)), forbidden)
 
 
 def _hidden(
     tensors: Tensors, manifest: Manifest, heads: Tensors, forbidden: Forbidden, scale: Scale
 ) -> HiddenTarget:
     groups = [head.group for head in manifest.heads]
-    if scale is None:
-        states = [tensors[group] for group in groups]
-    else:  # guidance commutes with a linear head, so the narrow states are mixed
-        states = [
-            _mixed(tensors[f"cond.{group}"], tensors[f"uncond.{group}"], scale) for group in groups
-        ]
+    states = tuple(_states(tensors, group, scale) for group in groups)
     linear = tuple(_linear_head(manifest, group, heads) for group in groups)
-    return HiddenTarget(tuple(states), linear, forbidden)
+    return HiddenTarget(states, linear, forbidden)
+
+
+def _states(tensors: Tensors, group: str, scale: Scale) -> Tensor | Mixture:
+    if scale is None:
+        return tensors[group]
+    cond, uncond = tensors[f"cond.{group}"], tensors[f"uncond.{group}"]
+    return Mixture(cond, uncond, _scales(scale, cond))
 
 
 def _dense(tensors: Tensors, scale: Scale) -> ContinuousTarget:
     if scale is None:
         return ContinuousTarget(tensors["guided"])
-    cond = tensors["cond"].float()
-    return ContinuousTarget(_mixed(cond, cond - tensors["delta"].float(), scale))
+    cond = tensors["cond"]
+    return ContinuousTarget(Mixture(cond, tensors["delta"], _scales(scale, cond), differs=True))
 
 
-def _mixed(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """Guided [B, T, ...] float32, each rollout at its own scale."""
-    return guide(cond, uncond, _per_rollout(scale, cond)[(...,) + (None,) * (cond.dim() - 2)])
-
-
-def _per_rollout(scale: float | Tensor, like: Tensor) -> Tensor:
-    """[B, 1] float32, or [1, 1] where all rollouts share a scale."""
-    return torch.as_tensor(scale, dtype=torch.float32, device=like.device).reshape(-1, 1)
+def _scales(scale: float | Tensor, like: Tensor) -> Tensor:
+    """[B, T] float32: one scale for all rollouts, or each its own."""
+    scales = torch.as_tensor(scale, dtype=torch.float32, device=like.device)
+    return scales.reshape(-1, 1).expand(like.shape[:2])
 
 
 def _linear_head(manifest: Manifest, group: str, heads: Mapping[str, Tensor]) -> LinearHead:

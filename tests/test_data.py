@@ -369,7 +369,7 @@ def test_the_scale_of_a_rollout_depends_on_itself_and_the_epoch_alone(tmp_path: 
         for batch in walked(store, config, range(0, 30, config.optimizer.batch_size)):
             assert isinstance(batch.target, BranchedTarget)
             for rollout, scale in zip(
-                seen([batch]), batch.target.scale[:, 0].tolist(), strict=True
+                seen([batch]), batch.target.logits.scale[:, 0].tolist(), strict=True
             ):
                 scales[rollout] = scale
         found.append(scales)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 
 import numpy as np
 import pytest
@@ -65,8 +67,8 @@ def test_a_whole_distribution_is_restored_at_the_scale_of_each_rollout(kind):
 @pytest.mark.parametrize("kind", ["dense", "dense_both"])
 def test_continuous_predictions_are_restored_at_the_scale_of_each_rollout(kind):
     made = scene(kind)
-    found = made.target().values.double().numpy()
-    np.testing.assert_allclose(found, made.logits, atol=2e-6)
+    found = made.target().rows(EVERYTHING).values.double().numpy()
+    np.testing.assert_allclose(found.reshape(made.logits.shape), made.logits, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -268,15 +270,31 @@ def test_a_head_multiplies_in_float32_under_autocast():
         assert torch.equal(target.rows(torch.arange(3)).logits, plain)
 
 
-def test_targets_stay_as_narrow_as_the_store_until_rows_are_read():
-    manifest = synthetic_manifest(TopK(k=4), C, V)
-    logits = np.random.default_rng(0).normal(size=(B, T, C, V)).astype(np.float32)
-    logits[..., list(FORBIDDEN)] = -np.inf
-    arrays = stored(TopK(k=4), logits - logits.max(-1, keepdims=True), np.random.default_rng(0))
-    arrays["logits"] = arrays["logits"].astype(np.float16)
-    target = restore(arrays, manifest, None, "cpu")
-    assert (target.ids.dtype, target.logits.dtype) == (torch.uint16, torch.float16)
-    assert target.rows(EVERYTHING).logits.dtype == torch.float32
+@pytest.mark.parametrize("kind", TARGETS)
+def test_targets_stay_as_they_are_in_the_store_until_rows_are_read(kind):
+    made = scene(kind)
+    narrow = {
+        name: torch.from_numpy(values.astype(np.float16) if values.dtype.kind == "f" else values)
+        for name, values in made.arrays.items()
+    }
+    scale = torch.tensor(SCALES) if made.manifest.branches == "both" else None
+    target = restore(narrow, made.manifest, made.heads, "cpu", scale)
+    held = {part.data_ptr() for part in tensors_of(target)}
+    assert {values.data_ptr() for values in narrow.values()} <= held
+    read = target.rows(EVERYTHING)
+    assert all(x.dtype in (torch.float32, torch.int64) for x in tensors_of(read))
+
+
+def tensors_of(value: object) -> Iterator[torch.Tensor]:
+    """Every tensor of a target, however deep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, Forbidden | LinearHead):
+        for part in vars(value).values():
+            yield from tensors_of(part)
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from tensors_of(part)
 
 
 def test_the_difference_of_a_dense_target_is_to_the_unconditional_branch():
@@ -284,4 +302,5 @@ def test_the_difference_of_a_dense_target_is_to_the_unconditional_branch():
     cond = np.full((1, 2, 1, 4, 3), 3.0, np.float32)
     arrays = {"cond": cond, "delta": np.full_like(cond, 2.0)}  # so the unconditional one is 1
     for scale, expected in ((0.0, 1.0), (1.0, 3.0), (2.5, 6.0)):
-        assert (restore(arrays, manifest, None, "cpu", scale).values == expected).all()
+        guided = restore(arrays, manifest, None, "cpu", scale).rows(torch.arange(2)).values
+        assert (guided == expected).all()
