@@ -9,7 +9,9 @@ BENCH_READY := $(BENCH_VENV)/.ready
 BENCHMARKS := $(filter-out %/measure.py %/peers.py,$(wildcard benchmarks/*.py))
 
 # Two processes of one thread do about twice the work of one process with two threads, and spinning
-# OpenMP threads would take that away again.
+# OpenMP threads would take that away again. Tests of a file share what they made, so they stay
+# together.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM = false
@@ -21,10 +23,10 @@ demo: $(READY) ## a teacher, its store, two students and a report on real speech
 	@echo "Open runs/demo/report/report.html"
 
 test: $(READY) ## everything, the miniature of the demo included
-	$(BIN)/python -m pytest -q --durations=15
+	$(PYTEST) --durations=15
 
 test-fast: $(READY) ## unit tests, under two minutes
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(READY) ## formatter, linter and types
 	$(BIN)/ruff format --check .

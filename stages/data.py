@@ -233,7 +233,9 @@ class StoreBatches:
             # A process has no device to pin memory for.
             HostMemory(pin=pin and not config.loader.workers),
         )
-        self._loader = Loader(reader, config.loader, config.optimizer.batch_size, pin)
+        self._loader = Loader(
+            reader, config.loader, config.optimizer.batch_size, _pinned if pin else None
+        )
 
     def batches(self, position: int) -> list[HostBatch]:
         """Return this process's micro-batches of the global batch that starts at `position`."""
@@ -247,6 +249,10 @@ class StoreBatches:
     def close(self) -> None:
         """End the thread or the processes that read ahead."""
         self._loader.close()
+
+
+def _pinned(batches: list[HostBatch]) -> list[HostBatch]:
+    return [batch.pin_memory() for batch in batches]
 
 
 def planned_samples(plan: Plan, shards: Sequence[int]) -> Array:

@@ -7,7 +7,8 @@ import weakref
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
+
+from stages.loader import serves_another_process
 
 
 class HostMemory:
@@ -29,7 +30,7 @@ class HostMemory:
 
     def take(self, size_bytes: int) -> Tensor:
         """Return [size_bytes] uint8 of any content."""
-        if get_worker_info() is not None:  # what a process sends lies in shared memory at once
+        if serves_another_process():  # what it sends lies in shared memory at once
             shared = torch.UntypedStorage._new_shared(size_bytes)  # type: ignore[no-untyped-call]
             return torch.empty(0, dtype=torch.uint8).set_(shared)
         if self._pin:  # torch itself uses page-locked memory again

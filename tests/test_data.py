@@ -8,6 +8,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -16,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -496,8 +498,69 @@ def test_a_process_that_is_killed_is_an_error_and_no_hang(tmp_path: Path, start:
     with no_longer_than(60), closing(Loader(Numbers(tmp_path), config, step=1)) as loader:
         _, pid = loader[0]
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises((UserError, RuntimeError), match=r"worker \(pid"):
+        message = rf"reads ahead \(pid {pid}\) has ended with exit code -9 .* lower loader.workers"
+        with pytest.raises(UserError, match=message):
             assert {loader[position][1] for position in range(1, 9)}
+
+
+def large(position: int) -> tuple[int, bytes]:
+    """More than a pipe holds."""
+    return os.getpid(), bytes(2**20)
+
+
+@pytest.mark.parametrize("start", PROCESSES)
+def test_a_process_that_is_killed_in_the_middle_of_an_item_is_an_error_and_no_hang(
+    start: str,
+) -> None:
+    config = LoaderConfig(workers=2, prefetch=1, start_method=start)
+    with no_longer_than(60), closing(Loader(large, config, step=1)) as loader:
+        pids = [loader[position][0] for position in range(2)]
+        time.sleep(0.2)  # until it waits for room in the pipe
+        os.kill(pids[0], signal.SIGKILL)
+        with pytest.raises(UserError, match=rf"\(pid {pids[0]}\) has ended"):
+            loader[2]
+        assert not multiprocessing.active_children()
+        assert loader[2][0] not in pids
+
+
+ORPHANS = """
+import os, time
+from stages.config import LoaderConfig
+from stages.loader import Loader
+from tests.test_data import large
+loader = Loader(large, LoaderConfig(workers=2, prefetch=2, start_method="fork"), step=1)
+print(*(loader[position][0] for position in range(2)), flush=True)
+time.sleep(600)
+"""
+
+
+def test_processes_end_with_the_one_that_they_read_for_even_when_it_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len({*pids}) == 2
+        parent.kill()
+    with no_longer_than(60):
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            time.sleep(0.05)
+
+
+def test_items_of_processes_are_pinned_on_arrival_and_what_fails_there_is_raised() -> None:
+    config = LoaderConfig(workers=2, prefetch=1, start_method="fork")
+
+    def pin(item: tuple[int, bytes]) -> str:
+        pinned.append(threading.current_thread().name)
+        if len(pinned) == 5:
+            raise MemoryError("no page-locked memory")
+        return f"pinned {len(item[1])}"
+
+    pinned: list[str] = []
+    with no_longer_than(60), closing(Loader(large, config, 1, cast(Any, pin))) as loader:
+        assert [loader[position] for position in range(4)] == [f"pinned {2**20}"] * 4
+        with pytest.raises(MemoryError, match="page-locked"):
+            loader[4]
+        assert all(name.startswith("loader-pin") for name in pinned)
+        assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("start", PROCESSES)

@@ -271,6 +271,19 @@ def test_at_most_the_asked_number_of_shards_stays_in_memory(store: PredictionSto
             PredictionStore.open(store.path, **{name: 0})
 
 
+def test_opening_reads_no_shard_and_lists_no_array_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = synthetic_store(tmp_path, synthetic_manifest(TopK(k=3)), 1000, 1, 1)
+    for shard in range(1000):
+        (tmp_path / f"shards/{shard:05}").mkdir()
+    monkeypatch.setattr(ShardFolder, "__init__", None)
+    store = PredictionStore.open(tmp_path)
+    assert store.committed == list(range(1000))
+    assert (len(store), store.missing()) == (1000, [])
+    assert list(store) == [key for keys in made.plan for key in keys]
+
+
 def test_few_files_stay_open_however_many_shards_are_read(tmp_path: Path) -> None:
     made = synthetic_store(tmp_path, synthetic_manifest(TopK(k=3)), 12, 1, 1)
     for shard in range(12):
