@@ -150,10 +150,8 @@ class _Reader(Generic[Item]):
         return cls(process, ours)
 
     def ask(self, position: int) -> None:
-        try:
+        with suppress(OSError):  # it has ended; what it had answered before is still to be read
             self.pipe.send(position)
-        except OSError as error:
-            raise self._ended() from error
 
     def answer(self) -> Item:
         try:
@@ -197,7 +195,7 @@ def serves_another_process() -> bool:
 
 
 def _serve(pipe: Connection, read: Read[Item], inherited: Connection | None) -> None:
-    """Answer positions with their items, until the other end is closed or one cannot be read."""
+    """Answer positions with their items, or with what went wrong, until the pipe is closed."""
     global _serving  # noqa: PLW0603 - it is a fact about the whole process
     _serving = True
     # It is for the process that trains to stop between two steps, and then to end this one.
@@ -207,8 +205,7 @@ def _serve(pipe: Connection, read: Read[Item], inherited: Connection | None) -> 
         inherited.close()
     # A future carries whatever went wrong; a closed pipe says that nobody waits any more.
     with suppress(EOFError, OSError), ThreadPoolExecutor(1) as thread:
-        error = None
-        while error is None:
+        while True:
             reading = thread.submit(read, pipe.recv())
             error = reading.exception()
             pipe.send(reading.result() if error is None else _Failure(error))

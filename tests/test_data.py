@@ -503,6 +503,17 @@ def test_a_process_that_is_killed_is_an_error_and_no_hang(tmp_path: Path, start:
             assert {loader[position][1] for position in range(1, 9)}
 
 
+def test_what_was_read_before_a_process_was_killed_is_given_out_first(tmp_path: Path) -> None:
+    numbers = Numbers(tmp_path)
+    with no_longer_than(60), closing(loader_of(numbers, workers=1)) as loader:
+        _, pid = loader[0]
+        assert numbers.settled(4)
+        os.kill(pid, signal.SIGKILL)
+        assert [loader[position] for position in (10, 20, 30)] == [(n, pid) for n in (10, 20, 30)]
+        with pytest.raises(UserError, match="has ended with exit code -9"):
+            loader[40]
+
+
 def large(position: int) -> tuple[int, bytes]:
     """More than a pipe holds."""
     return os.getpid(), bytes(2**20)
