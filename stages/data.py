@@ -197,7 +197,8 @@ class BatchReader:
         held = {shard: self.store.shard(shard) for shard in dict.fromkeys(shards)}
         rows, epochs = part[:, 1].tolist(), part[:, 2].tolist()
         rollouts = [held[shard][row] for shard, row in zip(shards, rows, strict=True)]
-        return host_batch(self.store, rollouts, epochs, self.memory)
+        samples = self.store.samples_at(shards, rows)
+        return host_batch(self.store.manifest, rollouts, samples, epochs, self.memory)
 
 
 class StoreBatches:
@@ -273,13 +274,14 @@ def _micro(share: np.ndarray, micro_batch_size: int | None) -> Iterator[np.ndarr
 
 
 def host_batch(
-    store: PredictionStore,
+    manifest: Manifest,
     rollouts: Sequence[Rollout],
+    samples: Sequence[Sample],
     epochs: Sequence[int],
     memory: HostMemory,
 ) -> HostBatch:
     """Pad the codes and the target's arrays of some rollouts of a store into one batch."""
-    prefix = f"{store.manifest.target.kind}."
+    prefix = f"{manifest.target.kind}."
     names = [name for name in rollouts[0].arrays if name == "codes" or name.startswith(prefix)]
     lengths = np.array([len(rollout) for rollout in rollouts])
     weights = np.array([rollout.weight for rollout in rollouts], np.float32)
@@ -295,10 +297,10 @@ def host_batch(
     return HostBatch(
         keys=[(rollout.sample_id, rollout.variation) for rollout in rollouts],
         epochs=epochs,
-        samples=store.samples_of([rollout.sample_id for rollout in rollouts]),
+        samples=samples,
         lengths=lengths.tolist(),
         arrays=arrays,
-        weight=float(lengths @ weights.astype(np.float64)) * len(store.manifest.streams),
+        weight=float(lengths @ weights.astype(np.float64)) * len(manifest.streams),
     )
 
 
@@ -350,5 +352,6 @@ def rollout_batches(
     scale = manifest.guidance.scale if manifest.branches == "both" else None
     for start in range(0, len(keys), size):
         rollouts = [store[key] for key in keys[start : start + size]]
-        batch = host_batch(store, rollouts, [0] * len(rollouts), memory)
+        samples = store.samples_of([rollout.sample_id for rollout in rollouts])
+        batch = host_batch(manifest, rollouts, samples, [0] * len(rollouts), memory)
         yield restored_batch(batch, manifest, heads, device, scale)

@@ -42,7 +42,7 @@ class PredictionStore:
     small (record, headers, table of rollouts) is then kept, and decoded arrays are too (`compact`:
     a whole shard, or the chunks that a rollout lies in). Arrays of the profile `fast` are views of
     files mapped into memory: before any are handed out, the reader looks whether the files still
-    lie there as they were, for rollouts by key at most every 10 ms; if not, all is checked anew.
+    lie there as they were, at most every 10 ms; if not, all is checked anew.
     Nothing guards a view that was handed out: who cuts or writes a committed file in place changes
     it, and reading where a file was cut off ends the process (SIGBUS).
     Processes may fork the store or pickle it; threads may share it.
@@ -195,11 +195,11 @@ class PredictionStore:
         """
         self._require_committed(shard)
         if self._mapped_only:
-            return self._mapped_shard(shard, MappedShard.unchanged).whole
+            return self._mapped_shard(shard).whole
         decoded = self._decoded.get(shard)
         if decoded is None:
             self._decoded.make_room()
-            decoded = self._mapped_shard(shard, MappedShard.unchanged).load()
+            decoded = self._mapped_shard(shard).load()
             self._decoded.put(shard, decoded)
         return decoded
 
@@ -228,8 +228,7 @@ class PredictionStore:
         shard, row = self._locate(key[0], key[1])
         decoded = None if self._mapped_only else self._decoded.get(shard)
         if decoded is None:
-            mapped = self._mapped_shard(shard, MappedShard.unchanged_lately)
-            rollout = mapped.rollout(row, key[:2])
+            rollout = self._mapped_shard(shard).rollout(row, key[:2])
         else:
             rollout = decoded[row]
         return rollout[key[2]] if len(key) == 3 else rollout
@@ -243,6 +242,15 @@ class PredictionStore:
         rows = [self._sample_row(sample_id) for sample_id in sample_ids]
         return self._samples.take(sample_ids, rows)
 
+    def samples_at(self, shards: Sequence[int], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The conditioning inputs of some planned rollouts, by their shards and rows in these.
+
+        What a batch needs: to look the samples up by their ids would take longer than all else.
+        """
+        numbers = self.plan.samples[self.plan.starts[shards] + rows]
+        sample_ids = self.plan.sample_ids.take(pa.array(numbers)).to_pylist()
+        return self._samples.take(sample_ids, self._samples.rows_of(numbers))
+
     def _sample_row(self, sample_id: str) -> int:
         row = self._samples.find(sample_id) if isinstance(sample_id, str) else None
         if row is None:
@@ -252,9 +260,9 @@ class PredictionStore:
             )
         return row
 
-    def _mapped_shard(self, shard: int, unchanged: Callable[[MappedShard], bool]) -> MappedShard:
+    def _mapped_shard(self, shard: int) -> MappedShard:
         mapped = self._mapped.get(shard)
-        if mapped is None or not unchanged(mapped):
+        if mapped is None or not mapped.unchanged_lately():
             self._mapped.make_room()
             verified = self._verified.get(shard)
             folder = self.folder(shard)

@@ -84,12 +84,18 @@ class Samples:
         """Row of a sample; None where there is none."""
         return self._rows.find(sample_id)
 
+    def rows_of(self, numbers: Numbers) -> Numbers:
+        """Rows [n] of planned samples by their numbers [n] in the plan."""
+        return self._rows.planned_rows[numbers]
+
     @cached_property
     def table(self) -> pa.Table:
         """All of it, ids included, read anew: for who needs the table as it is."""
         return read_table(self._path, self._manifest)
 
-    def take(self, sample_ids: Sequence[str], rows: Sequence[int]) -> list[dict[str, Any]]:
+    def take(
+        self, sample_ids: Sequence[str], rows: Sequence[int] | Numbers
+    ) -> list[dict[str, Any]]:
         """Ids and conditions of samples, of which the ids and rows are given."""
         if not self._names:
             return [{ID: sample_id} for sample_id in sample_ids]

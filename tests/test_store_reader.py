@@ -357,6 +357,10 @@ def test_a_shard_is_verified_once_however_often_it_is_mapped(
 
 def test_conditions_are_found_by_sample(store: PredictionStore) -> None:
     assert store.sample("sample-3") == {"sample_id": "sample-3", "text": "3-elpmas"}
+    for shard, keys in enumerate(store.plan):
+        rows = list(range(len(keys)))[::-1]
+        samples = store.samples_at([shard] * len(rows), rows)
+        assert samples == store.samples_of([key[0] for key in keys][::-1])
     with pytest.raises(RolloutNotFound, match="sample 'unheard' is not in"):
         store.sample("unheard")
 
