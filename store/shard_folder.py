@@ -30,7 +30,7 @@ from store.sealed import unseal
 from store.shard import Rollout, RolloutTable, Shard, ShardRecord
 from store.sums import check_size, check_sum, read_summed
 from store.tables import parse_table
-from store.threads import in_threads
+from store.threads import share_out
 from store.zarr_files import (
     CHUNK_TIMESTEPS,
     HEADER_FILE,
@@ -323,8 +323,11 @@ class MappedShard:
             self._decode_chunk(name, chunk, arrays[name][at : at + CHUNK_TIMESTEPS])
 
         size = sum(array.nbytes for array in arrays.values())
-        for _ in map(decode, jobs) if size < THREADED_BYTES else in_threads(decode, jobs):
-            pass
+        if size < THREADED_BYTES:
+            for job in jobs:
+                decode(job)
+        else:
+            share_out(decode, jobs)
         offset = first * CHUNK_TIMESTEPS
         rows = {name: array[start - offset : stop - offset] for name, array in arrays.items()}
         for array in rows.values():

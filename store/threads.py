@@ -18,9 +18,28 @@ def in_threads(work: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[R
 
     After a failure, or when the caller stops asking, jobs that have not begun are left undone.
     """
-    threads = min(MOST_THREADS, os.cpu_count() or 1, len(jobs))
+    threads = _threads(jobs)
     if threads < 2:
         yield from map(work, jobs)
         return
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(work, jobs)
+
+
+def share_out(work: Callable[[Job], None], jobs: Sequence[Job]) -> None:
+    """Do all jobs, each thread every n-th of them; what fails in a thread is raised here.
+
+    For jobs that take less time than to hand them out one by one.
+    """
+    threads = _threads(jobs)
+
+    def do_every_nth(first: int) -> None:
+        for job in jobs[first::threads]:
+            work(job)
+
+    for _ in in_threads(do_every_nth, range(threads)):
+        pass
+
+
+def _threads(jobs: Sequence[Job]) -> int:
+    return min(MOST_THREADS, os.cpu_count() or 1, len(jobs))
