@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+from store.chunk_codec import ChunkCodec
 from store.encoding import Array, array_specs
 from store.errors import StoreError, explain_os_errors
 from store.layout import Layout, shard_name
+from store.logits_codec import Logits
 from store.reader import PredictionStore
 from store.schema import Ancestor, Compact, Manifest, Profile, Record, Stream
 from store.shard import Shard
 from store.shard_folder import ROLLOUTS_FILE, ShardFolder
-from store.zarr_codecs import ChunkCodec, Logits, LogMass, Rounded, States, compact_codec
+from store.zarr_codecs import LogMass, Rounded, States, compact_codec
 
 BLOCK_NUMBERS = 2**20
 """Numbers compared at once, in double precision."""

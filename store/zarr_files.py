@@ -19,12 +19,13 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.group import GroupMetadata
 from zarr.core.metadata.v3 import ArrayV3Metadata
 
+from store.chunk_codec import ChunkCodec
 from store.durable import Content
 from store.encoding import Array, ArraySpec
 from store.errors import StoreError
 from store.schema import Compact, Profile
 from store.threads import in_threads
-from store.zarr_codecs import ChunkCodec, compact_codec
+from store.zarr_codecs import compact_codec
 
 CHUNK_TIMESTEPS = 256
 HEADER_FILE = "zarr.json"

@@ -16,24 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from store.chunk_codec import ChunkCodec, DamagedChunk
 from store.encoding import array_specs, find_fault
+from store.logits_codec import TOPS, Logits, _look_up, _pack_levels, _unpack_levels
 from store.schema import Compact, Dense, Full, Hidden, Sampled, TopK
 from store.synthetic import synthetic_arrays, synthetic_manifest
 from store.zarr_codecs import (
     CODECS,
-    TOPS,
-    ChunkCodec,
-    DamagedChunk,
-    Logits,
     LogMass,
     Pco,
     RisingIds,
     Rounded,
     SortedDraws,
     States,
-    _look_up,
-    _pack_levels,
-    _unpack_levels,
     compact_codec,
 )
 
@@ -232,7 +227,7 @@ def test_a_whole_large_vocabulary_keeps_the_bound(dtype):
 def test_blocks_do_not_show(monkeypatch):
     rows = adversarial_rows(50, "float16")
     content = Logits(3e-4).encode_chunk(rows)
-    monkeypatch.setattr("store.zarr_codecs.BLOCK_NUMBERS", 120)
+    monkeypatch.setattr("store.logits_codec.BLOCK_NUMBERS", 120)
     assert Logits(3e-4).encode_chunk(rows) == content
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from store import DamagedShard, PredictionStore, StoreError
+from store.chunk_codec import ChunkCodec
 from store.convert import Conversion, convert
+from store.logits_codec import Logits
 from store.schema import (
     Ancestor,
     Compact,
@@ -25,7 +27,7 @@ from store.schema import (
 )
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from store.verify import verify
-from store.zarr_codecs import ChunkCodec, Logits, LogMass, Pco, Rounded, States
+from store.zarr_codecs import LogMass, Pco, Rounded, States
 
 TARGETS: dict[str, Target] = {
     "top_k": TopK(k=4, temperatures=(1.0, 2.0), moments=True, tail_samples=3),

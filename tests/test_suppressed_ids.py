@@ -12,9 +12,10 @@ from stages.family import Branch, Branches
 from stages.losses import distillation_loss
 from stages.targets import Forbidden, restore
 from store.encoding import array_specs, find_fault
+from store.logits_codec import Logits
 from store.schema import Compact, Dense, Full, Hidden, Manifest, TopK
 from store.synthetic import synthetic_arrays, synthetic_manifest
-from store.zarr_codecs import Logits, compact_codec
+from store.zarr_codecs import compact_codec
 
 T, C, V = 6, 2, 34
 SUPPRESSED = [3, 7]
