@@ -69,6 +69,7 @@ def describe_store(
         "streams": [stream.model_dump() for stream in manifest.streams],
         "targets": manifest.target.model_dump(mode="json"),
         "profile": manifest.profile.model_dump(mode="json"),
+        "lineage": [ancestor.model_dump(mode="json") for ancestor in manifest.lineage],
         "teacher": manifest.fingerprints.teacher,
         "cfg_scale": manifest.guidance.scale,
         "family": manifest.family,
@@ -161,6 +162,9 @@ def _text(name: str, value: Any) -> str:
     if name == "bytes":
         total = sum(value.values())
         return f"{total:,} ({', '.join(f'{array} {size:,}' for array, size in value.items())})"
+    if name == "lineage":
+        steps = [f"{a['fingerprint'][:12]} ({_text('profile', a['profile'])})" for a in value]
+        return " → ".join(steps) or "none: its values are as the teacher gave them"
     if name == "codes" and value is not None:
         return "\n".join(" ".join(f"{code:>5}" for code in row) for row in value)
     if isinstance(value, dict):

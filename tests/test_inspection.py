@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.inspection import describe_key, describe_store, store_text
 from store import PredictionStore
-from store.schema import Dense, Full, Hidden, Sampled, Target, TopK
+from store.convert import convert
+from store.schema import Compact, Dense, Fast, Full, Hidden, Sampled, Target, TopK
 from store.shard import ShardRecord
 from store.shard_folder import ShardFolder
 from store.synthetic import (
@@ -137,6 +138,19 @@ def test_a_store_is_summed_up_with_progress_and_every_record_read_once(
     assert document["longest"] == lengths.max()
     assert document["stop_reasons"] == {"end": 4}
     assert document["bytes"]["tables"] > 0
+
+
+def test_a_converted_store_shows_what_its_values_went_through(tmp_path: Path) -> None:
+    inspected(tmp_path / "a", TopK(k=3))
+    assert describe_store(tmp_path / "a")["lineage"] == []
+    assert "as the teacher gave them" in store_text(describe_store(tmp_path / "a"))
+    convert(tmp_path / "a", tmp_path / "b", Compact(loss_nats=0.01))
+    convert(tmp_path / "b", tmp_path / "c", Fast())
+    document = describe_store(tmp_path / "c")
+    first, second = (PredictionStore.open(tmp_path / name).fingerprint for name in "ab")
+    assert [step["fingerprint"] for step in document["lineage"]] == [first, second]
+    text = " ".join(store_text(document).split())
+    assert f"{first[:12]} (kind fast) → {second[:12]} (kind compact, loss_nats 0.01," in text
 
 
 def test_an_empty_store_is_summed_up(tmp_path: Path) -> None:
