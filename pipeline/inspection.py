@@ -212,7 +212,10 @@ def _latent_table(table: Table, streams: list[Document]) -> Table:
 
 def verification_text(result: Verification) -> str:
     """Return what `verify` found, a line for each fault."""
-    lines = [f"shard {d.shard}: {d.file}: {d.reason}" for d in result.bad]
+    lines = [
+        f"{'store' if d.shard is None else f'shard {d.shard}'}: {d.file}: {d.reason}"
+        for d in result.bad
+    ]
     lines.append(
         f"{'sound' if result.ok else 'DAMAGED'}: {result.shards} shards, {result.rollouts} "
         f"rollouts, {result.timesteps} timesteps verified; "

@@ -174,7 +174,9 @@ def test_verify_names_the_file_and_array_that_are_damaged(tiny_run, tmp_path, da
 
 
 def test_verify_and_inspect_of_no_store_say_so(tmp_path):
-    assert foretell("verify", tmp_path).returncode == 1
+    done = foretell("verify", tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"store: manifest.json: {tmp_path} is no store")
     done = foretell("inspect", tmp_path)
     assert done.returncode == 2
     assert "is no store" in done.stderr
