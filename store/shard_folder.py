@@ -47,8 +47,10 @@ THREADED_BYTES = 2**22
 """Arrays smaller than this are decoded before threads would have begun."""
 
 RECHECK_S = 0.01
-"""Seconds for which a file that rollouts are read from by key may be gone, cut or written to before
-a reader looks again. Looking takes as long as finding the rollout, so not every one can pay it."""
+"""Seconds for which a mapped file may be gone, cut or written to before a reader looks again.
+
+Looking takes as long as finding a rollout by its key, so not every one can pay it.
+"""
 
 
 @dataclass(frozen=True)
