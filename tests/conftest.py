@@ -20,8 +20,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# No test depends on how long something takes. CI tries the same examples every time; elsewhere new
+# ones are looked for.
+settings.register_profile(
+    "steady",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+)
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from stages.layout import FrameStacking
 END = 11
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 23), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
 def test_decode_inverts_encode(frames, codebooks, frames_per_step, seed):
     layout = FrameStacking(codebooks, frames_per_step, END)

@@ -552,7 +552,7 @@ def exact(teacher: np.ndarray, student: np.ndarray, ids: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     gap=st.floats(0.0, 60.0),
     student_gap=st.floats(0.0, 60.0),
@@ -599,7 +599,7 @@ def test_a_kept_mass_near_nothing_or_everything_keeps_gradients_finite_and_right
     assert student.grad.flatten().tolist() == pytest.approx(expected, abs=2e-7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(["top_k", "full", "hidden", "sampled"]),
     spread=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),

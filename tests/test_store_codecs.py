@@ -56,7 +56,7 @@ def bits(dtype: str, shape: tuple[int, ...] | None = None) -> st.SearchStrategy[
 
 @pytest.mark.parametrize("dtype", ["u2", "i2", "u4", "i4", "u8", "f2", "f4", "f8"])
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_pco_keeps_every_bit(dtype, data):
     values = data.draw(bits(dtype))
     assert same_bits(again(Pco(), values), values)
@@ -65,7 +65,7 @@ def test_pco_keeps_every_bit(dtype, data):
 @pytest.mark.parametrize("codec", [RisingIds(), SortedDraws()], ids=["rising", "draws"])
 @pytest.mark.parametrize("dtype", ["u2", "u4"])
 @given(data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_ids_of_any_content_keep_every_bit(codec, dtype, data):
     values = data.draw(bits(dtype))
     assert same_bits(again(codec, values), values)
@@ -176,7 +176,7 @@ def test_no_row_loses_more_than_the_bound_at_any_temperature(k, temperatures):
 @given(
     rows=hnp.arrays(np.float16, (3, 12), elements=st.floats(-80, 80, width=16) | st.just(-np.inf))
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_rows_keep_bound_order_and_places(rows):
     decoded = again(Logits(3e-4), rows)
     assert np.array_equal(np.isneginf(decoded), np.isneginf(rows))
@@ -380,7 +380,7 @@ def test_special_log_masses_are_kept_and_rounding_twice_is_rounding_once():
 
 
 @given(values=bits("f4"))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rounded_floats_lose_their_last_bits_once(values):
     once = again(Rounded(12), values)
     assert same_bits(again(Rounded(12), once), once)

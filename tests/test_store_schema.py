@@ -252,7 +252,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> PredictionStore:
 
 
 @given(field=st.sampled_from(sorted(Manifest.model_fields)), value=JSON)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_no_value_of_any_field_breaks_opening_other_than_as_a_store_error(
     store: PredictionStore, field: str, value: Any
 ) -> None:
