@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 from stages import data
 from stages.config import LoaderConfig, TrainConfig
-from stages.data import HostBatch, Packed, StoreBatches, TargetBatch, rollout_batches
+from stages.data import HostBatch, StoreBatches, TargetBatch, rollout_batches
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.host_memory import HostMemory
 from stages.interruption import STOP_SIGNALS
 from stages.loader import Loader
 from stages.optimization import Objective, optimize
+from stages.packed import Packed
 from stages.targets import BranchedTarget, SparseTarget, load_heads, restore
 from store import DamagedShard, PredictionStore, StoreError
 from store.schema import Compact, Dense, Full, Hidden, Profile, Sampled, Target, TopK
