@@ -177,7 +177,7 @@ class Plan:
             return None
         pairs, order = self._pairs
         pair = _pair(sample, int(variation))
-        # On single numbers `bisect` takes half the time of numpy's search.
+        # For one number `bisect` is quicker than numpy's search, and among a million as quick.
         at = bisect_left(pairs.data, pair)
         if at == len(pairs) or pairs.item(at) != pair:
             return None

@@ -245,7 +245,7 @@ class PredictionStore:
     def samples_at(self, shards: Sequence[int], rows: Sequence[int]) -> list[dict[str, Any]]:
         """The conditioning inputs of some planned rollouts, by their shards and rows in these.
 
-        What a batch needs: to look the samples up by their ids would take longer than all else.
+        What a batch needs; nothing is looked up by its text.
         """
         numbers = self.plan.samples[self.plan.starts[shards] + rows]
         sample_ids = self.plan.sample_ids.take(pa.array(numbers)).to_pylist()

@@ -357,12 +357,19 @@ def test_a_shard_is_verified_once_however_often_it_is_mapped(
 
 def test_conditions_are_found_by_sample(store: PredictionStore) -> None:
     assert store.sample("sample-3") == {"sample_id": "sample-3", "text": "3-elpmas"}
-    for shard, keys in enumerate(store.plan):
-        rows = list(range(len(keys)))[::-1]
-        samples = store.samples_at([shard] * len(rows), rows)
-        assert samples == store.samples_of([key[0] for key in keys][::-1])
     with pytest.raises(RolloutNotFound, match="sample 'unheard' is not in"):
         store.sample("unheard")
+
+
+def test_conditions_are_found_by_place_in_whatever_order_the_samples_are(tmp_path: Path) -> None:
+    plan = Plan.lay_out(["a", "b", "c"], 2, 4)
+    samples = pa.table({"sample_id": ["c", "unplanned", "a", "b"], "text": ["3", "0", "1", "2"]})
+    store = PredictionStore.create(tmp_path, synthetic_manifest(TopK(k=3)), plan, samples)
+    expected = {"a": "1", "b": "2", "c": "3"}
+    places = [(shard, row) for shard, keys in enumerate(plan) for row in range(len(keys))][::-1]
+    found = store.samples_at(*map(list, zip(*places, strict=True)))
+    keys = [plan[shard][row] for shard, row in places]
+    assert found == [{"sample_id": name, "text": expected[name]} for name, _ in keys]
 
 
 def test_a_store_and_its_errors_travel_to_other_processes(store: PredictionStore) -> None:
