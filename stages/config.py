@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from store.schema import Fast, Full, Guidance, Profile, Record, Sampler, Target, TopK
 
-FamilyName = Literal["codec_lm"]
+FamilyName = Literal["codec_lm", "magpie"]
 
 JudgeName = Literal["whisper", "pocketsphinx", "distillmos", "resemblyzer"]
 
@@ -280,7 +280,54 @@ class CodecLMConfig(Record):
         return self
 
 
-ModelConfig = CodecLMConfig
+class MagpieSettings(Record):
+    """What foretell must know of a MagpieTTS model beside NeMo's own configuration."""
+
+    family: Literal["magpie"]
+    tokenizer: str | None = None
+    """Which of the model's text tokenizers reads the texts; null takes its first."""
+    speakers: tuple[str, ...] = ()
+    """Speakers of the baked context embeddings, in their order; none where contexts are codes."""
+    local_streams: bool = True
+    """Distil the local transformer too, where the model has one; it doubles the stored bytes."""
+
+
+class MagpieConfig(MagpieSettings):
+    """A MagpieTTS model to build: the family `magpie`."""
+
+    nemo: Path
+    """NeMo's model configuration: a .yaml, or a .nemo whose configuration alone is read."""
+    overrides: dict[str, JsonValue] = Field(default_factory=dict)
+    """Keys of that configuration to change, such as `decoder.n_layers: 6`."""
+
+
+class MagpieTeacher(MagpieSettings):
+    """A trained MagpieTTS checkpoint of NeMo's."""
+
+    path: Path
+    """The checkpoint: a .nemo, or a .ckpt of NeMo's training."""
+    nemo: Path | None = None
+    """NeMo's model configuration (.yaml) of a .ckpt; a .nemo holds its own."""
+    audio_codec: Path | None = None
+    """The audio codec's .nemo; null takes the file that the model's configuration names."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.path.suffix not in (".nemo", ".ckpt"):
+            raise ValueError(
+                f"path={self.path} is no MagpieTTS checkpoint: give a .nemo, or a .ckpt with its "
+                "configuration"
+            )
+        if (self.path.suffix == ".ckpt") != (self.nemo is not None):
+            raise ValueError(
+                f"path={self.path} with nemo={self.nemo}: a .ckpt needs the .yaml of its model in "
+                "nemo, and a .nemo holds its own"
+            )
+        return self
+
+
+ModelConfig = Annotated[CodecLMConfig | MagpieConfig, Field(discriminator="family")]
+PretrainedConfig = MagpieTeacher
 
 
 class OptimizerConfig(Record):

@@ -226,5 +226,6 @@ def saved_family(folder: Path) -> FamilyName:
 
 FAMILIES: dict[FamilyName, tuple[str, str, str | None]] = {
     "codec_lm": ("stages.families.codec_lm", "CodecLM", None),
+    "magpie": ("stages.families.magpie", "Magpie", "magpie"),
 }
 """Family → module, class, and the extra of foretell that installs what it imports."""
