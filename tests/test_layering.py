@@ -131,11 +131,17 @@ def test_nothing_catches_everything_and_nothing_prints(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_unpickles(module):
-    names = set(imports(module))
+    names = set(imports(module)) - {"pickle", "pickle.UnpicklingError"}  # to catch it, not to read
     assert not {name.split(".")[0] for name in names} & {"pickle", "dill", "joblib", "shelve"}
     tree = tree_of(module)
-    calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
-    assert not calls & {"torch.load", "np.load", "numpy.load", "yaml.load", "eval", "exec"}
+    assert "pickle" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    called = {ast.unparse(call.func) for call in calls}
+    assert not called & {"np.load", "numpy.load", "yaml.load", "eval", "exec"}
+    for call in (call for call in calls if ast.unparse(call.func) == "torch.load"):
+        # NeMo's weights are pickles: one module reads them, and takes nothing but tensors.
+        assert module == "stages.families.nemo_archive"
+        assert "weights_only=True" in {ast.unparse(keyword) for keyword in call.keywords}
 
 
 def test_configuration_store_and_command_line_come_without_torch():
