@@ -70,8 +70,6 @@ class Conditions:
 class Prediction:
     """What one parallel pass computes."""
 
-    logits: Tensor
-    """[B, T, C, V]."""
     hidden: dict[str, Tensor]
     """By group of streams, what its head reads: `backbone` [B, T, 1, E], `local` [B, T, S, W]."""
     auxiliary: Tensor
@@ -309,9 +307,9 @@ class CodecLMNetwork(nn.Module):
     def forward(
         self, codes: Tensor, lengths: Tensor, conditions: Conditions, alignment: bool = False
     ) -> Prediction:
-        """Predict every timestep of `codes` [B, T, S] from those before it.
+        """Predict every timestep of `codes` [B, T, S] from those before it, up to the heads.
 
-        `lengths` [B] int64; codes beyond them are never read, and logits beyond them mean nothing.
+        `lengths` [B] int64; codes beyond them are never read, and states beyond them mean nothing.
         """
         timesteps = codes.shape[1]
         valid = torch.arange(timesteps, device=codes.device) < lengths[:, None]
@@ -334,25 +332,16 @@ class CodecLMNetwork(nn.Module):
                 maps.append(weights[:, :, start:])
         hidden = self.norm(x[:, start:])
         aligned = self._alignment(maps, conditions, lengths) if alignment else None
-        logits, states = self._predict(hidden, codes, valid)
-        return Prediction(logits, states, auxiliary, aligned)
+        return Prediction(self._states(hidden, codes, valid), auxiliary, aligned)
 
-    def _predict(
-        self, hidden: Tensor, codes: Tensor, valid: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits [B, T, C, V] and what each head reads, from decoder outputs [B, T, E].
-
-        Codes [B, T, S] feed the local part.
-        """
-        logits, states = self.predict_parallel(hidden), {"backbone": hidden.unsqueeze(-2)}
-        if self.local is None:
-            return logits, states
-        clean = torch.where(valid.unsqueeze(-1), codes, self.begin_id).flatten(0, 1)
-        embedded = self.code_embedding(clean + self._offsets(codes))
-        local = self.local(hidden.flatten(0, 1), embedded)
-        states["local"] = local.view(*codes.shape, -1)
-        predicted = self.local.predict(local).reshape(logits.shape)
-        return torch.cat([logits, predicted], 2), states
+    def _states(self, hidden: Tensor, codes: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """What each head reads, from decoder outputs [B, T, E]; codes [B, T, S] feed the local."""
+        states = {"backbone": hidden.unsqueeze(-2)}
+        if self.local is not None:
+            clean = torch.where(valid.unsqueeze(-1), codes, self.begin_id).flatten(0, 1)
+            embedded = self.code_embedding(clean + self._offsets(codes))
+            states["local"] = self.local(hidden.flatten(0, 1), embedded).view(*codes.shape, -1)
+        return states
 
     def _alignment(self, maps: list[Tensor], conditions: Conditions, lengths: Tensor) -> Tensor:
         losses = [

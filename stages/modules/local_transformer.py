@@ -53,7 +53,7 @@ class LocalTransformer(nn.Module):
         self.heads[:, :, :codes] = rows.transpose(1, 2).repeat(frames, 1, 1)
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """States of all streams at once, for `predict`.
+        """States of all streams at once, each for the head of its own.
 
         `hidden` [N, E] and `embedded` codes [N, S, E] give [N, S, W], W being the width.
         """
@@ -63,10 +63,6 @@ class LocalTransformer(nn.Module):
             x = layer(x, causal=True)
         states: Tensor = self.norm(x)
         return states
-
-    def predict(self, states: Tensor) -> Tensor:
-        """Logits [N, S, V] of the states [N, S, W] of all streams."""
-        return torch.bmm(states.transpose(0, 1), self.heads).transpose(0, 1)
 
     def start(self, hidden: Tensor) -> tuple[Tensor, list[KVCache]]:
         """State of stream 0 from `hidden` [n, E]: [n, W], and the caches for `step`."""
