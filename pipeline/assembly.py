@@ -20,7 +20,7 @@ from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stage_identity
 from pipeline.record import own_usage
 from pipeline.results import write_report
-from stages.config import EvaluateConfig, ModelConfig, RolloutConfig, TrainConfig
+from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
 from stages.dataset import Dataset, read_header
 from stages.distributed import Place, choose_device, peak_device_bytes, place
 from stages.draw import draw_codes, draw_origin, draw_settings, read_draws
@@ -80,7 +80,9 @@ class Assembly:
 
     def _fit(self) -> bool:
         config, teacher = _given(self._config.fit, "fit"), _given(self._config.teacher, "teacher")
-        model: ModelConfig = _given(teacher.model, "teacher.model")
+        model = teacher.model
+        if model is None:
+            raise UserError("the configuration has no section 'teacher.model' that could be fitted")
         dataset = Dataset.open(self._folders.dataset)
         with place(config.optimizer.device) as here:
             facts = dataset.facts.model_dump(mode="json")
