@@ -17,6 +17,7 @@ from stages.config import (
     FitConfig,
     ModelConfig,
     PrepareConfig,
+    PretrainedConfig,
     RolloutConfig,
     TrainConfig,
 )
@@ -28,17 +29,23 @@ LARGEST_FILE_BYTES = 2**20
 
 
 class TeacherConfig(Record):
-    """Where the teacher comes from: fitted here, or a checkpoint folder."""
+    """Where the teacher comes from: fitted here, a checkpoint folder, or trained elsewhere."""
 
     model: ModelConfig | None = None
     """Architecture of a teacher that `fit` trains."""
     checkpoint: Path | None = None
     """Folder of a finished teacher; then there is nothing to fit."""
+    pretrained: PretrainedConfig | None = None
+    """Checkpoint of a model that was trained elsewhere; then there is nothing to fit."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.model is None) == (self.checkpoint is None):
-            raise ValueError("give either teacher.model (to be fitted) or teacher.checkpoint")
+        given = [name for name in TeacherConfig.model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of model (to be fitted), checkpoint (a folder that fit wrote) "
+                f"and pretrained (trained elsewhere), not {' and '.join(given) or 'none'}"
+            )
         return self
 
 
@@ -58,7 +65,7 @@ class RunConfig(Record):
     teacher: TeacherConfig | None = None
     """The model that is distilled."""
     fit: FitConfig | None = None
-    """How the teacher is trained; none when it comes from a checkpoint."""
+    """How the teacher is trained; none when it is trained already."""
     rollout: RolloutConfig | None = None
     """Stage one."""
     store: Path | None = None

@@ -24,6 +24,7 @@ STUDENT = {
     "model": {"family": "codec_lm", "d_model": 16, "heads": 2},
     "optimizer": {"steps": 5},
 }
+PRETRAINED = {"family": "magpie", "path": "t.nemo"}
 DOCUMENT: dict[str, Any] = {
     "name": "small",
     "prepare": {"source": "somewhere"},
@@ -186,6 +187,19 @@ BAD = {
     "both datasets": ({"dataset": "d"}, "give prepare (to make a dataset) or dataset"),
     "a stage without its teacher": ({"teacher": ..., "fit": ...}, "rollout needs the section"),
     "a teacher that nobody trains": ({"fit": ...}, "give the section fit exactly when"),
+    "no teacher at all": ({"teacher": {}}, "  teacher: give exactly one of model"),
+    "two teachers": (
+        {"teacher.checkpoint": "t"},
+        "(trained elsewhere), not model and checkpoint",
+    ),
+    "a pretrained teacher to be fitted": (
+        {"teacher": {"pretrained": PRETRAINED}},
+        "give the section fit exactly when teacher.model",
+    ),
+    "a pretrained teacher of no checkpoint": (
+        {"teacher": {"pretrained": PRETRAINED | {"path": "t.safetensors"}}, "fit": ...},
+        "  teacher.pretrained: path=t.safetensors is no MagpieTTS checkpoint",
+    ),
     "no loss": ({"students.student.loss": {"kl": 0}}, "all terms of the loss weigh 0"),
     "a source without its student": ({"rollout.source": "student"}, "name the student exactly"),
     "a checkpoint without path": (
@@ -266,6 +280,14 @@ def test_a_bad_override_is_refused(load, override, words):
     with pytest.raises(UserError) as caught:
         load({"seed": 1}, override)
     assert words in str(caught.value)
+
+
+def test_a_pretrained_teacher_has_nothing_to_fit(load):
+    config = load({"teacher": {"pretrained": PRETRAINED}, "fit": ...})
+    assert config.teacher.pretrained.path == Path("t.nemo")
+    assert "fit" not in stages_of(config)
+    other = load({"teacher": {"pretrained": PRETRAINED | {"path": "u.nemo"}}, "fit": ...})
+    assert stage_identity(config, "rollout") != stage_identity(other, "rollout")
 
 
 def test_stages_come_in_the_order_of_their_work(load):
