@@ -11,6 +11,7 @@ from pipeline.folders import RunFolders
 from pipeline.identity import identity
 from pipeline.record import read_record
 from stages.errors import UserError
+from stages.family import is_saved
 from store import PredictionStore
 from store.schema import Record
 
@@ -74,7 +75,7 @@ def _units(config: RunConfig, folders: RunFolders, stage: str) -> tuple[int, int
 
 
 def _steps_done(folder: Path, steps: int) -> int:
-    if (folder / "model.safetensors").exists():
+    if is_saved(folder):
         return steps
     checkpoints = sorted((folder / "checkpoints").glob("step_" + "[0-9]" * 8))
     return min(int(checkpoints[-1].name.removeprefix("step_")), steps) if checkpoints else 0

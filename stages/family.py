@@ -19,6 +19,7 @@ from stages.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from stages.architecture import Architecture
     from stages.sampling import RolloutPolicy
     from store.schema import Head, Latent, Stream
 
@@ -169,12 +170,30 @@ class Family(Protocol):
         """Load what `save` wrote."""
         ...
 
+    @classmethod
+    def pretrained(
+        cls, config: Any, facts: DatasetFacts, *, device: str, dtype: torch.dtype
+    ) -> Self:
+        """Load a teacher that was trained elsewhere, by its record in `teacher.pretrained`.
+
+        `facts` are those of the prepared dataset; raises `UserError` that says what of the
+        checkpoint does not match them.
+        """
+        ...
+
     def save(self, path: Path) -> None:
-        """Write weights (safetensors) and configuration (JSON) into the folder `path`."""
+        """Write configuration (config.json) and then weights into the folder `path`.
+
+        Weights are one of `WEIGHTS_FILES` and nothing pickled; where they lie, the model is whole.
+        """
         ...
 
     def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
-        """Copy weights from a checkpoint file without building its model."""
+        """Copy weights from a teacher's folder, or pretrained file, without building its model."""
+        ...
+
+    def architecture(self) -> Architecture:
+        """Return how large the model is and what decoding a timestep costs."""
         ...
 
     def adopt_codebooks(self, vectors: Tensor) -> None:
@@ -283,6 +302,14 @@ def saved_family(folder: Path) -> FamilyName:
             "wrote, or run that stage first"
         ) from None
 
+
+def is_saved(folder: Path) -> bool:
+    """Whether `folder` holds a finished model: its weights, which are written last."""
+    return any((folder / name).exists() for name in WEIGHTS_FILES)
+
+
+WEIGHTS_FILES = ("model.safetensors", "model.nemo")
+"""What the families call the weights that they save."""
 
 FAMILIES: dict[FamilyName, tuple[str, str, str | None]] = {
     "codec_lm": ("stages.families.codec_lm", "CodecLM", None),

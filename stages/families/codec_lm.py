@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stages.architecture import Architecture
 from stages.config import CodecLMConfig, DatasetFacts, FamilyName
 from stages.errors import UserError
 from stages.families.codec_lm_checkpoint import (
@@ -29,6 +30,7 @@ from stages.families.codec_lm_network import (
     Conditions,
     DecoderState,
     Prediction,
+    architecture_of,
 )
 from stages.family import Branch, Branches, LinearOutput, Sample, Scores, Step
 from stages.guidance import guide
@@ -114,9 +116,21 @@ class CodecLM:
         family.module.eval()
         return family
 
+    @classmethod
+    def pretrained(
+        cls, config: Any, facts: DatasetFacts, *, device: str, dtype: torch.dtype
+    ) -> Self:
+        """Refuse: a codec_lm is fitted here, or loaded from a folder that `fit` wrote."""
+        raise UserError(
+            f"family {cls.name!r} has no checkpoints of other programs ({config}): give "
+            "teacher.model and fit, or teacher.checkpoint"
+        )
+
     def save(self, path: Path) -> None:
         """Write config.json and model.safetensors into the folder `path`."""
-        write_checkpoint(path, self._description(), self.module.state_dict())
+        # Beside what the fingerprint covers: it follows from it, and older folders lack it.
+        counted = {"architecture": self.architecture().model_dump(mode="json")}
+        write_checkpoint(path, self._description() | counted, self.module.state_dict())
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -144,6 +158,10 @@ class CodecLM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module.adopt_codebooks(vectors.float().cpu())
+
+    def architecture(self) -> Architecture:
+        """How large the model is and what decoding a timestep costs."""
+        return architecture_of(self.module)
 
     def fingerprint(self) -> str:
         """Sha256 over configuration, facts and weights (in the order of their names)."""

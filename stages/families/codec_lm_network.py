@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.architecture import (
+    Architecture,
+    feed_forward_flops,
+    parameters_by_part,
+    product_flops,
+)
 from stages.config import CodecLMConfig, DatasetFacts
 from stages.errors import UserError
 from stages.modules.alignment import diagonal_loss
@@ -387,6 +393,33 @@ class CodecLMNetwork(nn.Module):
         """Embeddings [n, E] of the codes [n] of one stream."""
         embedded: Tensor = self.code_embedding(codes + stream * self.vocabulary)
         return embedded
+
+
+def architecture_of(network: CodecLMNetwork) -> Architecture:
+    """How large a network is and what decoding a timestep costs."""
+    config, parts = (
+        network.config,
+        parameters_by_part(
+            (name, parameter.numel()) for name, parameter in network.named_parameters()
+        ),
+    )
+    count, active = (config.experts.experts, config.experts.active) if config.experts else (0, 0)
+    width, hidden, layers = config.d_model, config.feed_forward, config.decoder_layers
+    # Queries, keys, values and output of self-attention; queries and output of cross-attention.
+    decoder = layers * product_flops((width, 6 * width))
+    heads = product_flops((width, network.streams * network.vocabulary))
+    rest = decoder + heads + (network.local.flops(width) if network.local is not None else 0)
+    sparse = layers * feed_forward_flops(width, hidden, experts=count, active=active)
+    idle = layers * (count - active) * 2 * width * hidden
+    return Architecture(
+        parameters=sum(parts.values()),
+        parts=parts,
+        active_parameters=sum(parts.values()) - idle,
+        flops_per_timestep=rest + sparse,
+        dense_flops_per_timestep=rest + layers * feed_forward_flops(width, max(count, 1) * hidden),
+        experts=count,
+        active_experts=active,
+    )
 
 
 def sinusoids(length: int, width: int) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stages.architecture import feed_forward_flops, product_flops
 from stages.config import LocalTransformerConfig
 from stages.modules.attention import KVCache
 from stages.modules.transformer import TransformerLayer, stack
@@ -86,3 +87,11 @@ class LocalTransformer(nn.Module):
         """Logits [n, V] of one stream from its state [n, W]."""
         logits: Tensor = state @ self.heads[stream]
         return logits
+
+    def flops(self, d_model: int) -> int:
+        """FLOPs of one timestep's streams, attention among them left out (`Architecture`)."""
+        streams, width, vocabulary = self.heads.shape
+        attention = product_flops((width, 4 * width))
+        layer = attention + feed_forward_flops(width, FEED_FORWARD_MULTIPLE * width)
+        position = product_flops((d_model, width), (width, vocabulary)) + len(self.layers) * layer
+        return streams * position
