@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,19 +21,19 @@ from stages.families import magpie_checkpoint as checkpoint
 from stages.families.magpie_checkpoint import MODEL_FILE, AudioCodecFacts
 from stages.families.magpie_network import (
     Conditions,
-    Encoded,
-    LocalTransformerType,
     MagpieNetwork,
     Prediction,
 )
 from stages.families.nemo_archive import archive_fingerprint, quiet
-from stages.family import Branches, Sample, Scores, Step
-from stages.guidance import guide
+from stages.family import Branches, LinearOutput, Sample, Scores, Step
 from stages.layout import FrameStacking
-from stages.modules.guided import Departure, Draw, split_branches
+from stages.modules.guided import Departure, Draw, Outputs, mixed, split_branches
 from stages.publish import replace_file
 from stages.sampling import RolloutPolicy
 from store.schema import Head, Stream
+
+with quiet():
+    from nemo.collections.tts.modules.magpietts_modules import LocalTransformerType
 
 logger = logging.getLogger(__name__)
 
@@ -189,16 +188,16 @@ class Magpie:
     def fingerprint(self) -> str:
         """Sha256 over settings, NeMo's configuration and weights (in the order of their names)."""
         model = self.module.model
-        nemo = OmegaConf.to_container(model.cfg, resolve=True)
+        nemo: dict[str, Any] = OmegaConf.to_container(model.cfg, resolve=True)  # type: ignore[assignment]
         known = {
             "settings": self.config.model_dump(
                 mode="json", exclude={"path", "nemo", "audio_codec"}
             ),
             "facts": self.facts.model_dump(mode="json"),
-            "nemo": {key: nemo[key] for key in ("encoder", "decoder", "context_encoder")},
+            "nemo": {key: nemo.get(key) for key in ("encoder", "decoder", "context_encoder")},
         }
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-        for name, tensor in sorted(model.state_dict().items()):
+        for name, tensor in sorted(checkpoint.state_of(model).items()):
             if name.endswith("causal_mask"):
                 continue
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -243,15 +242,14 @@ class Magpie:
             rows = [self._context(sample) for sample in samples]
             contexts = pad_sequence(rows, batch_first=True)
             lengths = torch.tensor([len(row) for row in rows])
-        parts = {
-            "text": pad_sequence(texts, batch_first=True),
-            "text_lengths": torch.tensor([len(text) for text in texts]),
-            "unconditional": dropped if unconditional is None else unconditional,
-            "context": contexts,
-            "context_lengths": lengths,
-            "speakers": speakers,
-        }
-        return Conditions(**{n: None if x is None else x.to(self.device) for n, x in parts.items()})
+        return Conditions(
+            text=pad_sequence(texts, batch_first=True),
+            text_lengths=torch.tensor([len(text) for text in texts]),
+            unconditional=dropped if unconditional is None else unconditional,
+            context=contexts,
+            context_lengths=lengths,
+            speakers=speakers,
+        ).to(self.device)
 
     def _text_ids(self, sample: Sample) -> Tensor:
         """Token ids of a text, with NeMo's end token."""
@@ -300,10 +298,10 @@ class Magpie:
         limit = self.module.positions
         if context + timesteps > limit:
             raise UserError(
-                f"a context of {context} positions and {timesteps} timesteps (longest of the batch "
-                f"that begins with sample {samples[0]['sample_id']!r}) exceed the {limit} positions "
-                "of the model (decoder.max_length_causal_mask): lower prepare.context_s or "
-                "sampler.max_timesteps"
+                f"a context of {context} positions and {timesteps} timesteps, the longest of the "
+                f"batch that begins with sample {samples[0]['sample_id']!r}, exceed the {limit} "
+                "positions of the model (decoder.max_length_causal_mask): lower prepare.context_s "
+                "or sampler.max_timesteps"
             )
 
     # The two verbs
@@ -384,11 +382,13 @@ class Magpie:
         both_branches: bool = False,
         unconditional: Tensor | None = None,
         alignment: bool = False,
+        linear: bool = False,
     ) -> Scores:
         """Predict every timestep of `codes` [B, T, C] in one parallel pass.
 
         `lengths` [B]; what lies beyond is never read. `losses` holds `experts`, already weighted,
-        where the model has them; there is no alignment loss.
+        where the model has them; there is no alignment loss. With `linear` the heads are left to
+        who reads the scores.
         """
         del alignment
         conditions = self._conditions(samples, unconditional)
@@ -398,20 +398,21 @@ class Magpie:
         prediction = self.network(
             codes.to(self.device, torch.int64), lengths.to(self.device), conditions, branches
         )
-        logits = self._logits(prediction)
+        outputs = self._outputs(prediction, linear)
         hidden = {group: [states] for group, states in prediction.hidden.items()}
-        split = split_branches([logits], hidden, branches)
-        mixed = guide(logits[0::2], logits[1::2], cfg_scale) if branches == 2 else logits
-        return Scores(mixed, prediction.losses, split)
+        parts = [outputs] if isinstance(outputs, Tensor) else outputs
+        return Scores(
+            mixed(outputs, cfg_scale, branches),
+            prediction.losses,
+            split_branches(parts, hidden, branches),
+            prediction.metrics,
+        )
 
-    def _logits(self, prediction: Prediction) -> Tensor:
-        """Logits [n, T, C, V] of all streams."""
-        parts = [self.module.predict(prediction.hidden["backbone"].squeeze(-2))]
-        if self.module.local:
-            weight, bias = self.module.head_weights()["local"]
-            states = prediction.hidden["local"]
-            parts.append(torch.einsum("ntsw,svw->ntsv", states, weight) + bias)
-        return torch.cat(parts, 2)
+    def _outputs(self, prediction: Prediction, linear: bool) -> Outputs:
+        """The heads of all groups on their states, in the order of the streams, or all logits."""
+        weights = self.module.head_weights()
+        heads = tuple(LinearOutput(x, *weights[group]) for group, x in prediction.hidden.items())
+        return heads if linear else Scores(heads).logits
 
 
 def _network(model: Any, settings: MagpieSettings) -> MagpieNetwork:

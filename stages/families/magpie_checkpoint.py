@@ -305,7 +305,7 @@ def check_codes(
 
 def load_weights(model: MagpieTTSModel, weights: Mapping[str, Tensor], path: Path) -> None:
     """Copy all weights into a model; raises UserError that lists every name that does not fit."""
-    expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    expected = {name: tuple(x.shape) for name, x in state_of(model).items()}
     found = {name: tuple(x.shape) for name, x in weights.items()}
     if "baked_context_embedding.weight" in weights:
         # NeMo makes the table when it loads it, and leaves the context encoder out.
@@ -316,6 +316,13 @@ def load_weights(model: MagpieTTSModel, weights: Mapping[str, Tensor], path: Pat
     check_tensors(path, expected, found)
     with quiet():
         model.load_state_dict(dict(weights))
+
+
+def state_of(model: MagpieTTSModel) -> dict[str, Tensor]:
+    """All weights by their names, the audio codec's left out: references, no copies."""
+    with quiet():
+        state: dict[str, Tensor] = model.state_dict()
+    return state
 
 
 # Inheriting
@@ -329,7 +336,7 @@ def inherit(model: MagpieTTSModel, path: Path, layers: Sequence[int] | None) -> 
     Raises UserError if the layers, a name or a shape do not fit.
     """
     theirs = {n: x for n, x in read_checkpoint(path).items() if not n.endswith("causal_mask")}
-    ours = {n: x for n, x in model.state_dict().items() if not n.endswith("causal_mask")}
+    ours = {n: x for n, x in state_of(model).items() if not n.endswith("causal_mask")}
     kept = kept_layers(path, layers, _depth(theirs), _depth(ours))
     upcycled = not any(".experts." in name for name in theirs)
     sources = {name: _source(name, kept, upcycled) for name in ours}

@@ -8,17 +8,20 @@ alone: its timesteps follow its own context, whatever else is in the batch.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from nemo.collections.tts.models import MagpieTTSModel
-from nemo.collections.tts.modules.magpietts_modules import LocalTransformerType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.families.nemo_archive import quiet
 from stages.modules.attention import KVCache, additive, attend, merge
 from stages.modules.guided import Departure
+
+with quiet():
+    from nemo.collections.tts.models import MagpieTTSModel
+    from nemo.collections.tts.modules.magpietts_modules import LocalTransformerType
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Conditions:
     """[B] int64, in stacked positions."""
     speakers: Tensor | None
     """[B] int64: which baked context; None where contexts are codes."""
+
+    def to(self, device: torch.device) -> Conditions:
+        """Return them on a device."""
+        present = {name: x.to(device) for name, x in vars(self).items() if x is not None}
+        return replace(self, **present)
 
 
 @dataclass(frozen=True)

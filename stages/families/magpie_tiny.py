@@ -164,7 +164,10 @@ def build_model(
 
 @torch.no_grad()
 def sharpen(model: MagpieTTSModel) -> None:
-    """Let fresh heads tell ids apart, and conditions matter."""
+    """Let fresh heads tell ids apart, and let attention matter, to the conditions above all."""
+    for name, weight in model.decoder.named_parameters():
+        if "attention" in name and weight.dim() == 2:
+            weight.mul_(6.0)
     heads = [model.final_proj, *getattr(model, "local_transformer_out_projections", [])]
     for head in heads:
         head.weight.mul_(SHARPNESS / head.weight.std() * 0.02)
@@ -174,7 +177,8 @@ def sharpen(model: MagpieTTSModel) -> None:
 def bake(model: MagpieTTSModel, contexts: Tensor) -> None:
     """Give a model baked contexts [speakers, positions, width], each one position shorter."""
     speakers, positions, width = contexts.shape
-    model.baked_context_embedding = nn.Embedding.from_pretrained(contexts.flatten(1))
+    model.baked_context_embedding = nn.Embedding(speakers, positions * width)
+    model.baked_context_embedding.weight.data = contexts.flatten(1)
     model._baked_embedding_T = torch.tensor(positions)
     model._baked_embedding_D = torch.tensor(width)
     model.baked_context_embedding_len = positions - torch.arange(speakers)

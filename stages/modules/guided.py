@@ -6,17 +6,17 @@ With 2 branches row 2i is conditional and row 2i + 1 unconditional; with 1 all a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from stages.family import Branch, Branches
+from stages.family import Branch, Branches, LinearOutput
 from stages.guidance import guide
 from stages.sampling import RolloutPolicy
 
-Parts = Sequence[Tensor]
-"""Tensors [n, ..., c, V] or [n, ..., h, D], to be joined along the second last axis."""
+Outputs = Tensor | tuple[LinearOutput, ...]
+"""All logits [n, ..., C, V], or the heads that would give them."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,26 @@ class Draw:
         return self.policy.draw(self.rows, self.timestep, logits, streams)
 
 
-def split_branches(logits: Parts, hidden: Mapping[str, Parts], branches: int) -> Branches:
+def split_branches(
+    outputs: Sequence[Tensor | LinearOutput],
+    hidden: Mapping[str, Sequence[Tensor]],
+    branches: int,
+) -> Branches:
     """Part the branches of predictions whose rows take turns: views, no copies."""
+    whole = Branch(tuple(outputs), {group: tuple(parts) for group, parts in hidden.items()})
+    uncond = whole.at(slice(1, None, 2)) if branches == 2 else None
+    return Branches(whole.at(slice(0, None, branches)), uncond)
 
-    def branch(first: int) -> Branch:
-        return Branch(
-            tuple(part[first::branches] for part in logits),
-            {g: tuple(part[first::branches] for part in parts) for g, parts in hidden.items()},
-        )
 
-    return Branches(branch(0), branch(1) if branches == 2 else None)
+def mixed(outputs: Outputs, scale: float, branches: int) -> Outputs:
+    """Mix the branches of predictions whose rows take turns: logits, or what the heads read."""
+    if branches == 1:
+        return outputs
+    if isinstance(outputs, Tensor):
+        return guide(outputs[0::2], outputs[1::2], scale)
+    return tuple(
+        replace(head, states=guide(head.states[0::2], head.states[1::2], scale)) for head in outputs
+    )
 
 
 @dataclass(frozen=True)
