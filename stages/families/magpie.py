@@ -15,9 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from stages.architecture import Architecture
 from stages.config import DatasetFacts, FamilyName, MagpieConfig, MagpieSettings, MagpieTeacher
 from stages.errors import UserError
 from stages.families import magpie_checkpoint as checkpoint
+from stages.families.magpie_architecture import architecture_of
 from stages.families.magpie_checkpoint import MODEL_FILE, AudioCodecFacts
 from stages.families.magpie_network import (
     Conditions,
@@ -172,6 +174,7 @@ class Magpie:
         return {
             "config": self.config.model_dump(mode="json"),
             "facts": self.facts.model_dump(mode="json"),
+            "architecture": self.architecture().model_dump(mode="json"),
         }
 
     def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
@@ -181,6 +184,10 @@ class Magpie:
         UserError if any tensor does not fit.
         """
         checkpoint.inherit(self.module.model, path, layers)
+
+    def architecture(self) -> Architecture:
+        """How large the model is and what decoding a timestep costs."""
+        return architecture_of(self.module)
 
     def adopt_codebooks(self, vectors: Tensor) -> None:
         """Keep the embeddings of codes as NeMo draws them, whatever the codes mean."""
