@@ -21,6 +21,7 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(gt=0.0)]
 GuidanceScale = float | tuple[float, float]
+Mean = Literal["predictions", "rollouts"]
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 """Terms of the distillation loss that compare probabilities, and so have a temperature."""
@@ -467,12 +468,17 @@ class LossConfig(Record):
     """Scale, or (low, high) to draw it from per rollout and epoch, of a store of both branches."""
     codebook_weights: tuple[Weight, ...] = ()
     """Weight of each codebook, for every frame of a step; empty weighs all alike."""
-    local: float = Field(1.0, ge=0)
-    """Weight of the streams of the local transformer, relative to the decoder's own."""
+    local_share: Share = 0.5
+    """Share of the local transformer's streams in the loss; the decoder's own have the rest."""
     local_start_step: int = Field(0, ge=0)
     """Optimizer step at which the local transformer's loss begins."""
     local_ramp_steps: int = Field(0, ge=0)
-    """Optimizer steps over which that loss grows to its weight."""
+    """Optimizer steps over which it grows from nothing to its share."""
+    auxiliary: float = Field(1.0, ge=0)
+    """Weight of the model's own losses, such as the balance of its experts."""
+    mean: Mean = "predictions"
+    """Over which a batch's loss is a mean: all predictions by weight, or the means of its rollouts,
+    each times its weight, over their number."""
 
     @cached_property
     def terms(self) -> dict[str, float]:

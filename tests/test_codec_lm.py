@@ -324,6 +324,7 @@ def test_noise_acts_in_training_only(noise):
 
     assert torch.equal(logits(), logits())
     family.module.train()
+    torch.manual_seed(0)  # or, once in a while, both draws hide nothing
     assert not torch.equal(logits(), logits())
 
 
