@@ -194,7 +194,7 @@ def policy_for(
         manifest.sampler,
         keys,
         seed=manifest.seed,
-        streams=len(family.streams),
+        streams=family.streams,
         forbidden=family.forbidden,
         end_id=family.end_id,
         reference_timesteps=references,
