@@ -322,6 +322,8 @@ class Fingerprints(Record):
     dataset: str
     student: str = ""
     """The student that drew the codes, where the source is one."""
+    codes: str = ""
+    """The store that the codes were taken from, where the source is `replay`."""
 
 
 class FileSum(Record):
@@ -357,7 +359,7 @@ class Manifest(Record):
     """Guidance of the drawn codes, and of the stored targets unless they keep both branches."""
     sampler: Sampler
     """How the codes were drawn."""
-    source: Literal["teacher", "dataset", "student"]
+    source: Literal["teacher", "dataset", "student", "replay"]
     """Where the codes come from."""
     seed: int
     """Seed of the run; each rollout's own seed derives from it, its sample and its variation."""
@@ -371,6 +373,8 @@ class Manifest(Record):
     """Hashes of what the predictions depend on."""
     conditioning: dict[str, JsonValue] = Field(default_factory=dict)
     """Facts of the dataset needed to build a student: alphabet, speakers and the like."""
+    architecture: dict[str, JsonValue] = Field(default_factory=dict)
+    """Size of the teacher and what it computes per timestep; none in older stores."""
     files: dict[str, FileSum] = Field(default_factory=dict)
     """plan.parquet, samples.parquet and heads; filled in when the store is created."""
 
@@ -380,10 +384,12 @@ class Manifest(Record):
 
         Anything else comes back as it is, for the checks of the fields to refuse.
         """
-        sampler = content.get("sampler")
+        sampler, fingerprints = content.get("sampler"), content.get("fingerprints")
         if isinstance(sampler, dict):
             content = content | {"sampler": _with_weights_apart(sampler)}
-        return content
+        if isinstance(fingerprints, dict):
+            content = content | {"fingerprints": {"codes": ""} | fingerprints}
+        return {"architecture": {}} | content
 
     @property
     def vocabularies(self) -> tuple[int, ...]:

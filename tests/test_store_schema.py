@@ -185,6 +185,10 @@ DOCUMENTS: list[Record] = [
 ]
 
 
+ADDED = {("architecture",), ("fingerprints", "codes")}
+"""Fields that docs/format.md allows to be absent, as they are in files of earlier releases."""
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=["top_k", "hidden", "dense", "shard"])
 def test_a_document_that_lacks_any_field_is_refused_though_the_record_has_a_default(
     tmp_path: Path, document: Record
@@ -196,7 +200,9 @@ def test_a_document_that_lacks_any_field_is_refused_though_the_record_has_a_defa
         content = json.loads(json.dumps(whole))
         reduce(lambda part, key: part[key], above, content).pop(name)
         write_sealed(path, content)
-        if "files" not in above[-1:]:  # there a name is data
+        if (*above, name) in ADDED:
+            unseal(path, type(document))
+        elif "files" not in above[-1:]:  # there a name is data
             with pytest.raises(StoreError, match=rf"document\.json .*{name}"):
                 unseal(path, type(document))
 
@@ -217,6 +223,14 @@ def test_a_manifest_of_one_weight_for_rejected_rollouts_means_what_it_meant(tmp_
         }
     )  # fmt: skip
     assert fingerprint == json.loads(path.read_text())["checksum"], "it is the file's own"
+
+
+def test_a_manifest_of_before_architectures_and_replays_has_none(tmp_path: Path) -> None:
+    path, content = tmp_path / "manifest.json", MANIFEST.model_dump(mode="json")
+    del content["architecture"], content["fingerprints"]["codes"]
+    write_sealed(path, content)
+    manifest, _ = unseal(path, Manifest)
+    assert (manifest.architecture, manifest.fingerprints.codes) == ({}, "")
 
 
 def test_a_manifest_that_gives_one_weight_and_weights_apart_is_refused(tmp_path: Path) -> None:
