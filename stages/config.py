@@ -388,10 +388,12 @@ class FitConfig(Record):
 class RolloutConfig(Record):
     """Stage one: what the teacher predicts, and how it is stored."""
 
-    source: Literal["teacher", "dataset", "student"] = "teacher"
-    """Whose codes are scored: drawn under guidance, the recording's own, or a student's."""
+    source: Literal["teacher", "dataset", "student", "replay"] = "teacher"
+    """Whose codes are scored: the teacher's, the recording's, a student's, or another store's."""
     student: Path | None = None
     """Folder of the student that draws the codes when `source` is `student`."""
+    replay: Path | None = None
+    """Store whose codes, samples and variations are taken when `source` is `replay`."""
     split: str = "train"
     """Split of the dataset that is rolled out."""
     samples: Positive | None = None
@@ -423,8 +425,13 @@ class RolloutConfig(Record):
     def _check(self) -> Self:
         if (self.source == "student") != (self.student is not None):
             raise ValueError(
-                f"source={self.source!r} with student={self.student!r}: name the student exactly "
+                f"source={self.source!r} with student={self.student}: name the student exactly "
                 "when source is 'student'"
+            )
+        if (self.source == "replay") != (self.replay is not None):
+            raise ValueError(
+                f"source={self.source!r} with replay={self.replay}: name the store exactly when "
+                "source is 'replay'"
             )
         return self
 
