@@ -1,4 +1,4 @@
-"""What a model family must be able to do, and the one place that finds a family by name."""
+"""What a model family must be able to do, and the one place that finds what lives in families/."""
 
 from __future__ import annotations
 
@@ -277,18 +277,34 @@ def has_linear_heads(family: Family) -> bool:
 
 def load_family(name: FamilyName) -> type[Family]:
     """Import the family `name`; raises `UserError` with the pip command if a package is missing."""
-    module_name, class_name, extra = FAMILIES[name]
+    family: type[Family] = _find(f"family {name!r}", *FAMILIES[name])
+    return family
+
+
+def load_audio_codec_class(kind: str) -> Any:
+    """Import the class of the audio codecs of a kind that lives among the families.
+
+    Raises `UserError` when there is none of this kind, or with the pip command.
+    """
+    if kind not in AUDIO_CODECS:
+        raise UserError(
+            f"audio codec of kind {kind!r}: this release knows residual_mel and "
+            f"{', '.join(AUDIO_CODECS)}"
+        )
+    return _find(f"audio codec of kind {kind!r}", *AUDIO_CODECS[kind])
+
+
+def _find(what: str, module_name: str, class_name: str, extra: str | None) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if extra is None:
             raise
         raise UserError(
-            f"family {name!r} needs the package {error.name!r}, which is not installed: "
+            f"{what} needs the package {error.name!r}, which is not installed: "
             f"pip install 'foretell[{extra}]'"
         ) from error
-    family: type[Family] = getattr(module, class_name)
-    return family
+    return getattr(module, class_name)
 
 
 def saved_family(folder: Path) -> FamilyName:
@@ -316,3 +332,8 @@ FAMILIES: dict[FamilyName, tuple[str, str, str | None]] = {
     "magpie": ("stages.families.magpie", "Magpie", "magpie"),
 }
 """Family → module, class, and the extra of foretell that installs what it imports."""
+
+AUDIO_CODECS: dict[str, tuple[str, str, str]] = {
+    "nemo": ("stages.families.nemo_codec", "NemoCodec", "magpie"),
+}
+"""Kind of audio codec → the same; the module of a package's codecs stands beside its models."""

@@ -91,7 +91,7 @@ def measure(
     spoken, decode_s = _speak(family, contender, reference, samples, batch_size)
     for index, (frames, _) in enumerate(spoken):
         waveform = audio_codec.decode(frames.numpy())
-        write_wav(folder / wav_name(index), waveform, audio_codec.sample_rate_hz)
+        write_wav(folder / wav_name(index), waveform, audio_codec.output_sample_rate_hz)
     kl, agreed, predictions = zip(*compared, strict=True)
     return Measure(
         name=contender.name,
@@ -196,7 +196,9 @@ def measure_copy(samples: Sequence[Sample], audio_codec: AudioCodec, folder: Pat
     seconds = []
     for index, sample in enumerate(tqdm(samples, "codec copy", unit="clip", disable=None)):
         frames = np.asarray(sample["codes"]).reshape(-1, audio_codec.codebooks)
-        write_wav(folder / wav_name(index), audio_codec.decode(frames), audio_codec.sample_rate_hz)
+        write_wav(
+            folder / wav_name(index), audio_codec.decode(frames), audio_codec.output_sample_rate_hz
+        )
         seconds.append(len(frames) / audio_codec.frame_rate_hz)
     return Measure(
         name="codec_copy",
