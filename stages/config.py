@@ -291,6 +291,15 @@ class MagpieSettings(Record):
     """Speakers of the baked context embeddings, in their order; none where contexts are codes."""
     local_streams: bool = True
     """Distil the local transformer too, where the model has one; it doubles the stored bytes."""
+    history: Literal["backbone", "local"] = "backbone"
+    """Whose draws continue a rollout: the decoder's own, drawn in parallel, as in NeMo's
+    distillation, or the local transformer's, as in its inference."""
+
+    @model_validator(mode="after")
+    def _check_history(self) -> Self:
+        if self.history == "local" and not self.local_streams:
+            raise ValueError("history='local' needs the local transformer: set local_streams: true")
+        return self
 
 
 class MagpieConfig(MagpieSettings):
