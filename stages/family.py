@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, Field, JsonValue
 
+from stages.architecture import Architecture
 from stages.config import DatasetFacts, FamilyName, ModelConfig
 from stages.errors import UserError
 
@@ -19,14 +19,22 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from stages.architecture import Architecture
     from stages.sampling import RolloutPolicy
     from store.schema import Head, Latent, Stream
 
-CONFIGS: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
-
 Sample = Mapping[str, Any]
 """One row of samples.parquet: `sample_id` and the conditioning columns that a family reads."""
+
+
+class SavedModel(BaseModel):
+    """What every family says of a model in its config.json, beside what it alone reads."""
+
+    config: ModelConfig
+    """Its architecture's settings."""
+    architecture: Architecture | None = None
+    """How large it is; null where an earlier release saved it."""
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
+    """The dataset's facts that it was built for."""
 
 
 @dataclass(frozen=True)
@@ -233,10 +241,14 @@ def load_family(name: FamilyName) -> type[Family]:
 
 def saved_family(folder: Path) -> FamilyName:
     """Return which family wrote a model folder, from its config.json."""
+    return saved_model(folder).config.family
+
+
+def saved_model(folder: Path) -> SavedModel:
+    """Read the config.json of a model folder; raises `UserError` where there is none."""
     try:
-        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return CONFIGS.validate_python(description["config"]).family
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return SavedModel.model_validate_json((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{folder} holds no finished model ({error}): give a folder that `fit` or `train` "
             "wrote, or run that stage first"
