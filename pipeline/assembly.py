@@ -26,7 +26,7 @@ from stages.distributed import Place, choose_device, peak_device_bytes, place
 from stages.draw import draw_codes, draw_origin, draw_settings, read_draws
 from stages.errors import UserError
 from stages.evaluate import evaluate
-from stages.family import Family, Sample, load_family, saved_family
+from stages.family import Family, Sample, load_family
 from stages.fit import fit
 from stages.interruption import StopRequest
 from stages.measure import Contender
@@ -34,6 +34,7 @@ from stages.prepare import prepare
 from stages.replay import Replay, open_replay
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
+from stages.saved_model import saved_family
 from stages.train import train
 from store import PredictionStore
 from store.schema import Fast, changed_fields

@@ -12,7 +12,7 @@ from pipeline.identity import identity
 from pipeline.record import read_record
 from stages.config import RolloutConfig
 from stages.errors import UserError
-from stages.family import is_saved
+from stages.saved_model import is_saved
 from store import PredictionStore
 from store.schema import Record
 

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from stages.architecture import Architecture
 from stages.config import DatasetFacts, FamilyName, ModelConfig
 from stages.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from stages.architecture import Architecture
     from stages.sampling import RolloutPolicy
     from store.schema import Head, Latent, Stream
-
-CONFIGS: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 
 Sample = Mapping[str, Any]
 """One row of samples.parquet: `sample_id` and the conditioning columns that a family reads."""
@@ -306,26 +302,6 @@ def _find(what: str, module_name: str, class_name: str, extra: str | None) -> An
         ) from error
     return getattr(module, class_name)
 
-
-def saved_family(folder: Path) -> FamilyName:
-    """Return which family wrote a model folder, from its config.json."""
-    try:
-        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return CONFIGS.validate_python(description["config"]).family
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} holds no finished model ({error}): give a folder that `fit` or `train` "
-            "wrote, or run that stage first"
-        ) from None
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether `folder` holds a finished model: its weights, which are written last."""
-    return any((folder / name).exists() for name in WEIGHTS_FILES)
-
-
-WEIGHTS_FILES = ("model.safetensors", "model.nemo")
-"""What the families call the weights that they save."""
 
 FAMILIES: dict[FamilyName, tuple[str, str, str | None]] = {
     "codec_lm": ("stages.families.codec_lm", "CodecLM", None),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stages.architecture import Architecture
 from stages.audio import write_wav
 from stages.audio_codec import AudioCodec
 from stages.data import TargetBatch, rollout_batches
@@ -48,7 +49,8 @@ class Measure(Record):
     """What was measured of a system, per sample in the order of the reference store."""
 
     name: str
-    parameters: int
+    architecture: Architecture | None
+    """Size and cost of the model; null where there is none."""
     passes: int
     decode_s: float
     """Seconds of generation, audio codec left out."""
@@ -95,7 +97,7 @@ def measure(
     kl, agreed, predictions = zip(*compared, strict=True)
     return Measure(
         name=contender.name,
-        parameters=sum(p.numel() for p in family.module.parameters()),
+        architecture=family.architecture(),
         passes=contender.passes,
         decode_s=decode_s,
         kl_sum=kl,
@@ -202,7 +204,7 @@ def measure_copy(samples: Sequence[Sample], audio_codec: AudioCodec, folder: Pat
         seconds.append(len(frames) / audio_codec.frame_rate_hz)
     return Measure(
         name="codec_copy",
-        parameters=0,
+        architecture=None,
         passes=0,
         decode_s=time.perf_counter() - started,
         audio_s=tuple(seconds),
