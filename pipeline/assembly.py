@@ -20,7 +20,7 @@ from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stage_identity
 from pipeline.record import own_usage
 from pipeline.results import write_report
-from stages.config import EvaluateConfig, ModelConfig, RolloutConfig, TrainConfig
+from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
 from stages.dataset import Dataset, read_header
 from stages.distributed import Place, choose_device, peak_device_bytes, place
 from stages.draw import draw_codes, draw_origin, draw_settings, read_draws
@@ -31,6 +31,7 @@ from stages.fit import fit
 from stages.interruption import StopRequest
 from stages.measure import Contender
 from stages.prepare import prepare
+from stages.replay import Replay, open_replay
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
 from stages.train import train
@@ -80,7 +81,9 @@ class Assembly:
 
     def _fit(self) -> bool:
         config, teacher = _given(self._config.fit, "fit"), _given(self._config.teacher, "teacher")
-        model: ModelConfig = _given(teacher.model, "teacher.model")
+        model = teacher.model
+        if model is None:
+            raise UserError("the configuration has no section 'teacher.model' that could be fitted")
         dataset = Dataset.open(self._folders.dataset)
         with place(config.optimizer.device) as here:
             facts = dataset.facts.model_dump(mode="json")
@@ -113,8 +116,9 @@ class Assembly:
 
     def _rollout(self) -> bool:
         config, device, dataset = self._rollout_inputs()
-        teacher = _load(self._folders.teacher, device, config.precision)
-        samples = dataset.samples(config.split)
+        teacher = self._teacher(dataset, device, config.precision)
+        replay = self._replay(config, teacher, dataset)
+        samples = dataset.samples(config.split if replay is None else replay.manifest.split)
         origin: dict[str, str] = {}
         if config.source == "student":
             settings = draw_settings(config, teacher, samples, self._config.seed)
@@ -128,6 +132,7 @@ class Assembly:
             dataset_fingerprint=dataset.header.fingerprint,
             seed=self._config.seed,
             student_fingerprint=origin.get("student", ""),
+            replay=replay,
         )
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
         finished = rollout(
@@ -137,10 +142,16 @@ class Assembly:
             shards,
             batch_size=config.batch_size,
             stop=self._stop,
-            draws=read_draws(self._folders.draws, shards, origin) if origin else None,
+            draws=read_draws(self._folders.draws, shards, origin) if origin else replay,
         )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
+
+    def _replay(self, config: RolloutConfig, teacher: Family, dataset: Dataset) -> Replay | None:
+        if config.replay is None:
+            return None
+        fingerprint = dataset.header.fingerprint
+        return open_replay(config.replay, teacher, fingerprint, self._folders.store)
 
     def _rollout_inputs(self) -> tuple[RolloutConfig, torch.device, Dataset]:
         config = _given(self._config.rollout, "rollout")
@@ -198,7 +209,8 @@ class Assembly:
             return student
         family = family_class.build(config.model, manifest.conditioning, seed=self._config.seed)
         if config.init.kind == "teacher":
-            family.inherit(self._folders.teacher, config.init.layers)
+            given = self._config.teacher and self._config.teacher.pretrained
+            family.inherit(given.path if given else self._folders.teacher, config.init.layers)
         family.module.to(here.device)
         return family
 
@@ -211,7 +223,7 @@ class Assembly:
         if reference is None:
             return False
         result = evaluate(
-            self._contenders(device, reference.manifest.guidance.scale),
+            self._contenders(dataset, device, reference.manifest.guidance.scale),
             reference,
             samples,
             dataset,
@@ -239,6 +251,7 @@ class Assembly:
             update={
                 "source": "teacher",
                 "student": None,
+                "replay": None,
                 "split": config.split,
                 "samples": config.samples,
                 "variations": 1,
@@ -250,7 +263,7 @@ class Assembly:
             }
         )
         path = self._folders.report / "reference"
-        teacher = _load(self._folders.teacher, device, settings.precision)
+        teacher = self._teacher(dataset, device, settings.precision)
         store = create_store(
             path,
             settings,
@@ -270,18 +283,27 @@ class Assembly:
         )
         return PredictionStore.open(path) if finished else None
 
-    def _contenders(self, device: torch.device, cfg_scale: float) -> list[Contender]:
+    def _contenders(
+        self, dataset: Dataset, device: torch.device, cfg_scale: float
+    ) -> list[Contender]:
         """Return what is compared: the teacher with and without guidance, and every student."""
-        folders = self._folders
-        teacher = partial(_load, folders.teacher, device, "fp32")
+        teacher = partial(self._teacher, dataset, device, "fp32")
         systems = [
             Contender("teacher_guided", teacher, cfg_scale),
             Contender("teacher_unguided", teacher, 1.0),
         ]
         for name in self._config.students:
-            load = partial(_load, folders.student(name), device, "fp32")
+            load = partial(_load, self._folders.student(name), device, "fp32")
             systems.append(Contender(system_name(name), load, 1.0))
         return systems
+
+    def _teacher(self, dataset: Dataset, device: torch.device, precision: str) -> Family:
+        """Load the teacher from its folder, or from where it was trained."""
+        given = _given(self._config.teacher, "teacher").pretrained
+        if given is None:
+            return _load(self._folders.teacher, device, precision)
+        family = load_family(given.family)
+        return family.pretrained(given, dataset.facts, device=str(device), dtype=DTYPES[precision])
 
 
 def _load(folder: Path, device: torch.device, precision: str) -> Family:

@@ -76,6 +76,10 @@ def rollout(
     config: Config,
     task: Annotated[int | None, typer.Option(help="Number of this job, from 0.", min=0)] = None,
     tasks: Annotated[int | None, typer.Option(help="Jobs that share the work.", min=1)] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="STORE", help="Score the codes of this store; generate nothing."),
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Stage one: store what the guided teacher predicts; alone it does all that is missing."""
@@ -83,7 +87,17 @@ def rollout(
         task is not None and tasks is not None and task >= tasks
     ):
         raise UserError(f"--task {task} with --tasks {tasks}: give both, with task below tasks")
-    _stage("rollout", config, set_, None if task is None else f"{task}/{tasks}")
+    overrides = [*(set_ or []), *(_replaying(replay) if replay is not None else [])]
+    _stage("rollout", config, overrides, None if task is None else f"{task}/{tasks}")
+
+
+def _replaying(store: Path) -> list[str]:
+    """Return the overrides that --replay stands for."""
+    return [
+        "rollout.source=replay",
+        f"rollout.replay={json.dumps(str(store))}",
+        "rollout.student=null",
+    ]
 
 
 @app.command()

@@ -6,16 +6,18 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from stages.config import (
     EvaluateConfig,
     FitConfig,
     ModelConfig,
     PrepareConfig,
+    PretrainedConfig,
     RolloutConfig,
     TrainConfig,
 )
@@ -27,17 +29,23 @@ LARGEST_FILE_BYTES = 2**20
 
 
 class TeacherConfig(Record):
-    """Where the teacher comes from: fitted here, or a checkpoint folder."""
+    """Where the teacher comes from: fitted here, a checkpoint folder, or trained elsewhere."""
 
     model: ModelConfig | None = None
     """Architecture of a teacher that `fit` trains."""
     checkpoint: Path | None = None
     """Folder of a finished teacher; then there is nothing to fit."""
+    pretrained: PretrainedConfig | None = None
+    """Checkpoint of a model that was trained elsewhere; then there is nothing to fit."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.model is None) == (self.checkpoint is None):
-            raise ValueError("give either teacher.model (to be fitted) or teacher.checkpoint")
+        given = [name for name in TeacherConfig.model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of model (to be fitted), checkpoint (a folder that fit wrote) "
+                f"and pretrained (trained elsewhere), not {' and '.join(given) or 'none'}"
+            )
         return self
 
 
@@ -57,7 +65,7 @@ class RunConfig(Record):
     teacher: TeacherConfig | None = None
     """The model that is distilled."""
     fit: FitConfig | None = None
-    """How the teacher is trained; none when it comes from a checkpoint."""
+    """How the teacher is trained; none when it is trained already."""
     rollout: RolloutConfig | None = None
     """Stage one."""
     store: Path | None = None
@@ -108,7 +116,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(document)
     except ValidationError as error:
-        problems = "\n".join(f"  {line}" for line in _problems(error))
+        told = dict.fromkeys(_problems(error, document))  # a union tells of each member alike
+        problems = "\n".join(f"  {line}" for line in told)
         raise UserError(f"{path} is not a valid configuration:\n{problems}") from None
 
 
@@ -146,43 +155,99 @@ def _apply(document: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _problems(error: ValidationError) -> Iterator[str]:
+def _problems(error: ValidationError, document: Mapping[str, Any]) -> Iterator[str]:
     for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"]) or "the configuration"
-        if problem["type"] == "extra_forbidden":
-            yield f"{where}: unknown key{_suggestion(problem['loc'])}"
-        elif problem["type"] == "missing":
-            yield f"{where}: missing; this key has no default"
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            given = problem["input"]
-            shown = "" if isinstance(given, Mapping) else f" (given: {given!r})"
-            yield f"{where}: {message}{shown}"
+        where = _place(problem, document)
+        match problem["type"]:
+            case "extra_forbidden":
+                yield f"{where}: unknown key{_suggestion(problem['loc'])}"
+            case "missing":
+                yield f"{where}: missing; this key has no default"
+            case "union_tag_not_found":
+                known = ", ".join(map(repr, _tags_at(problem["loc"])))
+                yield f"{where}.{_discriminator(problem)}: missing; give one of {known}"
+            case "union_tag_invalid":
+                yield f"{where}.{_discriminator(problem)}: {_unknown_tag(problem)}"
+            case _:
+                message = problem["msg"].removeprefix("Value error, ")
+                given = problem["input"]
+                shown = "" if isinstance(given, Mapping) else f" (given: {given!r})"
+                yield f"{where}: {message}{shown}"
+
+
+def _place(problem: ErrorDetails, document: Mapping[str, Any]) -> str:
+    """Return the key at fault as the document has it.
+
+    Pydantic's location also names the member of a union that was tried, which nobody wrote: what
+    the document does not hold is left out, but for the key that is missing.
+    """
+    *path, last = problem["loc"] or ("the configuration",)
+    parts: list[int | str] = []
+    value: Any = document
+    for part in path:
+        if _holds(value, part):
+            parts.append(part)
+            value = value[part]
+    if problem["type"] == "missing" or _holds(value, last) or not problem["loc"]:
+        parts.append(last)
+    return ".".join(map(str, parts)) or "the configuration"
+
+
+def _holds(value: Any, part: int | str) -> bool:
+    if isinstance(value, Mapping):
+        return part in value
+    return isinstance(value, list) and isinstance(part, int) and part < len(value)
+
+
+def _discriminator(problem: ErrorDetails) -> str:
+    return str(problem["ctx"]["discriminator"]).strip("'")
+
+
+def _unknown_tag(problem: ErrorDetails) -> str:
+    given, known = problem["ctx"]["tag"], _tags_at(problem["loc"])
+    close = difflib.get_close_matches(given, known, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{given!r} is none of {', '.join(map(repr, known))}{meant}"
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:
-    known = _keys_at(RunConfig, location[:-1])
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    known = {name for record in _records_at(location[:-1]) for name in record.model_fields}
+    close = difflib.get_close_matches(str(location[-1]), sorted(known), n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known here: {', '.join(sorted(known))}" if known else ""
 
 
-def _keys_at(record: type[BaseModel], location: Sequence[int | str]) -> set[str]:
-    """Return the field names of the records that a location may lead to."""
-    records = {record}
+def _tags_at(location: Sequence[int | str]) -> list[str]:
+    """Return what tells the records apart that may stand at a location, in their order."""
+    return [tag for record in _records_at(location) for tag in _tags(record)]
+
+
+def _records_at(location: Sequence[int | str]) -> list[type[BaseModel]]:
+    """Return the records that a location of pydantic's may lead to, in their order."""
+    records: list[type[BaseModel]] = [RunConfig]
     for part in location:
-        inner: set[type[BaseModel]] = set()
-        for candidate in records:
-            if part in candidate.model_fields:
-                inner |= set(_records_in(candidate.model_fields[str(part)].annotation))
-        # A part that is no field is a key of a mapping or the tag of a union: stay where we are.
-        records = inner or records
-    return {name for candidate in records for name in candidate.model_fields}
+        inner = [
+            record
+            for candidate in records
+            if part in candidate.model_fields
+            for record in _records_in(candidate.model_fields[str(part)].annotation)
+        ]
+        tagged = [candidate for candidate in records if part in list(_tags(candidate))]
+        # A part that is neither is a key of a mapping or a place in a list: stay where we are.
+        records = inner or tagged or records
+    return records
+
+
+def _tags(record: type[BaseModel]) -> Iterator[str]:
+    """Yield the one value that a field of a record may have, which tells it from its union."""
+    for field in record.model_fields.values():
+        if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
+            yield from get_args(field.annotation)
 
 
 def _records_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    for argument in getattr(annotation, "__args__", ()):
+    for argument in get_args(annotation):
         yield from _records_in(argument)

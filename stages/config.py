@@ -21,6 +21,7 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(gt=0.0)]
 GuidanceScale = float | tuple[float, float]
+Mean = Literal["predictions", "rollouts"]
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 """Terms of the distillation loss that compare probabilities, and so have a temperature."""
@@ -318,6 +319,15 @@ class MagpieSettings(Record):
     """Speakers of the baked context embeddings, in their order; none where contexts are codes."""
     local_streams: bool = True
     """Distil the local transformer too, where the model has one; it doubles the stored bytes."""
+    history: Literal["backbone", "local"] = "backbone"
+    """Whose draws continue a rollout: the decoder's own, drawn in parallel, as in NeMo's
+    distillation, or the local transformer's, as in its inference."""
+
+    @model_validator(mode="after")
+    def _check_history(self) -> Self:
+        if self.history == "local" and not self.local_streams:
+            raise ValueError("history='local' needs the local transformer: set local_streams: true")
+        return self
 
 
 class MagpieConfig(MagpieSettings):
@@ -415,10 +425,12 @@ class FitConfig(Record):
 class RolloutConfig(Record):
     """Stage one: what the teacher predicts, and how it is stored."""
 
-    source: Literal["teacher", "dataset", "student"] = "teacher"
-    """Whose codes are scored: drawn under guidance, the recording's own, or a student's."""
+    source: Literal["teacher", "dataset", "student", "replay"] = "teacher"
+    """Whose codes are scored: the teacher's, the recording's, a student's, or another store's."""
     student: Path | None = None
     """Folder of the student that draws the codes when `source` is `student`."""
+    replay: Path | None = None
+    """Store whose codes, samples and variations are taken when `source` is `replay`."""
     split: str = "train"
     """Split of the dataset that is rolled out."""
     samples: Positive | None = None
@@ -450,8 +462,13 @@ class RolloutConfig(Record):
     def _check(self) -> Self:
         if (self.source == "student") != (self.student is not None):
             raise ValueError(
-                f"source={self.source!r} with student={self.student!r}: name the student exactly "
+                f"source={self.source!r} with student={self.student}: name the student exactly "
                 "when source is 'student'"
+            )
+        if (self.source == "replay") != (self.replay is not None):
+            raise ValueError(
+                f"source={self.source!r} with replay={self.replay}: name the store exactly when "
+                "source is 'replay'"
             )
         return self
 
@@ -495,12 +512,17 @@ class LossConfig(Record):
     """Scale, or (low, high) to draw it from per rollout and epoch, of a store of both branches."""
     codebook_weights: tuple[Weight, ...] = ()
     """Weight of each codebook, for every frame of a step; empty weighs all alike."""
-    local: float = Field(1.0, ge=0)
-    """Weight of the streams of the local transformer, relative to the decoder's own."""
+    local_share: Share = 0.5
+    """Share of the local transformer's streams in the loss; the decoder's own have the rest."""
     local_start_step: int = Field(0, ge=0)
     """Optimizer step at which the local transformer's loss begins."""
     local_ramp_steps: int = Field(0, ge=0)
-    """Optimizer steps over which that loss grows to its weight."""
+    """Optimizer steps over which it grows from nothing to its share."""
+    auxiliary: float = Field(1.0, ge=0)
+    """Weight of the model's own losses, such as the balance of its experts."""
+    mean: Mean = "predictions"
+    """Over which a batch's loss is a mean: all predictions by weight, or the means of its rollouts,
+    each times its weight, over their number."""
 
     @cached_property
     def terms(self) -> dict[str, float]:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import torch
 from pydantic import TypeAdapter
+from torch import Tensor, nn
 
 from stages.config import DatasetFacts, FamilyName, ModelConfig
 from stages.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
-    from torch import Tensor, nn
 
+    from stages.architecture import Architecture
     from stages.sampling import RolloutPolicy
     from store.schema import Head, Latent, Stream
 
@@ -29,17 +30,57 @@ Sample = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class LinearOutput:
+    """Logits of a group of streams that are still to be computed: what its linear head reads."""
+
+    states: Tensor
+    """[..., H, D] in the type of the model, H being 1 or C_g."""
+    weight: Tensor
+    """[C_g, V, D]: the head of each stream of the group, in order."""
+    bias: Tensor | None = None
+    """[C_g, V]; None where the head has none."""
+
+    def logits(self) -> Tensor:
+        """Compute all logits [..., C_g, V], with gradients, in the wider of both types."""
+        dtype = torch.promote_types(self.states.dtype, self.weight.dtype)
+        states, weight = self.states.to(dtype), self.weight.to(dtype)
+        shape = (*states.shape[:-2], *weight.shape[:2])
+        if states.shape[-2] == 1:
+            logits = (states[..., 0, :] @ weight.flatten(0, 1).T).view(shape)
+        else:
+            by_stream = torch.bmm(states.flatten(0, -3).transpose(0, 1), weight.transpose(1, 2))
+            logits = by_stream.transpose(0, 1).reshape(shape)
+        return logits if self.bias is None else logits + self.bias
+
+    def at(self, *place: Any) -> LinearOutput:
+        """Return the same head on `states[place]`, such as some timesteps of them."""
+        return replace(self, states=self.states[place])
+
+
+@dataclass(frozen=True)
 class Branch:
     """What a model predicts with the conditions, or without them: references, no copies.
 
     Parts are joined along their axis of streams or states, and only by who needs them whole.
     """
 
-    logits: tuple[Tensor, ...]
-    """Parts [..., c, V] of the streams in order, in the type of the model; predictions
-    [..., c, *shape] where streams are continuous."""
+    outputs: tuple[Tensor | LinearOutput, ...]
+    """Parts of the streams in order: logits [..., c, V] in the type of the model, or a head that
+    would give them; predictions [..., c, *shape] where streams are continuous."""
     hidden: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """By group, parts [..., h, D] of what the group's linear head reads, `Family.heads` in all."""
+
+    @property
+    def logits(self) -> tuple[Tensor, ...]:
+        """The parts with every head applied; each call computes those that were not."""
+        return tuple(x.logits() if isinstance(x, LinearOutput) else x for x in self.outputs)
+
+    def at(self, *place: Any) -> Branch:
+        """Return what is predicted at `place` of the axes before streams and states."""
+        return Branch(
+            tuple(x.at(*place) if isinstance(x, LinearOutput) else x[place] for x in self.outputs),
+            {group: tuple(x[place] for x in parts) for group, parts in self.hidden.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -72,13 +113,25 @@ class Step:
 class Scores:
     """Teacher-forced predictions of a batch."""
 
-    logits: Tensor
-    """[B, T, C, V]: `logits[:, t]` predicts `codes[:, t]`; [B, T, C, *shape] where streams are
-    continuous."""
+    outputs: Tensor | tuple[LinearOutput, ...]
+    """Logits [B, T, C, V], of which `[:, t]` predict `codes[:, t]`, or the linear heads that would
+    give them, one per group in the order of streams; predictions [B, T, C, *shape] where streams
+    are continuous."""
     losses: Mapping[str, Tensor] = field(default_factory=dict)
-    """Auxiliary losses of the model itself, already weighted (mixture-of-experts balance, ...)."""
+    """Auxiliary losses of the model itself, already weighted (mixture-of-experts balance, ...):
+    means over the batch."""
     branches: Branches | None = None
-    """What `logits` were mixed from, [B, T, ...]."""
+    """What `outputs` were mixed from, [B, T, ...]."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the model reports beside its losses: scalars, means over the batch; only logged."""
+
+    @property
+    def logits(self) -> Tensor:
+        """All logits [B, T, C, V]; where heads are left to the reader, each call computes them."""
+        if isinstance(self.outputs, Tensor):
+            return self.outputs
+        parts = [output.logits() for output in self.outputs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
 class Family(Protocol):
@@ -117,12 +170,30 @@ class Family(Protocol):
         """Load what `save` wrote."""
         ...
 
+    @classmethod
+    def pretrained(
+        cls, config: Any, facts: DatasetFacts, *, device: str, dtype: torch.dtype
+    ) -> Self:
+        """Load a teacher that was trained elsewhere, by its record in `teacher.pretrained`.
+
+        `facts` are those of the prepared dataset; raises `UserError` that says what of the
+        checkpoint does not match them.
+        """
+        ...
+
     def save(self, path: Path) -> None:
-        """Write weights (safetensors) and configuration (JSON) into the folder `path`."""
+        """Write configuration (config.json) and then weights into the folder `path`.
+
+        Weights are one of `WEIGHTS_FILES` and nothing pickled; where they lie, the model is whole.
+        """
         ...
 
     def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
-        """Copy weights from a checkpoint file without building its model."""
+        """Copy weights from a teacher's folder, or pretrained file, without building its model."""
+        ...
+
+    def architecture(self) -> Architecture:
+        """Return how large the model is and what decoding a timestep costs."""
         ...
 
     def adopt_codebooks(self, vectors: Tensor) -> None:
@@ -184,6 +255,7 @@ class Family(Protocol):
         both_branches: bool = False,
         unconditional: Tensor | None = None,
         alignment: bool = False,
+        linear: bool = False,
     ) -> Scores:
         """Predict every timestep of given codes in one parallel pass.
 
@@ -191,9 +263,16 @@ class Family(Protocol):
         length is never read. With `cfg_scale` other than 1, or `both_branches`, both are computed
         and mixed (no gradients wanted); `unconditional` [B] bool drops the conditions of the marked
         samples (condition dropout); `alignment` asks for the loss "alignment", where the family has
-        one.
+        one. `linear`, which only families whose heads are all linear are asked for, leaves the
+        heads to who reads the scores: `Scores.outputs` and those of the branches are
+        `LinearOutput`; guided ones read mixed states, for guidance commutes with a linear head.
         """
         ...
+
+
+def has_linear_heads(family: Family) -> bool:
+    """Whether all streams come from linear heads, so that `score` may leave them to its caller."""
+    return {head.group for head in family.heads} == {stream.group for stream in family.streams}
 
 
 def load_family(name: FamilyName) -> type[Family]:
@@ -239,6 +318,14 @@ def saved_family(folder: Path) -> FamilyName:
             "wrote, or run that stage first"
         ) from None
 
+
+def is_saved(folder: Path) -> bool:
+    """Whether `folder` holds a finished model: its weights, which are written last."""
+    return any((folder / name).exists() for name in WEIGHTS_FILES)
+
+
+WEIGHTS_FILES = ("model.safetensors", "model.nemo")
+"""What the families call the weights that they save."""
 
 FAMILIES: dict[FamilyName, tuple[str, str, str | None]] = {
     "codec_lm": ("stages.families.codec_lm", "CodecLM", None),

@@ -20,7 +20,11 @@ from stages.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
-STUDENT = {"model": {"d_model": 16, "heads": 2}, "optimizer": {"steps": 5}}
+STUDENT = {
+    "model": {"family": "codec_lm", "d_model": 16, "heads": 2},
+    "optimizer": {"steps": 5},
+}
+PRETRAINED = {"family": "magpie", "path": "t.nemo"}
 DOCUMENT: dict[str, Any] = {
     "name": "small",
     "prepare": {"source": "somewhere"},
@@ -111,8 +115,12 @@ UNKNOWN = {
     "fit.optimizer.lerning_rate": "fit.optimizer.lerning_rate: unknown key; did you mean "
     "'learning_rate'?",
     "rollout.sampler.temprature": "unknown key; did you mean 'temperature'?",
-    "rollout.target.kk": "kk: unknown key; did you mean 'k'?",
-    "students.student.model.dmodel": "dmodel: unknown key; did you mean 'd_model'?",
+    "rollout.target.kk": "rollout.target.kk: unknown key; did you mean 'k'?",
+    "rollout.target.branchs": "known here: dtype, k, kind, moments, tail_samples, temperatures",
+    "rollout.profile.loss_nats": "rollout.profile.loss_nats: unknown key; known here: kind",
+    "prepare.audio_codec.path": "prepare.audio_codec.path: unknown key; known here: codebooks",
+    "students.student.model.dmodel": "students.student.model.dmodel: unknown key; did you mean "
+    "'d_model'?",
     "students.student.loss.klx": "klx: unknown key; did you mean 'kl'?",
     "teacher.model.experts.expert": "expert: unknown key; did you mean 'experts'?",
     "evaluate.zzzz": "evaluate.zzzz: unknown key; known here: audio_samples, batch_size",
@@ -121,8 +129,9 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("key", UNKNOWN)
 def test_an_unknown_key_is_named_with_the_one_that_was_meant(load, key):
+    tags = {"rollout.profile.kind": "fast", "prepare.audio_codec.kind": "fit"}
     with pytest.raises(UserError) as caught:
-        load({key: 1})
+        load(tags | {key: 1})
     assert UNKNOWN[key] in str(caught.value)
 
 
@@ -130,12 +139,36 @@ BAD = {
     "name missing": ({"name": ...}, "name: missing; this key has no default"),
     "steps missing": ({"fit.optimizer.steps": ...}, "fit.optimizer.steps: missing"),
     "sampler missing": ({"rollout.sampler": ...}, "rollout.sampler: missing"),
-    "k missing": ({"rollout.target": {"kind": "top_k"}}, "k: missing"),
+    "k missing": ({"rollout.target": {"kind": "top_k"}}, "  rollout.target.k: missing"),
+    "family missing": (
+        {"students.student.model.family": ...},
+        "  students.student.model.family: missing; give one of 'codec_lm', 'magpie'",
+    ),
+    "kind missing": (
+        {"rollout.target": {"k": 4}},
+        "  rollout.target.kind: missing; give one of 'top_k', 'full', 'sampled', 'hidden', 'dense'",
+    ),
+    "an unknown kind": (
+        {"rollout.target.kind": "topk"},
+        "  rollout.target.kind: 'topk' is none of 'top_k', 'full', 'sampled', 'hidden', 'dense'; "
+        "did you mean 'top_k'?",
+    ),
+    "a word for one of two numbers": (
+        {"students.student.loss": {"guidance_scale": "much"}},
+        "  students.student.loss.guidance_scale: Input should be a valid number",
+    ),
+    "two of three weights": (
+        {"students.student.loss": {"codebook_weights": [1.0, "a"]}},
+        "  students.student.loss.codebook_weights.1: Input should be a valid number",
+    ),
     "a word for a number": ({"seed": "one"}, "seed: Input should be a valid integer"),
     "a fraction for a count": ({"fit.optimizer.steps": 2.5}, "(given: 2.5)"),
     "a list for a section": ({"fit": [1]}, "fit: Input should be a valid dictionary"),
     "a bad choice": ({"fit.optimizer.precision": "fp8"}, "Input should be 'fp32', "),
-    "an unknown family": ({"teacher.model.family": "gpt"}, "codec_lm"),
+    "an unknown family": (
+        {"teacher.model.family": "gpt"},
+        "  teacher.model.family: 'gpt' is none of 'codec_lm', 'magpie'",
+    ),
     "temperature 0": ({"rollout.sampler.temperature": 0}, "temperature is 0.0 but must be > 0"),
     "temperature < 0": ({"rollout.sampler.temperature": -1}, "must be > 0"),
     "distillation temperature 0": (
@@ -147,15 +180,30 @@ BAD = {
     "negative guidance": ({"rollout.guidance": {"scale": -1}}, "cfg scale is -1.0"),
     "infinite guidance": ({"rollout.guidance": {"scale": float("inf")}}, "finite number"),
     "batch of nothing": ({"rollout.batch_size": 0}, "rollout.batch_size: Input should be greater"),
-    "heads that do not divide": ({"teacher.model.heads": 3}, "heads=3 does not divide d_model=16"),
+    "heads that do not divide": ({"teacher.model.heads": 3}, "  teacher.model: heads=3 does not"),
     "a name that is a path": ({"name": "../up"}, "'../up' is not a run name"),
     "a student that is a path": ({"students": {"../up": STUDENT}}, "is not a student name"),
     "no data": ({"prepare.source": ...}, "exactly one of source"),
     "both datasets": ({"dataset": "d"}, "give prepare (to make a dataset) or dataset"),
     "a stage without its teacher": ({"teacher": ..., "fit": ...}, "rollout needs the section"),
     "a teacher that nobody trains": ({"fit": ...}, "give the section fit exactly when"),
+    "no teacher at all": ({"teacher": {}}, "  teacher: give exactly one of model"),
+    "two teachers": (
+        {"teacher.checkpoint": "t"},
+        "(trained elsewhere), not model and checkpoint",
+    ),
+    "a pretrained teacher to be fitted": (
+        {"teacher": {"pretrained": PRETRAINED}},
+        "give the section fit exactly when teacher.model",
+    ),
+    "a pretrained teacher of no checkpoint": (
+        {"teacher": {"pretrained": PRETRAINED | {"path": "t.safetensors"}}, "fit": ...},
+        "  teacher.pretrained: path=t.safetensors is no MagpieTTS checkpoint",
+    ),
     "no loss": ({"students.student.loss": {"kl": 0}}, "all terms of the loss weigh 0"),
     "a source without its student": ({"rollout.source": "student"}, "name the student exactly"),
+    "a replay without its store": ({"rollout.source": "replay"}, "name the store exactly"),
+    "a store that is not replayed": ({"rollout.replay": "s"}, "replay=s: name the store exactly"),
     "a checkpoint without path": (
         {"students.student.init": {"kind": "checkpoint"}},
         "give a path exactly for 'checkpoint'",
@@ -234,6 +282,14 @@ def test_a_bad_override_is_refused(load, override, words):
     with pytest.raises(UserError) as caught:
         load({"seed": 1}, override)
     assert words in str(caught.value)
+
+
+def test_a_pretrained_teacher_has_nothing_to_fit(load):
+    config = load({"teacher": {"pretrained": PRETRAINED}, "fit": ...})
+    assert config.teacher.pretrained.path == Path("t.nemo")
+    assert "fit" not in stages_of(config)
+    other = load({"teacher": {"pretrained": PRETRAINED | {"path": "u.nemo"}}, "fit": ...})
+    assert stage_identity(config, "rollout") != stage_identity(other, "rollout")
 
 
 def test_stages_come_in_the_order_of_their_work(load):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from stages import capture
+from stages.architecture import Architecture
 from stages.config import DatasetFacts, RolloutConfig, TrainConfig
 from stages.distributed import Place
 from stages.family import Branch, Branches, Scores, Step
@@ -52,6 +53,12 @@ class Field:
     def tokenizer_fingerprint(self) -> str:
         return "k"
 
+    def architecture(self) -> Architecture:
+        return Architecture(
+            parameters=96, parts={"field": 96}, active_parameters=96,
+            flops_per_timestep=144, dense_flops_per_timestep=144,
+        )  # fmt: skip
+
     def save(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
@@ -86,7 +93,7 @@ class Field:
             codes = torch.zeros(len(rows), STREAMS, dtype=torch.int64)
             yield Step(rows, timestep, codes, guided, branches)
 
-    def score(self, samples, codes, lengths, *, cfg_scale=1.0, both_branches=False):
+    def score(self, samples, codes, lengths, *, cfg_scale=1.0, both_branches=False, linear=False):
         frame = codes.shape[:2]
         each = [sample for sample in samples for _ in range(frame[1])]
         levels = torch.arange(frame[1]).repeat(frame[0])

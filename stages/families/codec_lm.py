@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stages.architecture import Architecture
 from stages.config import CodecLMConfig, DatasetFacts, FamilyName
 from stages.errors import UserError
 from stages.families.codec_lm_checkpoint import (
@@ -28,8 +30,9 @@ from stages.families.codec_lm_network import (
     Conditions,
     DecoderState,
     Prediction,
+    architecture_of,
 )
-from stages.family import Branch, Branches, Sample, Scores, Step
+from stages.family import Branch, Branches, LinearOutput, Sample, Scores, Step
 from stages.guidance import guide
 from stages.layout import FrameStacking
 from stages.sampling import RolloutPolicy
@@ -37,6 +40,8 @@ from store.schema import Head, Stream
 
 Parts = Sequence[Tensor]
 """Tensors [n, ..., c, V] or [n, ..., h, D], to be joined along the second last axis."""
+Outputs = Tensor | tuple[LinearOutput, ...]
+"""What `Scores` holds."""
 
 
 class CodecLM:
@@ -111,9 +116,21 @@ class CodecLM:
         family.module.eval()
         return family
 
+    @classmethod
+    def pretrained(
+        cls, config: Any, facts: DatasetFacts, *, device: str, dtype: torch.dtype
+    ) -> Self:
+        """Refuse: a codec_lm is fitted here, or loaded from a folder that `fit` wrote."""
+        raise UserError(
+            f"family {cls.name!r} has no checkpoints of other programs ({config}): give "
+            "teacher.model and fit, or teacher.checkpoint"
+        )
+
     def save(self, path: Path) -> None:
         """Write config.json and model.safetensors into the folder `path`."""
-        write_checkpoint(path, self._description(), self.module.state_dict())
+        # Beside what the fingerprint covers: it follows from it, and older folders lack it.
+        counted = {"architecture": self.architecture().model_dump(mode="json")}
+        write_checkpoint(path, self._description() | counted, self.module.state_dict())
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -141,6 +158,10 @@ class CodecLM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module.adopt_codebooks(vectors.float().cpu())
+
+    def architecture(self) -> Architecture:
+        """How large the model is and what decoding a timestep costs."""
+        return architecture_of(self.module)
 
     def fingerprint(self) -> str:
         """Sha256 over configuration, facts and weights (in the order of their names)."""
@@ -314,6 +335,7 @@ class CodecLM:
         both_branches: bool = False,
         unconditional: Tensor | None = None,
         alignment: bool = False,
+        linear: bool = False,
     ) -> Scores:
         """Predict every timestep of `codes` [B, T, C] in one parallel pass.
 
@@ -331,15 +353,22 @@ class CodecLM:
                 lengths.repeat_interleave(2, 0),
                 conditions.branches(2),
             )
-            mixed = guide(both.logits[0::2], both.logits[1::2], cfg_scale)
-            return Scores(mixed, branches=_scored(both, 2))
+            outputs = self._outputs(both, linear)
+            return Scores(_mixed(outputs, cfg_scale), branches=_scored(both, outputs, 2))
         prediction = self.network(codes, lengths, conditions, alignment)
         losses = {}
         if self.config.experts is not None:
             losses["experts"] = prediction.auxiliary
         if prediction.alignment is not None:
             losses["alignment"] = prediction.alignment
-        return Scores(prediction.logits, losses, _scored(prediction, 1))
+        outputs = self._outputs(prediction, linear)
+        return Scores(outputs, losses, _scored(prediction, outputs, 1))
+
+    def _outputs(self, prediction: Prediction, linear: bool) -> Outputs:
+        """The heads of all groups on their states, in the order of the streams, or all logits."""
+        weights = self.module.head_weights()
+        heads = tuple(LinearOutput(x, weights[group]) for group, x in prediction.hidden.items())
+        return heads if linear else Scores(heads).logits
 
 
 class _Draw:
@@ -367,21 +396,27 @@ class _Draw:
         return _split(logits, hidden, self.branches)
 
 
-def _scored(prediction: Prediction, branches: int) -> Branches:
+def _mixed(outputs: Outputs, scale: float) -> Outputs:
+    """Mix the branches of predictions whose rows take turns: logits, or what the heads read."""
+    if isinstance(outputs, Tensor):
+        return guide(outputs[0::2], outputs[1::2], scale)
+    return tuple(
+        replace(head, states=guide(head.states[0::2], head.states[1::2], scale)) for head in outputs
+    )
+
+
+def _scored(prediction: Prediction, outputs: Outputs, branches: int) -> Branches:
     hidden = {group: [states] for group, states in prediction.hidden.items()}
-    return _split([prediction.logits], hidden, branches)
+    return _split([outputs] if isinstance(outputs, Tensor) else outputs, hidden, branches)
 
 
-def _split(logits: Parts, hidden: Mapping[str, Parts], branches: int) -> Branches:
+def _split(
+    outputs: Sequence[Tensor | LinearOutput], hidden: Mapping[str, Parts], branches: int
+) -> Branches:
     """Part rows that take turns, the conditional one first where there are two branches."""
-
-    def branch(first: int) -> Branch:
-        return Branch(
-            tuple(part[first::branches] for part in logits),
-            {g: tuple(part[first::branches] for part in parts) for g, parts in hidden.items()},
-        )
-
-    return Branches(branch(0), branch(1) if branches == 2 else None)
+    whole = Branch(tuple(outputs), {group: tuple(parts) for group, parts in hidden.items()})
+    uncond = whole.at(slice(1, None, 2)) if branches == 2 else None
+    return Branches(whole.at(slice(0, None, branches)), uncond)
 
 
 def _drop(

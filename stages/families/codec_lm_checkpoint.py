@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from stages.config import CodecLMConfig, DatasetFacts
 from stages.errors import UserError
+from stages.families.weights import check_tensors, kept_layers
 from stages.publish import publish_file, replace_file
 
 CONFIG_FILE = "config.json"
@@ -92,24 +92,6 @@ def open_weights(file: Path) -> Iterator[Any]:
         ) from error
 
 
-def check_tensors(
-    file: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Compare names and shapes of tensors; raises UserError that lists every difference."""
-    faults = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    faults += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
-    faults += [
-        f"{name} has shape {found[name]}, not {expected[name]}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]
-    if faults:
-        raise UserError(
-            f"{file} does not fit the model: {'; '.join(faults)}. Use the configuration that the "
-            "weights were trained with"
-        )
-
-
 def inherited_tensors(
     path: Path, layers: Sequence[int] | None, network: nn.Module, facts: DatasetFacts
 ) -> dict[str, Tensor]:
@@ -123,7 +105,7 @@ def inherited_tensors(
     _check_facts(checkpoint, facts)
     expected = network.state_dict()
     with open_weights(weights) as file:
-        kept = _kept_layers(weights, layers, list(file.keys()), list(expected))
+        kept = kept_layers(weights, layers, _depth(list(file.keys())), _depth(list(expected)))
         sources = _sources(list(file.keys()), kept)
         found = {
             name: tuple(file.get_slice(source).get_shape()) for name, source in sources.items()
@@ -147,23 +129,6 @@ def _check_facts(checkpoint: Checkpoint, facts: DatasetFacts) -> None:
 def _depth(names: Sequence[str]) -> int:
     matches = (DECODER_LAYER.fullmatch(name) for name in names)
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
-
-
-def _kept_layers(
-    weights: Path, layers: Sequence[int] | None, theirs: Sequence[str], ours: Sequence[str]
-) -> list[int]:
-    """Which decoder layers to copy, in order."""
-    available, wanted = _depth(theirs), _depth(ours)
-    if layers is None:
-        layers = np.linspace(0, available - 1, wanted).round().astype(int).tolist()
-        if wanted > available:
-            layers = list(range(available))
-    if len(layers) != wanted or any(not 0 <= layer < available for layer in layers):
-        raise UserError(
-            f"{weights} has decoder layers 0 to {available - 1} and the model has {wanted} layers, "
-            f"but the layers to keep are {list(layers)}: name {wanted} of them, or null"
-        )
-    return list(layers)
 
 
 def _sources(names: Sequence[str], kept: Sequence[int]) -> dict[str, str]:

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.architecture import (
+    Architecture,
+    feed_forward_flops,
+    parameters_by_part,
+    product_flops,
+)
 from stages.config import CodecLMConfig, DatasetFacts
 from stages.errors import UserError
 from stages.modules.alignment import diagonal_loss
@@ -70,8 +76,6 @@ class Conditions:
 class Prediction:
     """What one parallel pass computes."""
 
-    logits: Tensor
-    """[B, T, C, V]."""
     hidden: dict[str, Tensor]
     """By group of streams, what its head reads: `backbone` [B, T, 1, E], `local` [B, T, S, W]."""
     auxiliary: Tensor
@@ -309,9 +313,9 @@ class CodecLMNetwork(nn.Module):
     def forward(
         self, codes: Tensor, lengths: Tensor, conditions: Conditions, alignment: bool = False
     ) -> Prediction:
-        """Predict every timestep of `codes` [B, T, S] from those before it.
+        """Predict every timestep of `codes` [B, T, S] from those before it, up to the heads.
 
-        `lengths` [B] int64; codes beyond them are never read, and logits beyond them mean nothing.
+        `lengths` [B] int64; codes beyond them are never read, and states beyond them mean nothing.
         """
         timesteps = codes.shape[1]
         valid = torch.arange(timesteps, device=codes.device) < lengths[:, None]
@@ -334,25 +338,16 @@ class CodecLMNetwork(nn.Module):
                 maps.append(weights[:, :, start:])
         hidden = self.norm(x[:, start:])
         aligned = self._alignment(maps, conditions, lengths) if alignment else None
-        logits, states = self._predict(hidden, codes, valid)
-        return Prediction(logits, states, auxiliary, aligned)
+        return Prediction(self._states(hidden, codes, valid), auxiliary, aligned)
 
-    def _predict(
-        self, hidden: Tensor, codes: Tensor, valid: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits [B, T, C, V] and what each head reads, from decoder outputs [B, T, E].
-
-        Codes [B, T, S] feed the local part.
-        """
-        logits, states = self.predict_parallel(hidden), {"backbone": hidden.unsqueeze(-2)}
-        if self.local is None:
-            return logits, states
-        clean = torch.where(valid.unsqueeze(-1), codes, self.begin_id).flatten(0, 1)
-        embedded = self.code_embedding(clean + self._offsets(codes))
-        local = self.local(hidden.flatten(0, 1), embedded)
-        states["local"] = local.view(*codes.shape, -1)
-        predicted = self.local.predict(local).reshape(logits.shape)
-        return torch.cat([logits, predicted], 2), states
+    def _states(self, hidden: Tensor, codes: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """What each head reads, from decoder outputs [B, T, E]; codes [B, T, S] feed the local."""
+        states = {"backbone": hidden.unsqueeze(-2)}
+        if self.local is not None:
+            clean = torch.where(valid.unsqueeze(-1), codes, self.begin_id).flatten(0, 1)
+            embedded = self.code_embedding(clean + self._offsets(codes))
+            states["local"] = self.local(hidden.flatten(0, 1), embedded).view(*codes.shape, -1)
+        return states
 
     def _alignment(self, maps: list[Tensor], conditions: Conditions, lengths: Tensor) -> Tensor:
         losses = [
@@ -398,6 +393,33 @@ class CodecLMNetwork(nn.Module):
         """Embeddings [n, E] of the codes [n] of one stream."""
         embedded: Tensor = self.code_embedding(codes + stream * self.vocabulary)
         return embedded
+
+
+def architecture_of(network: CodecLMNetwork) -> Architecture:
+    """How large a network is and what decoding a timestep costs."""
+    config, parts = (
+        network.config,
+        parameters_by_part(
+            (name, parameter.numel()) for name, parameter in network.named_parameters()
+        ),
+    )
+    count, active = (config.experts.experts, config.experts.active) if config.experts else (0, 0)
+    width, hidden, layers = config.d_model, config.feed_forward, config.decoder_layers
+    # Queries, keys, values and output of self-attention; queries and output of cross-attention.
+    decoder = layers * product_flops((width, 6 * width))
+    heads = product_flops((width, network.streams * network.vocabulary))
+    rest = decoder + heads + (network.local.flops(width) if network.local is not None else 0)
+    sparse = layers * feed_forward_flops(width, hidden, experts=count, active=active)
+    idle = layers * (count - active) * 2 * width * hidden
+    return Architecture(
+        parameters=sum(parts.values()),
+        parts=parts,
+        active_parameters=sum(parts.values()) - idle,
+        flops_per_timestep=rest + sparse,
+        dense_flops_per_timestep=rest + layers * feed_forward_flops(width, max(count, 1) * hidden),
+        experts=count,
+        active_experts=active,
+    )
 
 
 def sinusoids(length: int, width: int) -> Tensor:

@@ -26,19 +26,29 @@ def causal_mask(valid: Tensor) -> Tensor:
     return (allowed | torch.eye(size, dtype=torch.bool, device=valid.device)).unsqueeze(1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
     """Attention of queries [B, H, T, D] to keys and values [B, H, L, D]: [B, H, T, D].
+
+    `dropout` is the share of attention weights that are dropped.
 
     On the CPU it is computed in float32 whatever the type: torch's fused kernel is several times
     slower in bfloat16 there (2.14: a training step of a small model takes 1.5 times as long).
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.float()
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(
-            q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal
+            q.float(), k.float(), v.float(), mask, dropout, is_causal=causal
         )
     return y.to(q.dtype)
 
@@ -59,6 +69,13 @@ class KVCache:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
         self.rows, self.length = keys.shape[0], keys.shape[2]
+
+    @classmethod
+    def with_room(cls, keys: Tensor, values: Tensor, timesteps: int) -> KVCache:
+        """Hold [n, H, L, D] with room for as many `timesteps`, so that no step has to copy all."""
+        cache = cls(*(F.pad(x, (0, 0, 0, timesteps)) for x in (keys, values)))
+        cache.length = keys.shape[2]
+        return cache
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add one position, [rows, H, 1, D] each."""

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stages.architecture import feed_forward_flops, product_flops
 from stages.config import LocalTransformerConfig
 from stages.modules.attention import KVCache
 from stages.modules.transformer import TransformerLayer, stack
@@ -53,7 +54,7 @@ class LocalTransformer(nn.Module):
         self.heads[:, :, :codes] = rows.transpose(1, 2).repeat(frames, 1, 1)
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """States of all streams at once, for `predict`.
+        """States of all streams at once, each for the head of its own.
 
         `hidden` [N, E] and `embedded` codes [N, S, E] give [N, S, W], W being the width.
         """
@@ -63,10 +64,6 @@ class LocalTransformer(nn.Module):
             x = layer(x, causal=True)
         states: Tensor = self.norm(x)
         return states
-
-    def predict(self, states: Tensor) -> Tensor:
-        """Logits [N, S, V] of the states [N, S, W] of all streams."""
-        return torch.bmm(states.transpose(0, 1), self.heads).transpose(0, 1)
 
     def start(self, hidden: Tensor) -> tuple[Tensor, list[KVCache]]:
         """State of stream 0 from `hidden` [n, E]: [n, W], and the caches for `step`."""
@@ -90,3 +87,11 @@ class LocalTransformer(nn.Module):
         """Logits [n, V] of one stream from its state [n, W]."""
         logits: Tensor = state @ self.heads[stream]
         return logits
+
+    def flops(self, d_model: int) -> int:
+        """FLOPs of one timestep's streams, attention among them left out (`Architecture`)."""
+        streams, width, vocabulary = self.heads.shape
+        attention = product_flops((width, 4 * width))
+        layer = attention + feed_forward_flops(width, FEED_FORWARD_MULTIPLE * width)
+        position = product_flops((d_model, width), (width, vocabulary)) + len(self.layers) * layer
+        return streams * position

@@ -1,0 +1,484 @@
+"""The family `magpie`: NVIDIA's MagpieTTS, from NeMo's checkpoints and back to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from stages.architecture import Architecture
+from stages.config import DatasetFacts, FamilyName, MagpieConfig, MagpieSettings, MagpieTeacher
+from stages.errors import UserError
+from stages.families import magpie_checkpoint as checkpoint
+from stages.families.magpie_architecture import architecture_of
+from stages.families.magpie_checkpoint import MODEL_FILE, AudioCodecFacts
+from stages.families.magpie_network import (
+    Conditions,
+    MagpieNetwork,
+    Prediction,
+)
+from stages.families.nemo_archive import archive_fingerprint, quiet
+from stages.family import Branches, LinearOutput, Sample, Scores, Step
+from stages.layout import FrameStacking
+from stages.modules.guided import Departure, Draw, Outputs, mixed, split_branches
+from stages.publish import replace_file
+from stages.sampling import RolloutPolicy
+from store.schema import Head, Stream
+
+with quiet():
+    from nemo.collections.tts.modules.magpietts_modules import LocalTransformerType
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+
+UNUSED = ("alignment_encoder.", "_codec_model.")
+"""Parts that neither decode nor learn here."""
+
+
+class Magpie:
+    """A MagpieTTS model with what foretell knows of it.
+
+    `module` is the bare network; `network` is what `score` calls, and training may replace it by a
+    compiled or data-parallel form of `module`.
+    """
+
+    name: FamilyName = "magpie"
+
+    def __init__(
+        self, network: MagpieNetwork, settings: MagpieSettings, facts: DatasetFacts
+    ) -> None:
+        self.module = network
+        self.network: nn.Module = network
+        self.config = settings
+        self.facts = facts
+        model = network.model
+        self.condition_dropout = float(model.cfg.get("cfg_unconditional_prob", 0.0))
+        self.layout = FrameStacking(
+            codebooks=model.num_audio_codebooks,
+            frames_per_step=model.frame_stacking_factor,
+            end_id=model.audio_eos_id,
+        )
+        self.end_id: int | None = model.audio_eos_id
+        special = range(model.codebook_size, network.vocabulary)
+        self.forbidden = tuple(i for i in special if i != model.audio_eos_id)
+        self.timestep_s = model.frame_stacking_factor / facts.frame_rate_hz
+        self.baked: int = model.num_baked_speakers
+        self.conditions = ("text", "speaker") if self.baked else ("text", "context_codes")
+        groups = ("backbone", "local") if network.local else ("backbone",)
+        self.streams = tuple(
+            Stream(name=f"{group}.{i}", group=group, vocabulary=network.vocabulary)
+            for group in groups
+            for i in range(network.streams)
+        )
+        vectors = {"backbone": 1, "local": network.streams}
+        self.heads = tuple(
+            Head(group=group, vectors=vectors[group], width=weight.shape[-1])
+            for group, (weight, _) in network.head_weights().items()
+        )
+        streams = network.streams
+        self._leading = slice(streams, None) if settings.history == "local" else slice(0, streams)
+        """The streams whose draws are the history, and end it."""
+        self._tokenizer = _tokenizer(settings, list(model.tokenizer.tokenizer_names))
+        self._speakers = {name: i for i, name in enumerate(settings.speakers)}
+        self._check_conditions()
+
+    def _check_conditions(self) -> None:
+        """Refuse a dataset that lacks what the model reads; raises UserError."""
+        speakers = self.config.speakers
+        if self.baked != len(speakers):
+            raise UserError(
+                f"the model has {self.baked} baked contexts, but the setting speakers names "
+                f"{len(speakers)} ({', '.join(speakers) or 'none'}): name the dataset's speaker of "
+                "each, in their order"
+            )
+        if not self.baked and self.facts.context_frames == 0:
+            raise UserError(
+                "the model reads a context clip of the speaker, but the dataset was prepared "
+                "without: set prepare.context_s (5.0 for the published models) and prepare again"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.module.model.final_proj.weight.device
+        return device
+
+    @classmethod
+    def build(cls, config: MagpieConfig, facts: Mapping[str, Any], *, seed: int) -> Self:
+        """Build a model on the CPU with fresh fp32 weights that belong to `seed`.
+
+        Raises UserError when NeMo's configuration cannot be read or is not supported.
+        """
+        known = DatasetFacts.model_validate(facts)
+        nemo = checkpoint.overridden(checkpoint.read_model_config(config.nemo), config)
+        archive = config.nemo if config.nemo.suffix == ".nemo" else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = checkpoint.build(nemo, AudioCodecFacts.of(known), archive)
+        return cls(_network(model, config), config, known)
+
+    @classmethod
+    def pretrained(
+        cls, config: MagpieTeacher, facts: DatasetFacts, *, device: str, dtype: torch.dtype
+    ) -> Self:
+        """Load a checkpoint of NeMo's, in evaluation mode.
+
+        Raises UserError when it cannot be read, is not supported, or speaks the codes of another
+        audio codec than the dataset's.
+        """
+        model = checkpoint.load_teacher(config, AudioCodecFacts.of(facts))
+        _check_audio_codec(config, model.cfg, facts)
+        family = cls(_network(model, config), config, facts)
+        family.module.to(device, dtype).eval().requires_grad_(False)
+        return family
+
+    @classmethod
+    def load(cls, path: Path, *, device: str, dtype: torch.dtype) -> Self:
+        """Load what `save` wrote, in evaluation mode; raises UserError naming the file."""
+        file = path / CONFIG_FILE
+        try:
+            description = json.loads(file.read_text(encoding="utf-8"))
+            settings = MagpieConfig.model_validate(description["config"])
+            facts = DatasetFacts.model_validate(description["facts"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file} is not the configuration of a magpie checkpoint: {error}; give a folder "
+                "that `train` wrote"
+            ) from error
+        archive = path / MODEL_FILE
+        model = checkpoint.build(
+            checkpoint.read_model_config(archive), AudioCodecFacts.of(facts), archive
+        )
+        checkpoint.load_weights(model, checkpoint.read_checkpoint(archive), archive)
+        family = cls(_network(model, settings), settings, facts)
+        family.module.to(device, dtype).eval()
+        return family
+
+    def save(self, path: Path) -> None:
+        """Write config.json, and model.nemo for stock NeMo, into the folder `path`.
+
+        Each file appears whole, the weights last: where they are, the checkpoint is finished.
+        """
+        text = json.dumps(self._description(), indent=2, sort_keys=True) + "\n"
+        replace_file(path / CONFIG_FILE, text.encode())
+        checkpoint.save(self.module.model, path / MODEL_FILE)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "facts": self.facts.model_dump(mode="json"),
+            "architecture": self.architecture().model_dump(mode="json"),
+        }
+
+    def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
+        """Copy the weights of a .nemo, a .ckpt or a student's folder, without building its model.
+
+        `layers` names the decoder layers to keep, in order; None spreads them evenly. Raises
+        UserError if any tensor does not fit.
+        """
+        checkpoint.inherit(self.module.model, path, layers)
+
+    def architecture(self) -> Architecture:
+        """How large the model is and what decoding a timestep costs."""
+        return architecture_of(self.module)
+
+    def adopt_codebooks(self, vectors: Tensor) -> None:
+        """Keep the embeddings of codes as NeMo draws them, whatever the codes mean."""
+
+    def fingerprint(self) -> str:
+        """Sha256 over settings, NeMo's configuration and weights (in the order of their names)."""
+        model = self.module.model
+        nemo: dict[str, Any] = OmegaConf.to_container(model.cfg, resolve=True)  # type: ignore[assignment]
+        known = {
+            "settings": self.config.model_dump(
+                mode="json", exclude={"path", "nemo", "audio_codec"}
+            ),
+            "facts": self.facts.model_dump(mode="json"),
+            "nemo": {key: nemo.get(key) for key in ("encoder", "decoder", "context_encoder")},
+        }
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+        for name, tensor in sorted(checkpoint.state_of(model).items()):
+            if name.endswith("causal_mask"):
+                continue
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def tokenizer_fingerprint(self) -> str:
+        """Sha256 over the tokens of all tokenizers, the one in use, and the baked speakers."""
+        tokens = [str(token) for token in self.module.model.tokenizer.tokens]
+        known = [tokens, self._tokenizer, list(self.config.speakers)]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    # Layout
+
+    def timesteps(self, sample: Sample) -> int:
+        """Timesteps of the sample's own recording, end block included."""
+        return self.layout.timesteps(len(sample["codes"]) // self.facts.codebooks)
+
+    def reference_codes(self, sample: Sample) -> Tensor:
+        """[T, C] int64: the recording's codes, laid out once for each group of streams."""
+        codes = torch.as_tensor(sample["codes"], dtype=torch.int64)
+        stacked = self.layout.encode(codes.reshape(-1, self.facts.codebooks))
+        return stacked.repeat(1, len(self.streams) // self.layout.streams)
+
+    def frames(self, codes: Tensor) -> Tensor:
+        """The audio codec's frames [F, codebooks] int64 of `codes` [T, C]: the decoder's own."""
+        return self.layout.decode(codes[:, : self.layout.streams])
+
+    # Conditions
+
+    def _conditions(
+        self, samples: Sequence[Sample], unconditional: Tensor | None = None
+    ) -> Conditions:
+        """Turn the conditions of samples into padded tensors on the model's device."""
+        texts = [self._text_ids(sample) for sample in samples]
+        dropped = torch.zeros(len(samples), dtype=torch.bool)
+        contexts, lengths, speakers = None, None, None
+        if self.baked:
+            speakers = torch.tensor([self._speaker(sample) for sample in samples])
+        else:
+            rows = [self._context(sample) for sample in samples]
+            contexts = pad_sequence(rows, batch_first=True)
+            lengths = torch.tensor([len(row) for row in rows])
+        return Conditions(
+            text=pad_sequence(texts, batch_first=True),
+            text_lengths=torch.tensor([len(text) for text in texts]),
+            unconditional=dropped if unconditional is None else unconditional,
+            context=contexts,
+            context_lengths=lengths,
+            speakers=speakers,
+        ).to(self.device)
+
+    def _text_ids(self, sample: Sample) -> Tensor:
+        """Token ids of a text, with NeMo's end token."""
+        model = self.module.model
+        with quiet():
+            ids = model.tokenizer.encode(sample["text"], self._tokenizer)
+        if not ids:
+            raise UserError(
+                f"sample {sample['sample_id']!r}: the tokenizer {self._tokenizer!r} knows nothing "
+                f"of the text {sample['text']!r}; remove the sample, or choose another tokenizer"
+            )
+        limit = model.encoder.position_embeddings
+        if limit is not None and len(ids) + 1 > limit.num_embeddings:
+            raise UserError(
+                f"sample {sample['sample_id']!r}: the text has {len(ids)} tokens, but the model's "
+                f"text encoder takes {limit.num_embeddings - 1} (encoder.max_length_causal_mask): "
+                "split the text"
+            )
+        return torch.tensor([*ids, model.eos_id])
+
+    def _context(self, sample: Sample) -> Tensor:
+        """Codes of the context clip between its special ids, stacked: [P, S] int64."""
+        model, layout = self.module.model, self.layout
+        codes = torch.as_tensor(sample["context_codes"], dtype=torch.int64)
+        frames = codes.reshape(-1, layout.codebooks)
+        begin = torch.full_like(frames[:1], model.context_audio_bos_id, dtype=torch.int64)
+        if not len(frames):
+            begin = torch.full((1, layout.codebooks), model.context_audio_bos_id)
+        end = torch.full_like(begin, model.context_audio_eos_id)
+        whole = torch.cat([begin, frames, end])
+        # NeMo fills the last block with the code 0.
+        missing = -len(whole) % layout.frames_per_step
+        return nn.functional.pad(whole, (0, 0, 0, missing)).reshape(-1, layout.streams)
+
+    def _speaker(self, sample: Sample) -> int:
+        try:
+            return self._speakers[sample["speaker"]]
+        except KeyError:
+            raise UserError(
+                f"sample {sample['sample_id']!r}: speaker {sample['speaker']!r} has no baked "
+                f"context in the model, whose speakers are {list(self._speakers)}: leave it out, "
+                "or name it in the setting speakers"
+            ) from None
+
+    def _check_positions(self, samples: Sequence[Sample], context: int, timesteps: int) -> None:
+        limit = self.module.positions
+        if context + timesteps > limit:
+            raise UserError(
+                f"a context of {context} positions and {timesteps} timesteps, the longest of the "
+                f"batch that begins with sample {samples[0]['sample_id']!r}, exceed the {limit} "
+                "positions of the model (decoder.max_length_causal_mask): lower prepare.context_s "
+                "or sampler.max_timesteps"
+            )
+
+    # The two verbs
+
+    def head_weights(self) -> dict[str, np.ndarray]:
+        """`GROUP.weight` [S, V, D] and `GROUP.bias` [S, V], float32."""
+        arrays = {}
+        for group, (weight, bias) in self.module.head_weights().items():
+            arrays[f"{group}.weight"] = weight.detach().float().cpu().contiguous().numpy()
+            arrays[f"{group}.bias"] = bias.detach().float().cpu().contiguous().numpy()
+        return arrays
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        samples: Sequence[Sample],
+        policy: RolloutPolicy,
+        cfg_scale: float,
+        *,
+        both_branches: bool = False,
+    ) -> Iterator[Step]:
+        """Generate under guidance; sets the network to evaluation mode.
+
+        As in NeMo's distillation the history continues with the decoder's own draws, which alone
+        decide when a rollout ends; what the local transformer draws from them is a target. With
+        the setting `history: local` its draws are the history, as in NeMo's inference.
+        """
+        self.module.eval()
+        branches = 2 if both_branches or cfg_scale != 1.0 else 1
+        encoded = self.module.encode(self._conditions(samples), branches)
+        timesteps = policy.sampler.max_timesteps
+        self._check_positions(samples, encoded.prefix.shape[1], timesteps)
+        state = self.module.start(encoded, timesteps)
+        del encoded
+        rows = torch.arange(len(samples), device=self.device)
+        shape = (len(samples), self.layout.streams)
+        previous = torch.full(shape, self.module.begin_id, device=self.device)
+        for timestep in range(timesteps):
+            hidden = self.module.step(previous.repeat_interleave(branches, 0), state)
+            draw = Draw(policy, rows, timestep, cfg_scale, branches)
+            codes, logits, predicted = self._draw_codes(hidden, draw)
+            previous = codes[:, : self.layout.streams]
+            running = ~policy.end(rows, timestep, previous, logits[:, self._leading])
+            yield Step(rows, timestep, codes, logits, predicted)
+            if not running.all():
+                departure = Departure.of(running)
+                state.drop(departure.of_branches(branches))
+                rows, previous = departure.kept(rows), departure.kept(previous)
+            if len(rows) == 0:
+                return
+
+    def _draw_codes(self, hidden: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Branches]:
+        """Draw the codes [b, C] of one timestep, with their guided logits and both branches."""
+        network, streams = self.module, self.layout.streams
+        parts, states = [network.predict(hidden)], {"backbone": [hidden.unsqueeze(1)]}
+        guided = [draw.guided(parts[0])]
+        codes = [draw.codes(guided[0], slice(0, streams))]
+        if network.local:
+            states["local"] = []
+            decoding = network.local_states(hidden)
+            state = next(decoding)
+            for stream in range(streams):
+                states["local"].append(state.unsqueeze(1))
+                parts.append(network.predict_local(state, stream).unsqueeze(1))
+                guided.append(draw.guided(parts[-1]))
+                codes.append(draw.codes(guided[-1], slice(streams + stream, streams + stream + 1)))
+                if stream + 1 < streams:
+                    state = decoding.send(codes[-1][:, 0].repeat_interleave(draw.branches, 0))
+        if self.config.history == "local":
+            codes = [*codes[1:], *codes[1:]]
+        branches = split_branches(parts, states, draw.branches)
+        return torch.cat(codes, 1), torch.cat(guided, 1), branches
+
+    def score(
+        self,
+        samples: Sequence[Sample],
+        codes: Tensor,
+        lengths: Tensor,
+        *,
+        cfg_scale: float = 1.0,
+        both_branches: bool = False,
+        unconditional: Tensor | None = None,
+        alignment: bool = False,
+        linear: bool = False,
+    ) -> Scores:
+        """Predict every timestep of `codes` [B, T, C] in one parallel pass.
+
+        `lengths` [B]; what lies beyond is never read. `losses` holds `experts`, already weighted,
+        where the model has them; there is no alignment loss. With `linear` the heads are left to
+        who reads the scores.
+        """
+        del alignment
+        conditions = self._conditions(samples, unconditional)
+        context = 0 if conditions.context is None else conditions.context.shape[1]
+        self._check_positions(samples, context, codes.shape[1])
+        branches = 2 if both_branches or cfg_scale != 1.0 else 1
+        prediction = self.network(
+            codes.to(self.device, torch.int64), lengths.to(self.device), conditions, branches
+        )
+        outputs = self._outputs(prediction, linear)
+        hidden = {group: [states] for group, states in prediction.hidden.items()}
+        parts = [outputs] if isinstance(outputs, Tensor) else outputs
+        return Scores(
+            mixed(outputs, cfg_scale, branches),
+            prediction.losses,
+            split_branches(parts, hidden, branches),
+            prediction.metrics,
+        )
+
+    def _outputs(self, prediction: Prediction, linear: bool) -> Outputs:
+        """The heads of all groups on their states, in the order of the streams, or all logits."""
+        weights = self.module.head_weights()
+        heads = tuple(LinearOutput(x, *weights[group]) for group, x in prediction.hidden.items())
+        return heads if linear else Scores(heads).logits
+
+
+def _network(model: Any, settings: MagpieSettings) -> MagpieNetwork:
+    """Wrap NeMo's model; what takes no part gets no gradient.
+
+    Raises UserError for a local transformer that does not decode one codebook after the other.
+    """
+    kind = model.local_transformer_type
+    if settings.local_streams and kind == LocalTransformerType.MASKGIT:
+        raise UserError(
+            f"the model's local transformer is of type {kind.value!r}, but only 'autoregressive' "
+            "can be distilled: set local_streams: false"
+        )
+    network = MagpieNetwork(model, local=settings.local_streams)
+    if settings.history == "local" and not network.local:
+        raise UserError(
+            "history is 'local', but the model has no local transformer: set history: backbone"
+        )
+    unused = list(UNUSED)
+    if model.has_baked_context_embedding:
+        unused += ["context_encoder.", "baked_context_embedding."]
+    if not network.local:
+        unused.append("local_transformer")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(unused)))
+    return network
+
+
+def _tokenizer(settings: MagpieSettings, names: Sequence[str]) -> str:
+    """Name of the tokenizer that reads the texts; raises UserError where there is none such."""
+    if settings.tokenizer is None:
+        return names[0]
+    if settings.tokenizer not in names:
+        raise UserError(
+            f"tokenizer={settings.tokenizer!r} is none of the model's, {', '.join(names)}: name one"
+        )
+    return settings.tokenizer
+
+
+def _check_audio_codec(config: MagpieTeacher, nemo: DictConfig, facts: DatasetFacts) -> None:
+    """Compare the teacher's audio codec with the dataset's, where its file is there."""
+    named = Path(str(nemo.get("codecmodel_path") or ""))
+    path = config.audio_codec or named
+    if config.audio_codec is None and not named.is_file():
+        logger.warning(
+            "the teacher's audio codec (%s) is not on this machine, so whether the dataset was "
+            "encoded with it is not checked: name its .nemo in teacher.pretrained.audio_codec",
+            named,
+        )
+        return
+    found = archive_fingerprint(path)
+    if found != facts.audio_codec:
+        raise UserError(
+            f"the teacher's audio codec {path} has fingerprint {found}, but the dataset was "
+            f"encoded with {facts.audio_codec}: prepare the dataset with the teacher's audio codec"
+        )

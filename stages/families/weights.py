@@ -1,0 +1,48 @@
+"""Weights of checkpoints by their names: whether they fit a model, and which layers are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from stages.errors import UserError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_tensors(file: Path, expected: Shapes, found: Shapes) -> None:
+    """Compare names and shapes of tensors; raises UserError that lists every difference."""
+    faults = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    faults += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
+    faults += [
+        f"{name} has shape {found[name]}, not {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    if faults:
+        raise UserError(
+            f"{file} does not fit the model: {'; '.join(faults)}. Use the configuration that the "
+            "weights were trained with"
+        )
+
+
+def kept_layers(
+    weights: Path, layers: Sequence[int] | None, available: int, wanted: int
+) -> list[int]:
+    """Which decoder layers of a checkpoint a model of `wanted` layers inherits, in order.
+
+    None spreads them evenly, the first and the last among them. Raises UserError where the layers
+    named are not there, or not as many as the model has.
+    """
+    if layers is None:
+        layers = np.linspace(0, available - 1, wanted).round().astype(int).tolist()
+        if wanted > available:
+            layers = list(range(available))
+    if len(layers) != wanted or any(not 0 <= layer < available for layer in layers):
+        raise UserError(
+            f"{weights} has decoder layers 0 to {available - 1} and the model has {wanted} layers, "
+            f"but the layers to keep are {list(layers)}: name {wanted} of them, or null"
+        )
+    return list(layers)
