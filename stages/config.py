@@ -139,8 +139,27 @@ class LoadAudioCodecConfig(Record):
     """Its folder, such as another dataset's `audio_codec`."""
 
 
+class NemoAudioCodecConfig(Record):
+    """An audio codec of NeMo's, as MagpieTTS speaks it."""
+
+    kind: Literal["nemo"]
+    path: Path
+    """Its .nemo file; the dataset keeps a copy."""
+    device: str = "auto"
+    """Torch device that encodes; `auto` takes CUDA where it is present."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.path.suffix != ".nemo":
+            raise ValueError(
+                f"path={self.path} is no file of NeMo's: give the audio codec's .nemo, or kind: "
+                "load for the folder of a prepared dataset's"
+            )
+        return self
+
+
 AudioCodecConfig = Annotated[
-    FitAudioCodecConfig | LoadAudioCodecConfig, Field(discriminator="kind")
+    FitAudioCodecConfig | LoadAudioCodecConfig | NemoAudioCodecConfig, Field(discriminator="kind")
 ]
 
 
@@ -157,13 +176,17 @@ class PrepareConfig(Record):
     """From a recorded folder, or the demo corpus, to a dataset of codes."""
 
     source: Path | None = None
-    """Folder with metadata.csv or metadata.parquet, or a .parquet file; null takes `voices`."""
+    """Folder with metadata.csv or .parquet, a .parquet, or NeMo's .json; null takes `voices`."""
+    audio_root: Path | None = None
+    """Folder that audio paths start from and may not leave; null takes the folder of the table."""
     voices: VoicesConfig | None = None
     """The demo corpus to speak where there is no `source`."""
     single_speaker: str | None = None
     """Speaker of every clip; null reads the speaker column of the source."""
     audio_codec: AudioCodecConfig = FitAudioCodecConfig()
-    """The audio codec: fitted here, or loaded."""
+    """The audio codec: fitted here, loaded, or NeMo's."""
+    lower_case: bool = True
+    """Lower-case the texts; false for a model whose tokenizer tells capitals apart."""
     alphabet: str | None = None
     """Characters that a normalised text may hold; null takes those of the train texts."""
     min_duration_s: float = Field(0.3, gt=0)
@@ -181,7 +204,7 @@ class PrepareConfig(Record):
     test_texts: int = Field(60, ge=0)
     """Different texts whose clips form the test split."""
     context_s: float = Field(0.0, ge=0)
-    """Seconds of another train clip of the speaker that go with each sample; 0 for none."""
+    """Seconds of a row's context clip, or else another clip of the speaker, per sample; 0: none."""
     seed: int = 0
     """Chooses the splits and the context clips."""
 
@@ -189,6 +212,11 @@ class PrepareConfig(Record):
     def _check(self) -> Self:
         if (self.source is None) == (self.voices is None):
             raise ValueError("give exactly one of source (a recorded folder) and voices (the demo)")
+        if self.audio_root is not None and self.source is None:
+            raise ValueError(
+                f"audio_root={self.audio_root} goes with a source; leave it out, for voices are "
+                "spoken into a folder of their own"
+            )
         if self.max_duration_s <= self.min_duration_s:
             raise ValueError(
                 f"max_duration_s={self.max_duration_s} must be above "
