@@ -147,9 +147,10 @@ class RolloutPolicy:
         shape = (sampler.max_timesteps, len(streams))
         tables = [keyed_generator(seed, *key).random(shape, dtype=np.float32) for key in keys]
         self._uniforms = torch.from_numpy(np.stack(tables)).to(device)
-        self._last_timestep = torch.tensor(
-            [self._truncation(reference) for reference in reference_timesteps], device=device
-        )
+        last = [self._truncation(reference) for reference in reference_timesteps]
+        self._last_timestep = torch.tensor(last, device=device)
+        self.longest = min(max(last), sampler.max_timesteps)
+        """Timesteps that the longest rollout of the batch may have."""
         self.stop = torch.full((len(keys),), RUNNING, dtype=torch.int8, device=device)
         """[B] why each rollout ended; 0 while it runs."""
 

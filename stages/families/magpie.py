@@ -342,14 +342,13 @@ class Magpie:
         self.module.eval()
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         encoded = self.module.encode(self._conditions(samples), branches)
-        timesteps = policy.sampler.max_timesteps
-        self._check_positions(samples, encoded.prefix.shape[1], timesteps)
-        state = self.module.start(encoded, timesteps)
+        self._check_positions(samples, encoded.prefix.shape[1], policy.longest)
+        state = self.module.start(encoded, policy.longest)
         del encoded
         rows = torch.arange(len(samples), device=self.device)
         shape = (len(samples), self.layout.streams)
         previous = torch.full(shape, self.module.begin_id, device=self.device)
-        for timestep in range(timesteps):
+        for timestep in range(policy.longest):
             hidden = self.module.step(previous.repeat_interleave(branches, 0), state)
             draw = Draw(policy, rows, timestep, cfg_scale, branches)
             codes, logits, predicted = self._draw_codes(hidden, draw)
