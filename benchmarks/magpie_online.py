@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -257,7 +258,8 @@ class Bench:
         family.module.train()
         return family
 
-    def offline_step(self, path: Path) -> Callable[[], None]:
+    @contextmanager
+    def offline_step(self, path: Path) -> Iterator[Callable[[], None]]:
         """One optimizer step of stage two, reading included."""
         store, student = PredictionStore.open(path), self.student()
         config = TrainConfig.model_validate(
@@ -278,7 +280,8 @@ class Bench:
                 (learner.objective(state.step, batch).total / weight).backward()
             state.update(2e-4)
 
-        return step
+        with closing(learner):
+            yield step
 
 
 def speedup(online: Callable[[], None], offline: Callable[[], None], repeats: int) -> Speedup:
@@ -325,7 +328,8 @@ def measure_memory(way: str, folder: Path) -> None:
         case "rollout":
             bench.store("memory", 17)
         case "train":
-            bench.offline_step(folder / "published" / "memory")()
+            with bench.offline_step(folder / "published" / "memory") as step:
+                step()
         case _:
             raise ValueError(f"there is no way {way!r}")
     print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
@@ -446,7 +450,8 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         bench, suffix = Bench(name, folder), "" if name == "mid" else f"_{name}"
         for frames in (65, 200):
             store = bench.store(f"train_{frames}", frames)
-            found = speedup(bench.online_step(frames), bench.offline_step(store), repeats)
+            with bench.offline_step(store) as offline:
+                found = speedup(bench.online_step(frames), offline, repeats)
             line = f"{name}: a step of {frames} frames"
             show(f"{line:<30}{found.online_s:>10.3f} s{found.offline_s:>10.3f} s")
             ratios[f"train_step_speedup_{frames}{suffix}"] = found.ratio
