@@ -68,7 +68,7 @@ class Capture:
         rows: Tensor,
         timesteps: Tensor | int,
         codes: Tensor,
-        logits: Tensor,
+        logits: Tensor | None,
         branches: Branches | None,
     ) -> None:
         """Take predictions of n timesteps, of one row each.
@@ -76,7 +76,7 @@ class Capture:
         `rows` [n] int64 says which rollout of the batch each belongs to, `timesteps` [n] int64 (or
         one number) its place there; those of a rollout come in order. `codes` [n, C], which
         continuous streams do not store; `logits` [n, C, V] or [n, C, *shape] and `branches` are of
-        `stages.family`. Tensors are kept, not copied.
+        `stages.family`, as `ingredients` needs them. Tensors are kept, not copied.
         """
         values = ingredients(self._manifest.target, logits, branches)
         self._waiting.append(_Waiting(rows, timesteps, codes, values))

@@ -87,6 +87,10 @@ class Branches:
     uncond: Branch | None
     """None where it was not computed: at scale 1, unless both branches were asked for."""
 
+    def at(self, *place: Any) -> Branches:
+        """Return what both predict at `place` of the axes before streams and states."""
+        return Branches(self.cond.at(*place), self.uncond and self.uncond.at(*place))
+
 
 @dataclass(frozen=True)
 class Step:

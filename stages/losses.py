@@ -1,9 +1,10 @@
 """Distillation losses on stored targets: weighted sums over timesteps and streams.
 
-Loss and gradient are computed together, a block of timesteps at a time, so that no second float32
-tensor of all logits is ever held: neither the teacher's (a hidden target becomes logits within a
-block) nor the student's. Forbidden ids are masked on the student's side as the targets do on the
-teacher's. What a store cannot teach is refused by `require_supported`, before training starts.
+Loss and gradient are computed together, a block of timesteps at a time, so that no float32 tensor
+of all logits is ever held: neither the teacher's (a hidden target becomes logits within a block)
+nor the student's, where its heads are linear (`stages.student_logits`). Forbidden ids are masked on
+the student's side as the targets do on the teacher's. What a store cannot teach is refused by
+`require_supported`, before training starts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from stages.divergences import (
     total_variation,
 )
 from stages.errors import UserError
-from stages.family import Family
+from stages.family import Family, LinearOutput
+from stages.student_logits import HeadedLogits, StudentLogits, WholeLogits
 from stages.support import Held, require
 from stages.targets import (
     ContinuousTarget,
@@ -46,6 +48,9 @@ from stages.targets import (
 
 BLOCK_VALUES = {"cpu": 2**18, "cuda": 2**24}
 """Logits of a block: on a CPU what its cache holds, on an accelerator what fills it."""
+HEADED_BLOCK_VALUES = {"cpu": 2**21, "cuda": 2**24}
+"""The same where heads compute them: a product of few rows waits for the weights, at 2^18 logits of
+16 × 2024 ids three times as long as it computes."""
 
 Terms = dict[str, Tensor]
 Pass = Callable[[Tensor], tuple[Terms, Tensor]]
@@ -53,7 +58,7 @@ Pass = Callable[[Tensor], tuple[Terms, Tensor]]
 
 
 def distillation_loss(
-    logits: Tensor,
+    outputs: Tensor | Sequence[LinearOutput],
     target: RestoredTarget,
     codes: Tensor,
     element_weights: Tensor,
@@ -63,23 +68,30 @@ def distillation_loss(
 ) -> tuple[Tensor, Terms]:
     """Return the loss summed over a batch and each of its terms, not yet divided by the weights.
 
-    `logits` [B, T, C, V] of any floating dtype (for continuous streams the predictions
-    [B, T, C, *shape]), `codes` [B, T, C] int64, `element_weights` [B, T, C] float32, 0 beyond the
-    end of a rollout. Positions of weight 0 are never read. The loss is a scalar to differentiate,
-    once; the terms, scalars by name, are not multiplied by their own weights and carry no gradient.
-    `block_values` bounds the logits that are held in float32 at a time. Raises `UserError` for a
-    term that the target cannot support.
+    `outputs` are logits [B, T, C, V] of any floating dtype (for continuous streams the predictions
+    [B, T, C, *shape]), or the linear heads that give them, one per group in the order of streams:
+    then states, weights and biases get the gradients, and the logits are never whole. `codes`
+    [B, T, C] int64, `element_weights` [B, T, C] float32, 0 beyond the end of a rollout. Positions
+    of weight 0 are never read. The loss is a scalar to differentiate, once; the terms, scalars by
+    name, are not multiplied by their own weights and carry no gradient. `block_values` bounds the
+    logits that are held in float32 at a time. Raises `UserError` for a term that the target cannot
+    support.
     """
     require(config, Held.by(target))
-    values = block_values or BLOCK_VALUES.get(logits.device.type, 2**22)
-    batch = _Batch(target, codes, element_weights, forbidden, config, values)
-    total, *terms = _Blockwise.apply(logits, batch)
+    whole = isinstance(outputs, Tensor)
+    sizes = BLOCK_VALUES if whole else HEADED_BLOCK_VALUES
+    values = block_values or sizes.get(codes.device.type, 2**22)
+    wanted = torch.is_grad_enabled()
+    batch = _Batch(target, codes, element_weights, forbidden, config, values, wanted)
+    heads = () if isinstance(outputs, Tensor) else outputs
+    parts = [part for head in heads for part in (head.states, head.weight, head.bias)]
+    total, *terms = _Blockwise.apply(batch, *([outputs] if whole else parts))
     return total, dict(zip(config.terms, terms, strict=True))
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What `_Blockwise` needs besides the logits."""
+    """What `_Blockwise` needs besides the student's outputs."""
 
     target: RestoredTarget
     codes: Tensor
@@ -87,70 +99,76 @@ class _Batch:
     forbidden: Forbidden
     config: LossConfig
     block_values: int
+    differentiated: bool
+    """Whether gradients are wanted: autograd does not tell, where parameters are used without."""
 
 
 class _Blockwise(torch.autograd.Function):
     """Computes the gradient with the loss, so that the way back only scales it.
 
-    The gradient has the dtype of the logits and takes the place of all that autograd would keep.
+    The gradient takes the place of all that autograd would keep.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, batch: _Batch) -> tuple[Tensor, ...]:
-        factors, wanted = batch.config.terms, ctx.needs_input_grad[0]
-        flat = logits.flatten(0, 1)
-        sums = torch.zeros(len(factors), dtype=torch.float64, device=logits.device)
-        counted = (batch.weights > 0).any(-1).flatten()
-        # Whether streams count nothing at timesteps where others do: asked of the device once.
-        uneven = bool(((batch.weights > 0).all(-1).flatten() != counted).any())
-        gradient = torch.empty_like(flat) if wanted else None
-        if gradient is not None:
-            gradient.index_fill_(0, (~counted).nonzero().squeeze(1), 0.0)
-        for rows in _split(counted.nonzero().squeeze(1), batch.block_values // flat[0].numel()):
-            values, block_gradient = _block(flat, batch, rows, uneven)
+    def forward(ctx: Any, batch: _Batch, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        factors = batch.config.terms
+        wanted = [batch.differentiated and needed for needed in ctx.needs_input_grad[1:]]
+        counts = batch.weights.flatten(0, 1) > 0  # [B·T, C]
+        counted = counts.any(-1)
+        student, uneven = _student(tensors, counts, counted, wanted)
+        sums = torch.zeros(len(factors), dtype=torch.float64, device=counts.device)
+        for rows in _split(counted.nonzero().squeeze(1), batch.block_values // student.row_values):
+            values, gradient = _block(student.rows(rows), batch, rows, uneven)
             sums += torch.stack([values[name] for name in factors])
-            if gradient is not None:
-                _write(gradient, rows, block_gradient)
-        ctx.gradient = None if gradient is None else gradient.view(logits.shape)
+            if any(wanted):
+                student.take_gradient(rows, gradient)
+        ctx.gradients = student.gradients() if any(wanted) else None
         total = (sums * sums.new_tensor(list(factors.values()))).sum()
-        dtype = torch.promote_types(logits.dtype, torch.float32)
+        dtype = torch.promote_types(student.dtype, torch.float32)
         terms = sums.to(dtype).unbind()
         ctx.mark_non_differentiable(*terms)
         return total.to(dtype), *terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, total: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        if ctx.gradient is None:
+    def backward(ctx: Any, total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
             raise RuntimeError("a distillation loss can be differentiated once: compute it again")
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(total), None
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(None if gradient is None else gradient.mul_(total) for gradient in gradients)
+
+
+def _student(
+    tensors: Sequence[Tensor | None], counts: Tensor, counted: Tensor, wanted: Sequence[bool]
+) -> tuple[StudentLogits, bool]:
+    """Return the student's logits, and whether streams count nothing where others do.
+
+    `counts` [B·T, C] says which predictions count, `counted` [B·T] where any does. The device is
+    waited for once.
+    """
+    uneven = (counts.all(-1) != counted).any()
+    if len(tensors) == 1:
+        assert tensors[0] is not None
+        return WholeLogits(tensors[0], counted, wanted[0]), bool(uneven)
+    heads = [LinearOutput(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]  # type: ignore[arg-type]
+    by_head = torch.split(counts, [len(head.weight) for head in heads], -1)
+    flags = torch.stack([uneven, *(part.any() for part in by_head)]).tolist()
+    return HeadedLogits(heads, flags[1:], wanted), flags[0]
 
 
 def _split(rows: Tensor, size: int) -> tuple[Tensor, ...]:
     return torch.split(rows, max(size, 1)) if len(rows) else ()
 
 
-def _write(gradient: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Write values [n, ...] at rows [n], rising, of the gradient [B·T, ...], in its dtype."""
-    if rows.is_cuda:
-        gradient.index_copy_(0, rows, values.to(gradient.dtype))
-        return
-    # Rows that follow each other are one copy, several times as fast as an indexed one.
-    breaks = (rows.diff() != 1).nonzero().squeeze(1) + 1
-    for run, part in zip(rows.tensor_split(breaks), values.tensor_split(breaks), strict=True):
-        gradient[int(run[0]) : int(run[-1]) + 1] = part
-
-
-def _block(logits: Tensor, batch: _Batch, rows: Tensor, uneven: bool) -> tuple[Terms, Tensor]:
+def _block(student: Tensor, batch: _Batch, rows: Tensor, uneven: bool) -> tuple[Terms, Tensor]:
     """Return the weighted sum of every term over timesteps `rows` [n], and their gradient.
 
-    With `uneven`, some streams of them weigh nothing: these get no gradient, not even NaN.
+    `student` [n, ...] are their logits, which may be used up. With `uneven`, some streams of them
+    weigh nothing: these get no gradient, not even NaN.
     """
     weights = batch.weights.flatten(0, 1).index_select(0, rows)
     codes = batch.codes.flatten(0, 1).index_select(0, rows)
     target = batch.target.rows(rows)
-    student = _single(logits.index_select(0, rows))
     passes = list(_passes(target, codes, weights, batch.forbidden, batch.config))
     values, gradient = passes[0](student.clone() if len(passes) > 1 else student)
     for number, further in enumerate(passes[1:], start=2):
@@ -167,10 +185,6 @@ def _block(logits: Tensor, batch: _Batch, rows: Tensor, uneven: bool) -> tuple[T
         mask = ~present[(...,) + (None,) * (gradient.dim() - present.dim())]
         gradient.masked_fill_(mask, 0.0)
     return sums, gradient
-
-
-def _single(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _passes(

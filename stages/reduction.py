@@ -32,14 +32,21 @@ LEAST_STORED = -65504.0
 has only minus infinity, and two of float32's own least numbers would overflow when mixed."""
 
 
-def ingredients(target: Target, logits: Tensor, branches: Branches | None) -> Arrays:
+def of_branches(target: Target) -> bool:
+    """Whether a target is made of the branches, and not of what they were mixed to."""
+    return not isinstance(target, TopK | Sampled) and (isinstance(target, Hidden) or _both(target))
+
+
+def ingredients(target: Target, logits: Tensor | None, branches: Branches | None) -> Arrays:
     """Return what a target is made of, by name and without copying whole predictions.
 
-    `logits` [n, C, V], or [n, C, *shape] where streams are continuous, are the guided ones,
-    `branches` what they were mixed from. The names are `logits`, or `cond` and `uncond`, or for
-    hidden states `cond.GROUP` and `uncond.GROUP`.
+    `logits` [n, C, V], or [n, C, *shape] where streams are continuous, are the guided ones, which
+    may be left out where `of_branches`, and `branches` what they were mixed from. The names are
+    `logits`, or `cond` and `uncond`, or for hidden states `cond.GROUP` and `uncond.GROUP`.
     """
-    if isinstance(target, TopK | Sampled) or not (isinstance(target, Hidden) or _both(target)):
+    if not of_branches(target):
+        if logits is None:
+            raise ValueError(f"target {target.kind!r} needs the guided logits, which are missing")
         return {"logits": logits}
     if branches is None:
         raise ValueError(
@@ -58,6 +65,17 @@ def ingredients(target: Target, logits: Tensor, branches: Branches | None) -> Ar
 
 def _both(target: Full | Hidden | Dense) -> bool:
     return target.branches == "both"
+
+
+def mixed(branches: Branches, scale: float) -> Tensor:
+    """Guide the logits [n, C, V] of both branches; the conditional ones where there are no others.
+
+    Heads that were not applied yet are, here and for these timesteps.
+    """
+    cond = _joined(branches.cond.logits)
+    if branches.uncond is None:
+        return cond
+    return guide(cond, _joined(branches.uncond.logits), scale)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from stages.background_writer import BackgroundWriter, Drawn
 from stages.capture import Capture
-from stages.family import Branch, Branches, Family, Sample
+from stages.family import Branches, Family, Sample, Scores, has_linear_heads
 from stages.interruption import StopRequest
+from stages.reduction import mixed, of_branches
 from stages.sampling import RolloutPolicy, keyed_seed
 from store import PredictionStore
 from store.schema import Manifest
@@ -31,7 +32,9 @@ Key = tuple[str, int]
 Collect = Callable[[], list[Drawn]]
 
 SCORED_TIMESTEPS = 4096
-"""Timesteps whose scores are copied out of a padded batch at once."""
+"""Timesteps whose scores are copied out of a padded batch at once, at most."""
+SCORED_VALUES = 2**23
+"""Logits of those timesteps, at most: of each branch 32 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -214,14 +217,17 @@ def _score(
     lengths = torch.tensor([len(draw.codes) for draw in draws], device=device)
     padded = pad_sequence([draw.codes for draw in draws], batch_first=True).to(device)
     both = manifest.branches == "both"
+    scale = manifest.guidance.scale
     scores = family.score(
-        batch, padded, lengths, cfg_scale=manifest.guidance.scale, both_branches=both
+        batch, padded, lengths, cfg_scale=scale, both_branches=both, linear=has_linear_heads(family)
     )
     valid = torch.arange(padded.shape[1], device=device) < lengths.unsqueeze(1)
-    for place in torch.split(valid.nonzero(), SCORED_TIMESTEPS):
+    for place in torch.split(valid.nonzero(), _scored_together(manifest)):
         rows, timesteps = place.unbind(-1)
-        branches = _taken(scores.branches, rows, timesteps)
-        logits = scores.logits[rows, timesteps]
+        branches = scores.branches and scores.branches.at(rows, timesteps)
+        logits = None
+        if not of_branches(manifest.target):
+            logits = _guided(scores, branches, (rows, timesteps), scale)
         capture.add(rows, timesteps, padded[rows, timesteps], logits, branches)
     arrays = capture.finish()
 
@@ -234,15 +240,20 @@ def _score(
     return collect
 
 
-def _taken(branches: Branches | None, rows: Tensor, timesteps: Tensor) -> Branches | None:
-    """Predictions [n, ...] at n places of a batch [B, T, ...]."""
-    if branches is None:
-        return None
+def _scored_together(manifest: Manifest) -> int:
+    """Timesteps whose scores are computed, or copied out of a padded batch, at once."""
+    values = len(manifest.streams) * max(manifest.vocabulary, 1)
+    return min(SCORED_TIMESTEPS, max(SCORED_VALUES // values, 1))
 
-    def at(branch: Branch) -> Branch:
-        return Branch(
-            tuple(x[rows, timesteps] for x in branch.logits),
-            {g: tuple(x[rows, timesteps] for x in parts) for g, parts in branch.hidden.items()},
-        )
 
-    return Branches(at(branches.cond), None if branches.uncond is None else at(branches.uncond))
+def _guided(
+    scores: Scores, branches: Branches | None, place: tuple[Tensor, ...], scale: float
+) -> Tensor:
+    """Guided predictions [n, C, ...] at n places of a batch, whose `branches` are given.
+
+    Heads that were left to us multiply both branches and not the mixed states, so that what is
+    stored is rounded as in a rollout.
+    """
+    if isinstance(scores.outputs, Tensor) or branches is None:
+        return scores.logits[place]
+    return mixed(branches, scale)

@@ -12,7 +12,7 @@ from stages.config import TrainConfig
 from stages.data import HostBatch, StoreBatches
 from stages.distributed import Place
 from stages.errors import UserError
-from stages.family import Family
+from stages.family import Family, has_linear_heads
 from stages.interruption import StopRequest
 from stages.losses import distillation_loss, stream_weights
 from stages.optimization import Objective, attach, optimize
@@ -125,11 +125,13 @@ class TargetLearner:
     def objective(self, step: int, host_batch: HostBatch) -> Objective:
         """Return the weighted loss terms of a micro-batch and the model's own losses."""
         batch = self._batches.restored(host_batch)
-        scores = self._family.score(batch.samples, batch.codes, batch.lengths)
+        scores = self._family.score(
+            batch.samples, batch.codes, batch.lengths, linear=has_linear_heads(self._family)
+        )
         weights = batch.element_weights * self._stream_weights(step)
         loss = self._config.loss
         total, terms = distillation_loss(
-            scores.logits, batch.target, batch.codes, weights, self._forbidden, loss
+            scores.outputs, batch.target, batch.codes, weights, self._forbidden, loss
         )
         for name, auxiliary in scores.losses.items():
             terms[name] = auxiliary * batch.weight
