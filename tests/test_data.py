@@ -71,7 +71,8 @@ def config_of(batch_size: int = 8, workers: int = 0, start: str = "fork", **chan
     optimizer = {"steps": 100, "batch_size": batch_size}
     optimizer |= {"micro_batch_size": changes.pop("micro", None)}
     loader = {"workers": workers, "start_method": start, "prefetch": 2}
-    plain = {"model": {}, "optimizer": optimizer, "loader": loader, "buffer_shards": 2}
+    model = {"family": "codec_lm"}
+    plain = {"model": model, "optimizer": optimizer, "loader": loader, "buffer_shards": 2}
     return TrainConfig.model_validate(plain | {"neighbours": 8} | changes)
 
 

@@ -37,6 +37,7 @@ FACTS = DatasetFacts(
     audio_codec="ab",
 )
 MODEL = {
+    "family": "codec_lm",
     "d_model": 16, "heads": 2, "text_layers": 1, "decoder_layers": 1, "feed_forward": 24,
     "dropout": 0.0, "max_timesteps": 40, "max_characters": 20,
 }  # fmt: skip
