@@ -30,6 +30,7 @@ FACTS = DatasetFacts(
     audio_codec="ab",
 )
 MODEL = {
+    "family": "codec_lm",
     "d_model": 32, "heads": 2, "text_layers": 1, "decoder_layers": 1, "feed_forward": 48,
     "dropout": 0.0, "max_timesteps": 40, "max_characters": 20,
 }  # fmt: skip
@@ -171,6 +172,7 @@ def test_rollouts_of_weight_zero_teach_nothing(tmp_path):
         "max_timesteps": 5,
         "min_timesteps": 4,
         "truncated_weight": 0.0,
+        "max_timesteps_weight": 0.0,
         "end_on": "majority",
     }
     store = store_of(
