@@ -13,9 +13,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from nemo.collections.tts.models import AudioCodecModel, MagpieTTSModel
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+
+from stages.families.nemo_archive import quiet
+
+with quiet():
+    from nemo.collections.tts.models import AudioCodecModel, MagpieTTSModel
 
 CODEC_RATE_HZ = 22050
 CODEC_FRAME_SAMPLES = 1024
