@@ -40,15 +40,15 @@ def build(layers: int) -> CodecLM:
     return CodecLM.build(config, facts.model_dump(), seed=0)
 
 
-def policy(samples: Sequence[Sample], streams: int, timesteps: int, end_id: int) -> RolloutPolicy:
+def policy(family: CodecLM, samples: Sequence[Sample], timesteps: int) -> RolloutPolicy:
     """A policy under which every rollout has exactly `timesteps` timesteps."""
     return RolloutPolicy(
         Sampler(temperature=0.7, min_timesteps=timesteps, max_timesteps=timesteps),
         [(sample["sample_id"], 0) for sample in samples],
         seed=0,
-        streams=streams,
-        forbidden=(256,),
-        end_id=end_id,
+        streams=family.streams,
+        forbidden=family.forbidden,
+        end_id=family.end_id,
         reference_timesteps=[timesteps] * len(samples),
     )
 
@@ -56,7 +56,7 @@ def policy(samples: Sequence[Sample], streams: int, timesteps: int, end_id: int)
 @torch.inference_mode()
 def incremental(family: CodecLM, samples: Sequence[Sample], timesteps: int, scale: float) -> None:
     """Decode with caches."""
-    draw = policy(samples, len(family.streams), timesteps, 257)
+    draw = policy(family, samples, timesteps)
     for _ in family.rollout(samples, draw, scale):
         pass
 
@@ -64,7 +64,7 @@ def incremental(family: CodecLM, samples: Sequence[Sample], timesteps: int, scal
 @torch.inference_mode()
 def recompute(family: CodecLM, samples: Sequence[Sample], timesteps: int) -> None:
     """Decode by scoring the whole history again for every timestep."""
-    draw = policy(samples, len(family.streams), timesteps, 257)
+    draw = policy(family, samples, timesteps)
     rows = torch.arange(len(samples))
     codes = torch.zeros(len(samples), 1, len(family.streams), dtype=torch.int64)
     family.module.eval()

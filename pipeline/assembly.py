@@ -26,13 +26,15 @@ from stages.distributed import Place, choose_device, peak_device_bytes, place
 from stages.draw import draw_codes, draw_origin, draw_settings, read_draws
 from stages.errors import UserError
 from stages.evaluate import evaluate
-from stages.family import Family, Sample, load_family, saved_family
+from stages.family import Family, Sample, load_family
 from stages.fit import fit
 from stages.interruption import StopRequest
 from stages.measure import Contender
 from stages.prepare import prepare
+from stages.replay import Replay, open_replay
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
+from stages.saved_model import saved_family
 from stages.train import train
 from store import PredictionStore
 from store.schema import Fast, changed_fields
@@ -116,7 +118,8 @@ class Assembly:
     def _rollout(self) -> bool:
         config, device, dataset = self._rollout_inputs()
         teacher = self._teacher(dataset, device, config.precision)
-        samples = dataset.samples(config.split)
+        replay = self._replay(config, teacher, dataset)
+        samples = dataset.samples(config.split if replay is None else replay.manifest.split)
         origin: dict[str, str] = {}
         if config.source == "student":
             settings = draw_settings(config, teacher, samples, self._config.seed)
@@ -130,6 +133,7 @@ class Assembly:
             dataset_fingerprint=dataset.header.fingerprint,
             seed=self._config.seed,
             student_fingerprint=origin.get("student", ""),
+            replay=replay,
         )
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
         finished = rollout(
@@ -139,10 +143,16 @@ class Assembly:
             shards,
             batch_size=config.batch_size,
             stop=self._stop,
-            draws=read_draws(self._folders.draws, shards, origin) if origin else None,
+            draws=read_draws(self._folders.draws, shards, origin) if origin else replay,
         )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
+
+    def _replay(self, config: RolloutConfig, teacher: Family, dataset: Dataset) -> Replay | None:
+        if config.replay is None:
+            return None
+        fingerprint = dataset.header.fingerprint
+        return open_replay(config.replay, teacher, fingerprint, self._folders.store)
 
     def _rollout_inputs(self) -> tuple[RolloutConfig, torch.device, Dataset]:
         config = _given(self._config.rollout, "rollout")
@@ -242,6 +252,7 @@ class Assembly:
             update={
                 "source": "teacher",
                 "student": None,
+                "replay": None,
                 "split": config.split,
                 "samples": config.samples,
                 "variations": 1,

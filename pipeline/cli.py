@@ -15,7 +15,14 @@ from tqdm import tqdm
 from pipeline.config import load_config
 from pipeline.conversion import ProfileName, conversion_text, profile_of
 from pipeline.garbage import deletion_text, garbage_text
-from pipeline.inspection import describe_key, describe_store, store_text, verification_text
+from pipeline.inspection import (
+    describe_key,
+    describe_model,
+    describe_store,
+    is_model,
+    store_text,
+    verification_text,
+)
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
 from pipeline.progress import progress, stages_of
 from pipeline.run import do_stage, run, under_torchrun
@@ -76,6 +83,10 @@ def rollout(
     config: Config,
     task: Annotated[int | None, typer.Option(help="Number of this job, from 0.", min=0)] = None,
     tasks: Annotated[int | None, typer.Option(help="Jobs that share the work.", min=1)] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="STORE", help="Score the codes of this store; generate nothing."),
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Stage one: store what the guided teacher predicts; alone it does all that is missing."""
@@ -83,7 +94,17 @@ def rollout(
         task is not None and tasks is not None and task >= tasks
     ):
         raise UserError(f"--task {task} with --tasks {tasks}: give both, with task below tasks")
-    _stage("rollout", config, set_, None if task is None else f"{task}/{tasks}")
+    overrides = [*(set_ or []), *(_replaying(replay) if replay is not None else [])]
+    _stage("rollout", config, overrides, None if task is None else f"{task}/{tasks}")
+
+
+def _replaying(store: Path) -> list[str]:
+    """Return the overrides that --replay stands for."""
+    return [
+        "rollout.source=replay",
+        f"rollout.replay={json.dumps(str(store))}",
+        "rollout.student=null",
+    ]
 
 
 @app.command()
@@ -132,17 +153,21 @@ def status(config: Config, set_: Set = None, as_json: Json = False) -> None:
 
 @app.command()
 def inspect(
-    store: StorePath,
+    path: Annotated[Path, typer.Argument(help="Folder of a store or a model.", show_default=False)],
     key: Annotated[
         str | None, typer.Option(help="SAMPLE/VARIATION or SAMPLE/VARIATION/TIMESTEP.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is in a store, down to one timestep."""
-    if key is None:
-        document = describe_store(store, partial(tqdm, unit="shard", disable=None))
+    """Show what is in a store, down to one timestep, or how large a model is."""
+    if is_model(path):
+        if key is not None:
+            raise UserError(f"--key {key} is for a store, but {path} is the folder of a model")
+        document = describe_model(path)
+    elif key is None:
+        document = describe_store(path, partial(tqdm, unit="shard", disable=None))
     else:
-        document = describe_key(store, key)
+        document = describe_key(path, key)
     _print(document, as_json, lambda: store_text(document))
 
 

@@ -1,9 +1,10 @@
-"""Looking into a store: what it is, how large, and what was predicted at one place."""
+"""Looking into a store or a model: what it is, how large, and what was predicted at one place."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from pipeline.candidates import describe_stream
 from stages.errors import UserError
+from stages.saved_model import is_saved, saved_model
 from store import PredictionStore, Rollout, Timestep
 from store.shard_folder import ShardFolder
 from store.verify import Verification
@@ -32,6 +34,8 @@ class _Content:
     timesteps: int = 0
     longest: int = 0
     stop_reasons: Counter[str] = field(default_factory=Counter)
+    weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Weights in training of the rollouts of every stop reason, added up."""
     sizes: Counter[str] = field(default_factory=Counter)
     """Bytes on disk of every array; other files count as `tables`."""
 
@@ -41,6 +45,8 @@ class _Content:
         self.timesteps += record.rows
         self.longest = max(self.longest, int(table.lengths.max()))
         self.stop_reasons.update(table.stop_reasons)
+        for reason, weight in zip(table.stop_reasons, table.weights.tolist(), strict=True):
+            self.weights[reason] += weight
         for file, check in record.files.items():
             array, separator, _ = file.partition("/")
             self.sizes[array if separator else "tables"] += check.bytes
@@ -66,11 +72,14 @@ def describe_store(
         "bytes": dict(sorted(content.sizes.items())),
         "longest": content.longest,
         "stop_reasons": dict(content.stop_reasons),
+        "weights": dict(content.weights),
+        "weight": math.fsum(content.weights.values()),
         "streams": [stream.model_dump() for stream in manifest.streams],
         "targets": manifest.target.model_dump(mode="json"),
         "profile": manifest.profile.model_dump(mode="json"),
         "lineage": [ancestor.model_dump(mode="json") for ancestor in manifest.lineage],
         "teacher": manifest.fingerprints.teacher,
+        "architecture": manifest.architecture,
         "cfg_scale": manifest.guidance.scale,
         "family": manifest.family,
         "source": manifest.source,
@@ -79,6 +88,24 @@ def describe_store(
         "seed": manifest.seed,
         "fingerprints": manifest.fingerprints.model_dump(),
         "format_version": manifest.format_version,
+    }
+
+
+def is_model(path: Path) -> bool:
+    """Whether a folder is that of a model and not of a store."""
+    return (path / "config.json").exists() and not (path / "manifest.json").exists()
+
+
+def describe_model(folder: Path) -> Document:
+    """Return what a model is, from its config.json alone, as JSON values."""
+    model = saved_model(folder)
+    counted = model.architecture
+    return {
+        "family": model.config.family,
+        "finished": is_saved(folder),
+        "architecture": {} if counted is None else counted.model_dump(mode="json"),
+        "config": model.config.model_dump(mode="json"),
+        "facts": model.facts,
     }
 
 
@@ -156,20 +183,62 @@ def _value_table(document: Document) -> Table:
 
 
 def _text(name: str, value: Any) -> str:
-    if name == "streams":
-        groups = Counter((s["group"], _size(s)) for s in value)
-        return ", ".join(f"{n} × {group} ({size})" for (group, size), n in groups.items())
-    if name == "bytes":
-        total = sum(value.values())
-        return f"{total:,} ({', '.join(f'{array} {size:,}' for array, size in value.items())})"
-    if name == "lineage":
-        steps = [f"{a['fingerprint'][:12]} ({_text('profile', a['profile'])})" for a in value]
-        return " → ".join(steps) or "none: its values are as the teacher gave them"
-    if name == "codes" and value is not None:
-        return "\n".join(" ".join(f"{code:>5}" for code in row) for row in value)
+    if name in SHOWN and value is not None:
+        return SHOWN[name](value)
     if isinstance(value, dict):
         return ", ".join(f"{key} {inner}" for key, inner in value.items())
     return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
+
+
+def _streams(streams: list[Document]) -> str:
+    groups = Counter((s["group"], _size(s)) for s in streams)
+    return ", ".join(f"{n} × {group} ({size})" for (group, size), n in groups.items())
+
+
+def _bytes(sizes: Document) -> str:
+    total = sum(sizes.values())
+    return f"{total:,} ({', '.join(f'{array} {size:,}' for array, size in sizes.items())})"
+
+
+def _lineage(ancestors: list[Document]) -> str:
+    steps = [f"{a['fingerprint'][:12]} ({_text('profile', a['profile'])})" for a in ancestors]
+    return " → ".join(steps) or "none: its values are as the teacher gave them"
+
+
+def _codes(rows: list[list[int]]) -> str:
+    return "\n".join(" ".join(f"{code:>5}" for code in row) for row in rows)
+
+
+def _weights(weights: Document) -> str:
+    return ", ".join(f"{reason} {weight:,g}" for reason, weight in weights.items())
+
+
+def _architecture(counted: Document) -> str:
+    if not counted:
+        return "not recorded: it was written by an earlier foretell"
+    parts = ", ".join(f"{part} {size:,}" for part, size in counted["parts"].items())
+    lines = [
+        f"{counted['parameters']:,} parameters, {counted['active_parameters']:,} of them active "
+        f"at a position ({parts})",
+        f"{counted['flops_per_timestep']:,} FLOPs per timestep and pass, attention left out",
+    ]
+    if counted["experts"]:
+        lines.append(
+            f"{counted['active_experts']} of {counted['experts']} experts per layer; with a dense "
+            f"feed-forward as wide as all of them {counted['dense_flops_per_timestep']:,} FLOPs"
+        )
+    return "\n".join(lines)
+
+
+SHOWN: dict[str, Callable[[Any], str]] = {
+    "streams": _streams,
+    "bytes": _bytes,
+    "lineage": _lineage,
+    "codes": _codes,
+    "weights": _weights,
+    "architecture": _architecture,
+}
+"""Values that are written otherwise than as they are."""
 
 
 def _size(stream: Document) -> str:

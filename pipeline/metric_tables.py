@@ -85,6 +85,9 @@ METRICS = {
     "ended": Shown("Ended", "share that stopped by itself; higher", decimals(3)),
     "rtf": Shown("Real-time factor", "decoding seconds per second; lower", significant),
     "parameters": Shown("Parameters", "of the model", short_count),
+    "active_parameters": Shown("Active", "parameters that a position visits", short_count),
+    "flops_per_timestep": Shown("FLOPs", "per timestep and pass, without attention", short_count),
+    "dense_flops_per_timestep": Shown("FLOPs, dense", "were all experts one layer", short_count),
     "passes": Shown("Passes", "forward passes per timestep", decimals(0)),
 }
 """Metrics in the order of the table."""

@@ -10,8 +10,9 @@ from pipeline.config import RunConfig
 from pipeline.folders import RunFolders
 from pipeline.identity import identity
 from pipeline.record import read_record
+from stages.config import RolloutConfig
 from stages.errors import UserError
-from stages.family import is_saved
+from stages.saved_model import is_saved
 from store import PredictionStore
 from store.schema import Record
 
@@ -97,7 +98,7 @@ def stage_identity(config: RunConfig, stage: str) -> str:
         case "fit":
             return identity("fit", _dataset(config), config.teacher, config.fit, config.seed)
         case "rollout":
-            return identity("rollout", _teacher(config), config.rollout, config.seed)
+            return identity("rollout", _teacher(config), *_rollout(config), config.seed)
         case "train":
             return identity("train", _store(config), config.students[student], config.seed)
         case _:
@@ -120,6 +121,15 @@ def _teacher(config: RunConfig) -> str:
     if config.fit is not None:
         return stage_identity(config, "fit")
     return identity("checkpoint", _dataset(config), config.teacher)
+
+
+def _rollout(config: RunConfig) -> tuple[RolloutConfig | str | None, ...]:
+    """Return the settings of stage one, and the store that it replays, by what is in it."""
+    settings = config.rollout
+    if settings is None or settings.replay is None:
+        return (settings,)
+    codes = PredictionStore.open(settings.replay).fingerprint
+    return settings.model_copy(update={"replay": None}), codes
 
 
 def _store(config: RunConfig) -> str:

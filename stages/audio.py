@@ -25,8 +25,10 @@ class AudioError(Exception):
     """Audio that cannot be read or used; the message is the reason, without the file's name."""
 
 
-def read_audio(source: Path | bytes) -> tuple[Tensor, int]:
-    """Read a file, or the bytes of one, as one channel.
+def read_audio(
+    source: Path | bytes, start_s: float = 0.0, length_s: float | None = None
+) -> tuple[Tensor, int]:
+    """Read a file, or the bytes of one, as one channel, from `start_s` on for at most `length_s`.
 
     Returns the waveform [samples] float32 in -1..1 (channels averaged) and its rate in Hz.
     Raises AudioError when the audio is unreadable, empty or not finite.
@@ -35,7 +37,11 @@ def read_audio(source: Path | bytes) -> tuple[Tensor, int]:
         with soundfile.SoundFile(
             io.BytesIO(source) if isinstance(source, bytes) else source
         ) as file:
-            samples, rate_hz = file.read(dtype="float32", always_2d=True), file.samplerate
+            rate_hz = file.samplerate
+            if start_s > 0:
+                file.seek(min(round(start_s * rate_hz), file.frames))
+            count = -1 if length_s is None else round(length_s * rate_hz)
+            samples = file.read(count, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise AudioError(f"unreadable audio: {getattr(error, 'error_string', error)}") from error
     if not len(samples):

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torchaudio.transforms import MelSpectrogram
 
 from stages.config import FitAudioCodecConfig
 from stages.errors import UserError
+from stages.family import load_audio_codec_class
 from stages.residual_kmeans import fit_codebooks, quantise
 from stages.spectrum_decoder import SpectrumDecoder, dequantise, fit_decoder, new_decoder
 
@@ -32,7 +33,11 @@ class AudioCodec(Protocol):
     """What the stages ask of an audio codec: C codes of V entries per frame, at a fixed rate."""
 
     sample_rate_hz: int
+    """Rate of the audio that is encoded."""
+    output_sample_rate_hz: int
+    """Rate of the audio that is decoded; most audio codecs do not change it."""
     frame_rate_hz: float
+    """Codec frames per second of audio."""
     codebooks: int
     codes_per_codebook: int
 
@@ -40,7 +45,7 @@ class AudioCodec(Protocol):
         """Waveforms [samples] float32 at `sample_rate_hz` → codes [F, C] uint16, in order."""
 
     def decode(self, codes: np.ndarray) -> Tensor:
-        """Codes [F, C] → waveform [samples] float32 at `sample_rate_hz`."""
+        """Codes [F, C] → waveform [samples] float32 at `output_sample_rate_hz`."""
 
     def code_vectors(self) -> Tensor:
         """[C, V, D] float32: what every code stands for; near codes sound alike."""
@@ -69,7 +74,7 @@ class ResidualMel:
     ):
         """Take the mean [D] of the features, the codebooks [C, V, D] float32 and the decoder."""
         self.config, self.mean, self.centroids, self.decoder = config, mean, codebooks, decoder
-        self.sample_rate_hz = config.sample_rate_hz
+        self.sample_rate_hz = self.output_sample_rate_hz = config.sample_rate_hz
         self.frame_samples = config.hop * config.mels_per_frame
         self.frame_rate_hz = config.sample_rate_hz / self.frame_samples
         self.codebooks, self.codes_per_codebook = config.codebooks, config.codes_per_codebook
@@ -123,13 +128,7 @@ class ResidualMel:
 
     def _dequantise(self, codes: np.ndarray) -> Tensor:
         """Codes [F, C] → features [F, D], less their mean."""
-        if codes.ndim != 2 or codes.shape[1] != self.codebooks:
-            raise ValueError(f"codes have shape {codes.shape}, not [frames, {self.codebooks}]")
-        if codes.size and codes.max() >= self.codes_per_codebook:
-            raise ValueError(
-                f"code {codes.max()} is no entry of a codebook of {self.codes_per_codebook}; "
-                "strip start and end codes before decoding"
-            )
+        check_codes(codes, self.codebooks, self.codes_per_codebook)
         return dequantise(torch.from_numpy(codes.astype(np.int64)), self.centroids)
 
     def _sharpen(self, log_magnitudes: Tensor) -> Tensor:
@@ -188,26 +187,51 @@ class ResidualMel:
 HEADER, WEIGHTS = "audio_codec.json", "audio_codec.safetensors"
 
 
+def check_codes(codes: np.ndarray, codebooks: int, codes_per_codebook: int) -> None:
+    """Raise ValueError unless codes are [F, C] and every one is an entry of its codebook."""
+    if codes.ndim != 2 or codes.shape[1] != codebooks:
+        raise ValueError(f"codes have shape {codes.shape}, not [frames, {codebooks}]")
+    if codes.size and codes.max() >= codes_per_codebook:
+        raise ValueError(
+            f"code {codes.max()} is no entry of a codebook of {codes_per_codebook}; "
+            "strip start and end codes before decoding"
+        )
+
+
 def load_audio_codec(path: Path) -> AudioCodec:
-    """Load the audio codec of a folder.
+    """Load the audio codec of a folder, of whatever kind its header says.
 
     Raises UserError when a file is missing, damaged or not what the fingerprint says.
     """
     try:
         header = json.loads((path / HEADER).read_text(encoding="utf-8"))
+        kind, fingerprint = header["kind"], header["fingerprint"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"no audio codec can be read from {path}: {error}; prepare the dataset again"
+        ) from error
+    audio_codec: AudioCodec
+    if kind == "residual_mel":
+        audio_codec = _load_residual_mel(path, header)
+    else:
+        audio_codec = load_audio_codec_class(kind).load(path)
+    if audio_codec.fingerprint() != fingerprint:
+        raise UserError(
+            f"the audio codec in {path} has fingerprint {audio_codec.fingerprint()}, but its "
+            f"header says {fingerprint}: a file was altered; prepare the dataset again"
+        )
+    return audio_codec
+
+
+def _load_residual_mel(path: Path, header: dict[str, Any]) -> ResidualMel:
+    try:
         tensors = load_file(path / WEIGHTS)
         config = FitAudioCodecConfig.model_validate(header["config"])
-        audio_codec = ResidualMel(
+        return ResidualMel(
             config, tensors["mean"], tensors["codebooks"], _load_decoder(config, tensors)
         )
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"no audio codec can be read from {path}: {error}; fit it again") from error
-    if audio_codec.fingerprint() != header["fingerprint"]:
-        raise UserError(
-            f"the audio codec in {path} has fingerprint {audio_codec.fingerprint()}, but its "
-            f"header says {header['fingerprint']}: a file was altered; fit it again"
-        )
-    return audio_codec
 
 
 def _load_decoder(

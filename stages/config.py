@@ -21,6 +21,7 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(gt=0.0)]
 GuidanceScale = float | tuple[float, float]
+Mean = Literal["predictions", "rollouts"]
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 """Terms of the distillation loss that compare probabilities, and so have a temperature."""
@@ -138,8 +139,27 @@ class LoadAudioCodecConfig(Record):
     """Its folder, such as another dataset's `audio_codec`."""
 
 
+class NemoAudioCodecConfig(Record):
+    """An audio codec of NeMo's, as MagpieTTS speaks it."""
+
+    kind: Literal["nemo"]
+    path: Path
+    """Its .nemo file; the dataset keeps a copy."""
+    device: str = "auto"
+    """Torch device that encodes; `auto` takes CUDA where it is present."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.path.suffix != ".nemo":
+            raise ValueError(
+                f"path={self.path} is no file of NeMo's: give the audio codec's .nemo, or kind: "
+                "load for the folder of a prepared dataset's"
+            )
+        return self
+
+
 AudioCodecConfig = Annotated[
-    FitAudioCodecConfig | LoadAudioCodecConfig, Field(discriminator="kind")
+    FitAudioCodecConfig | LoadAudioCodecConfig | NemoAudioCodecConfig, Field(discriminator="kind")
 ]
 
 
@@ -156,13 +176,17 @@ class PrepareConfig(Record):
     """From a recorded folder, or the demo corpus, to a dataset of codes."""
 
     source: Path | None = None
-    """Folder with metadata.csv or metadata.parquet, or a .parquet file; null takes `voices`."""
+    """Folder with metadata.csv or .parquet, a .parquet, or NeMo's .json; null takes `voices`."""
+    audio_root: Path | None = None
+    """Folder that audio paths start from and may not leave; null takes the folder of the table."""
     voices: VoicesConfig | None = None
     """The demo corpus to speak where there is no `source`."""
     single_speaker: str | None = None
     """Speaker of every clip; null reads the speaker column of the source."""
     audio_codec: AudioCodecConfig = FitAudioCodecConfig()
-    """The audio codec: fitted here, or loaded."""
+    """The audio codec: fitted here, loaded, or NeMo's."""
+    lower_case: bool = True
+    """Lower-case the texts; false for a model whose tokenizer tells capitals apart."""
     alphabet: str | None = None
     """Characters that a normalised text may hold; null takes those of the train texts."""
     min_duration_s: float = Field(0.3, gt=0)
@@ -180,7 +204,7 @@ class PrepareConfig(Record):
     test_texts: int = Field(60, ge=0)
     """Different texts whose clips form the test split."""
     context_s: float = Field(0.0, ge=0)
-    """Seconds of another train clip of the speaker that go with each sample; 0 for none."""
+    """Seconds of a row's context clip, or else another clip of the speaker, per sample; 0: none."""
     seed: int = 0
     """Chooses the splits and the context clips."""
 
@@ -188,6 +212,11 @@ class PrepareConfig(Record):
     def _check(self) -> Self:
         if (self.source is None) == (self.voices is None):
             raise ValueError("give exactly one of source (a recorded folder) and voices (the demo)")
+        if self.audio_root is not None and self.source is None:
+            raise ValueError(
+                f"audio_root={self.audio_root} goes with a source; leave it out, for voices are "
+                "spoken into a folder of their own"
+            )
         if self.max_duration_s <= self.min_duration_s:
             raise ValueError(
                 f"max_duration_s={self.max_duration_s} must be above "
@@ -290,6 +319,15 @@ class MagpieSettings(Record):
     """Speakers of the baked context embeddings, in their order; none where contexts are codes."""
     local_streams: bool = True
     """Distil the local transformer too, where the model has one; it doubles the stored bytes."""
+    history: Literal["backbone", "local"] = "backbone"
+    """Whose draws continue a rollout: the decoder's own, drawn in parallel, as in NeMo's
+    distillation, or the local transformer's, as in its inference."""
+
+    @model_validator(mode="after")
+    def _check_history(self) -> Self:
+        if self.history == "local" and not self.local_streams:
+            raise ValueError("history='local' needs the local transformer: set local_streams: true")
+        return self
 
 
 class MagpieConfig(MagpieSettings):
@@ -387,10 +425,12 @@ class FitConfig(Record):
 class RolloutConfig(Record):
     """Stage one: what the teacher predicts, and how it is stored."""
 
-    source: Literal["teacher", "dataset", "student"] = "teacher"
-    """Whose codes are scored: drawn under guidance, the recording's own, or a student's."""
+    source: Literal["teacher", "dataset", "student", "replay"] = "teacher"
+    """Whose codes are scored: the teacher's, the recording's, a student's, or another store's."""
     student: Path | None = None
     """Folder of the student that draws the codes when `source` is `student`."""
+    replay: Path | None = None
+    """Store whose codes, samples and variations are taken when `source` is `replay`."""
     split: str = "train"
     """Split of the dataset that is rolled out."""
     samples: Positive | None = None
@@ -422,8 +462,13 @@ class RolloutConfig(Record):
     def _check(self) -> Self:
         if (self.source == "student") != (self.student is not None):
             raise ValueError(
-                f"source={self.source!r} with student={self.student!r}: name the student exactly "
+                f"source={self.source!r} with student={self.student}: name the student exactly "
                 "when source is 'student'"
+            )
+        if (self.source == "replay") != (self.replay is not None):
+            raise ValueError(
+                f"source={self.source!r} with replay={self.replay}: name the store exactly when "
+                "source is 'replay'"
             )
         return self
 
@@ -467,12 +512,17 @@ class LossConfig(Record):
     """Scale, or (low, high) to draw it from per rollout and epoch, of a store of both branches."""
     codebook_weights: tuple[Weight, ...] = ()
     """Weight of each codebook, for every frame of a step; empty weighs all alike."""
-    local: float = Field(1.0, ge=0)
-    """Weight of the streams of the local transformer, relative to the decoder's own."""
+    local_share: Share = 0.5
+    """Share of the local transformer's streams in the loss; the decoder's own have the rest."""
     local_start_step: int = Field(0, ge=0)
     """Optimizer step at which the local transformer's loss begins."""
     local_ramp_steps: int = Field(0, ge=0)
-    """Optimizer steps over which that loss grows to its weight."""
+    """Optimizer steps over which it grows from nothing to its share."""
+    auxiliary: float = Field(1.0, ge=0)
+    """Weight of the model's own losses, such as the balance of its experts."""
+    mean: Mean = "predictions"
+    """Over which a batch's loss is a mean: all predictions by weight, or the means of its rollouts,
+    each times its weight, over their number."""
 
     @cached_property
     def terms(self) -> dict[str, float]:

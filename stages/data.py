@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from stages.config import OptimizerConfig, TrainConfig
+from stages.config import Mean, OptimizerConfig, TrainConfig
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.family import Family, Sample
@@ -69,9 +69,9 @@ class TargetBatch:
     target: RestoredTarget
     """[B, T, C, ...]; NaN beyond a length, so that reading there shows."""
     element_weights: Tensor
-    """[B, T, C] float32: the rollout's weight, 0 beyond its length."""
+    """[B, T, C] float32: what each prediction of the rollout weighs, 0 beyond its length."""
     weight: float
-    """Sum of the weights of the predictions."""
+    """By what the sum of the loss is divided: the weights of the predictions, or the rollouts."""
 
 
 class DatasetBatches:
@@ -123,9 +123,9 @@ class HostBatch:
     samples: Sequence[Sample]
     lengths: Sequence[int]
     arrays: Packed
-    """`lengths` [B] int64, `weights` [B] float32, and [B, T, ...] all others."""
+    """`lengths` [B] int64, `weights` [B] float32 of each prediction, and [B, T, ...] all others."""
     weight: float
-    """Sum of the weights of the predictions."""
+    """By what the sum of the loss is divided: the weights of the predictions, or the rollouts."""
 
     def pin_memory(self) -> HostBatch:
         """Copy the arrays into page-locked memory."""
@@ -145,6 +145,8 @@ class BatchReader:
     world_size: int
     memory: HostMemory
     """Where batches are read into."""
+    mean: Mean = "predictions"
+    """Over what the loss of a batch is a mean."""
 
     def __call__(self, position: int) -> list[HostBatch]:
         """Return the micro-batches of the global batch that starts at `position`."""
@@ -161,7 +163,7 @@ class BatchReader:
         rows, epochs = part[:, 1].tolist(), part[:, 2].tolist()
         spans = [Span.of_shard(held[s], row) for s, row in zip(shards, rows, strict=True)]
         samples = self.store.samples_at(shards, rows)
-        return host_batch(self.store.manifest, spans, samples, epochs, self.memory)
+        return host_batch(self.store.manifest, spans, samples, epochs, self.memory, self.mean)
 
 
 class StoreBatches:
@@ -196,6 +198,7 @@ class StoreBatches:
             place.world_size,
             # A process has no device to pin memory for.
             HostMemory(pin=pin and not config.loader.workers),
+            config.loss.mean,
         )
         self._loader = Loader(
             reader, config.loader, config.optimizer.batch_size, _pinned if pin else None
@@ -269,13 +272,22 @@ def host_batch(
     samples: Sequence[Sample],
     epochs: Sequence[int],
     memory: HostMemory,
+    mean: Mean = "predictions",
 ) -> HostBatch:
-    """Pad the codes and the target's arrays of some rollouts of a store into one batch."""
+    """Pad the codes and the target's arrays of some rollouts of a store into one batch.
+
+    A `mean` over rollouts spreads the weight of each over its predictions, and the batch then
+    counts as many as it has, whatever they weigh.
+    """
     prefix = f"{manifest.target.kind}."
     first = spans[0].arrays
     like = {name: first[name] for name in first if name == "codes" or name.startswith(prefix)}
     lengths = np.array([span.stop - span.start for span in spans])
-    weights = np.array([span.weight for span in spans], np.float32)
+    weights, streams = np.array([span.weight for span in spans], np.float32), len(manifest.streams)
+    if mean == "rollouts":
+        weights, total = (weights / (lengths * streams)).astype(np.float32), float(len(spans))
+    else:
+        total = float(lengths @ weights.astype(np.float64)) * streams
     frame = len(spans), int(lengths.max())
     shapes = {name: (array.dtype, (*frame, *array.shape[1:])) for name, array in like.items()}
     each = {"lengths": lengths, "weights": weights}
@@ -291,7 +303,7 @@ def host_batch(
         samples=samples,
         lengths=lengths.tolist(),
         arrays=arrays,
-        weight=float(lengths @ weights.astype(np.float64)) * len(manifest.streams),
+        weight=total,
     )
 
 

@@ -106,7 +106,7 @@ def _draw_batch(
         config.sampler,
         keys,
         seed=seed,
-        streams=len(student.streams),
+        streams=student.streams,
         forbidden=student.forbidden,
         end_id=student.end_id,
         reference_timesteps=references,

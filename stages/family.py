@@ -1,29 +1,25 @@
-"""What a model family must be able to do, and the one place that finds a family by name."""
+"""What a model family must be able to do, and the one place that finds what lives in families/."""
 
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from stages.architecture import Architecture
 from stages.config import DatasetFacts, FamilyName, ModelConfig
 from stages.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from stages.architecture import Architecture
     from stages.sampling import RolloutPolicy
     from store.schema import Head, Latent, Stream
-
-CONFIGS: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 
 Sample = Mapping[str, Any]
 """One row of samples.parquet: `sample_id` and the conditioning columns that a family reads."""
@@ -277,42 +273,43 @@ def has_linear_heads(family: Family) -> bool:
 
 def load_family(name: FamilyName) -> type[Family]:
     """Import the family `name`; raises `UserError` with the pip command if a package is missing."""
-    module_name, class_name, extra = FAMILIES[name]
+    family: type[Family] = _find(f"family {name!r}", *FAMILIES[name])
+    return family
+
+
+def load_audio_codec_class(kind: str) -> Any:
+    """Import the class of the audio codecs of a kind that lives among the families.
+
+    Raises `UserError` when there is none of this kind, or with the pip command.
+    """
+    if kind not in AUDIO_CODECS:
+        raise UserError(
+            f"audio codec of kind {kind!r}: this release knows residual_mel and "
+            f"{', '.join(AUDIO_CODECS)}"
+        )
+    return _find(f"audio codec of kind {kind!r}", *AUDIO_CODECS[kind])
+
+
+def _find(what: str, module_name: str, class_name: str, extra: str | None) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if extra is None:
             raise
         raise UserError(
-            f"family {name!r} needs the package {error.name!r}, which is not installed: "
+            f"{what} needs the package {error.name!r}, which is not installed: "
             f"pip install 'foretell[{extra}]'"
         ) from error
-    family: type[Family] = getattr(module, class_name)
-    return family
+    return getattr(module, class_name)
 
-
-def saved_family(folder: Path) -> FamilyName:
-    """Return which family wrote a model folder, from its config.json."""
-    try:
-        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return CONFIGS.validate_python(description["config"]).family
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} holds no finished model ({error}): give a folder that `fit` or `train` "
-            "wrote, or run that stage first"
-        ) from None
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether `folder` holds a finished model: its weights, which are written last."""
-    return any((folder / name).exists() for name in WEIGHTS_FILES)
-
-
-WEIGHTS_FILES = ("model.safetensors", "model.nemo")
-"""What the families call the weights that they save."""
 
 FAMILIES: dict[FamilyName, tuple[str, str, str | None]] = {
     "codec_lm": ("stages.families.codec_lm", "CodecLM", None),
     "magpie": ("stages.families.magpie", "Magpie", "magpie"),
 }
 """Family → module, class, and the extra of foretell that installs what it imports."""
+
+AUDIO_CODECS: dict[str, tuple[str, str, str]] = {
+    "nemo": ("stages.families.nemo_codec", "NemoCodec", "magpie"),
+}
+"""Kind of audio codec → the same; the module of a package's codecs stands beside its models."""

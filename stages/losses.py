@@ -442,13 +442,15 @@ def element_weights(
     return per_rollout * stream_weights
 
 
-def stream_weights(codebook_weights: Sequence[float], family: Family, local: float = 1.0) -> Tensor:
+def stream_weights(
+    codebook_weights: Sequence[float], family: Family, local_share: float = 0.5
+) -> Tensor:
     """Return the weight [C] of every stream of a family, of mean 1.
 
-    Streams lie frame by frame and group by group, so the weights of a frame's codebooks repeat; no
-    weights mean equal ones. Streams of the group `local` count `local` times as much; where there
-    are no others and they count nothing, all weights are 0. Raises `UserError` when the weights do
-    not fit.
+    Streams lie frame by frame and group by group, so the weights of a frame's codebooks repeat
+    within each group; no weights mean equal ones. The group `local` has the share given and all
+    others have the rest, however many streams they are; a share of nothing else is all, but for a
+    share of 0, which makes all weights 0. Raises `UserError` when the codebook weights do not fit.
     """
     streams = len(family.streams)
     given = list(codebook_weights) or [1.0]
@@ -457,6 +459,9 @@ def stream_weights(codebook_weights: Sequence[float], family: Family, local: flo
             f"{len(given)} codebook_weights do not fit {streams} streams: give one weight for "
             "each codebook of the audio codec"
         )
-    groups = torch.tensor([local if s.group == "local" else 1.0 for s in family.streams])
-    weights = torch.tensor(given).repeat(streams // len(given)) * groups
+    weights = torch.tensor(given).repeat(streams // len(given))
+    local = torch.tensor([stream.group == "local" for stream in family.streams])
+    share = local_share if local.any() else 0.0
+    for group, of_group in ((local, share), (~local, 1 - share)):
+        weights[group] *= of_group / weights[group].sum()
     return weights / weights.mean() if weights.any() else weights

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stages.architecture import Architecture
 from stages.audio import write_wav
 from stages.audio_codec import AudioCodec
 from stages.data import TargetBatch, rollout_batches
@@ -48,7 +49,8 @@ class Measure(Record):
     """What was measured of a system, per sample in the order of the reference store."""
 
     name: str
-    parameters: int
+    architecture: Architecture | None
+    """Size and cost of the model; null where there is none."""
     passes: int
     decode_s: float
     """Seconds of generation, audio codec left out."""
@@ -91,11 +93,11 @@ def measure(
     spoken, decode_s = _speak(family, contender, reference, samples, batch_size)
     for index, (frames, _) in enumerate(spoken):
         waveform = audio_codec.decode(frames.numpy())
-        write_wav(folder / wav_name(index), waveform, audio_codec.sample_rate_hz)
+        write_wav(folder / wav_name(index), waveform, audio_codec.output_sample_rate_hz)
     kl, agreed, predictions = zip(*compared, strict=True)
     return Measure(
         name=contender.name,
-        parameters=sum(p.numel() for p in family.module.parameters()),
+        architecture=family.architecture(),
         passes=contender.passes,
         decode_s=decode_s,
         kl_sum=kl,
@@ -196,11 +198,13 @@ def measure_copy(samples: Sequence[Sample], audio_codec: AudioCodec, folder: Pat
     seconds = []
     for index, sample in enumerate(tqdm(samples, "codec copy", unit="clip", disable=None)):
         frames = np.asarray(sample["codes"]).reshape(-1, audio_codec.codebooks)
-        write_wav(folder / wav_name(index), audio_codec.decode(frames), audio_codec.sample_rate_hz)
+        write_wav(
+            folder / wav_name(index), audio_codec.decode(frames), audio_codec.output_sample_rate_hz
+        )
         seconds.append(len(frames) / audio_codec.frame_rate_hz)
     return Measure(
         name="codec_copy",
-        parameters=0,
+        architecture=None,
         passes=0,
         decode_s=time.perf_counter() - started,
         audio_s=tuple(seconds),

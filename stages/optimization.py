@@ -30,7 +30,7 @@ class Weighted(Protocol):
 
     @property
     def weight(self) -> float:
-        """Sum of the weights of its predictions."""
+        """By what its sums are divided: weights of its predictions, or a number of rollouts."""
 
 
 Batch = TypeVar("Batch", bound=Weighted)
@@ -41,9 +41,9 @@ class Objective:
     """What one micro-batch contributes to the loss."""
 
     total: Tensor
-    """Scalar to differentiate: a sum over predictions, not yet divided by their weights."""
+    """Scalar to differentiate: a sum, not yet divided by the weight of the batch."""
     terms: Mapping[str, Tensor]
-    """The parts of it for the log: scalars, summed in the same way."""
+    """What the log shows the means of: its parts and other scalars, summed in the same way."""
 
 
 class Learner(Protocol[Batch]):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,14 @@ from tqdm import trange
 
 from stages.audio import encode_wav
 from stages.audio_codec import BATCH_CLIPS, AudioCodec, ResidualMel, load_audio_codec
-from stages.config import AudioCodecConfig, DatasetFacts, FitAudioCodecConfig, PrepareConfig
+from stages.config import (
+    AudioCodecConfig,
+    DatasetFacts,
+    FitAudioCodecConfig,
+    NemoAudioCodecConfig,
+    PrepareConfig,
+    VoicesConfig,
+)
 from stages.dataset import (
     DATASET_VERSION,
     REFERENCE,
@@ -28,12 +36,15 @@ from stages.dataset import (
     fingerprint,
     read_header,
 )
+from stages.distributed import choose_device
 from stages.errors import UserError
+from stages.family import load_audio_codec_class
 from stages.publish import publish_folder
 from stages.recordings import find_table
 from stages.screening import (
     Clip,
     Screened,
+    Stretch,
     choose_splits,
     keyed,
     screen,
@@ -68,12 +79,15 @@ def _reopen(config: PrepareConfig, out: Path) -> Dataset:
     """Open a finished dataset; raises UserError when other settings or another table made it."""
     header = read_header(out)
     asked = _settings(config)
-    different = [key for key in asked if header.config.get(key) != asked[key]]
+    # A setting that is younger than the dataset had its default there.
+    made = _settings(PrepareConfig(voices=VoicesConfig())) | header.config
+    different = [key for key in asked if made[key] != asked[key]]
     if config.source is not None and config.source.exists():
         different += ["source"] * (header.source_sha256 != _sha256(find_table(config.source)))
-    if config.audio_codec.kind == "load" and config.audio_codec.path.exists():
-        used = load_audio_codec(config.audio_codec.path).fingerprint()
-        different += ["audio_codec"] * (used != header.facts.audio_codec)
+    if config.audio_codec.kind != "fit" and config.audio_codec.path.exists():
+        given = _open_audio_codec(config.audio_codec)
+        assert not isinstance(given, FitAudioCodecConfig)
+        different += ["audio_codec"] * (given.fingerprint() != header.facts.audio_codec)
     if different:
         raise UserError(
             f"{out} was prepared with another {', '.join(different)}; prepare into another "
@@ -84,9 +98,13 @@ def _reopen(config: PrepareConfig, out: Path) -> Dataset:
 
 def _settings(config: PrepareConfig) -> dict[str, JsonValue]:
     """The settings that decide a dataset's content."""
-    return config.model_dump(
-        mode="json", exclude={"source": True, "voices": {"processes"}, "audio_codec": {"path"}}
-    )
+    exclude: Any = {
+        "source": True,
+        "audio_root": True,
+        "voices": {"processes"},
+        "audio_codec": {"path", "device"},
+    }
+    return config.model_dump(mode="json", exclude=exclude)
 
 
 def _sha256(path: Path) -> str:
@@ -96,12 +114,13 @@ def _sha256(path: Path) -> str:
 
 def _write_dataset(config: PrepareConfig, table: Path, draft: Path) -> None:
     spilled = draft / "audio.pcm"
-    screened = screen(config, table, _sample_rate_hz(config.audio_codec), spilled)
+    asked = _open_audio_codec(config.audio_codec)
+    screened = screen(config, table, asked.sample_rate_hz, spilled)
     splits = choose_splits([clip.text for clip in screened.clips], config)
     alphabet, speakers = _keep_trainable(screened, splits, config)
     if not any(splits[clip.text] == "train" for clip in screened.clips):
         raise UserError(_nothing_left(table, screened, config))
-    audio_codec = _load_or_fit(config.audio_codec, screened, splits)
+    audio_codec = _fitted(asked, screened, splits)
     samples = _encode(screened, splits, audio_codec, config)
     references = _references(screened, splits, audio_codec.sample_rate_hz)
     rejected = [dict(zip(REJECTED.names, pair, strict=True)) for pair in screened.rejected]
@@ -123,15 +142,23 @@ def _write_dataset(config: PrepareConfig, table: Path, draft: Path) -> None:
     (draft / "dataset.json").write_text(header.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def _sample_rate_hz(asked: AudioCodecConfig) -> int:
-    return (
-        asked.sample_rate_hz if asked.kind == "fit" else load_audio_codec(asked.path).sample_rate_hz
-    )
+def _open_audio_codec(asked: AudioCodecConfig) -> AudioCodec | FitAudioCodecConfig:
+    """Open the audio codec that is given; one that is to be fitted remains its settings."""
+    if isinstance(asked, FitAudioCodecConfig):
+        return asked
+    if isinstance(asked, NemoAudioCodecConfig):
+        nemo: AudioCodec = load_audio_codec_class("nemo").open(
+            asked.path, choose_device(asked.device)
+        )
+        return nemo
+    return load_audio_codec(asked.path)
 
 
-def _load_or_fit(asked: AudioCodecConfig, screened: Screened, splits: dict[str, str]) -> AudioCodec:
-    if asked.kind == "load":
-        return load_audio_codec(asked.path)
+def _fitted(
+    asked: AudioCodec | FitAudioCodecConfig, screened: Screened, splits: dict[str, str]
+) -> AudioCodec:
+    if not isinstance(asked, FitAudioCodecConfig):
+        return asked
     train = [clip for clip in screened.clips if splits[clip.text] == "train"]
     return ResidualMel.fit(asked, _choose_clips(train, asked, screened))
 
@@ -154,10 +181,10 @@ def _keep_trainable(
     """Drop clips whose speaker or characters the train split lacks; returns what it has."""
     train = [clip for clip in screened.clips if splits[clip.text] == "train"]
     clips_of = Counter(clip.speaker for clip in train)
-    least = 2 if config.context_s > 0 else 1
 
     def lacks_speaker(clip: Clip) -> str | None:
         count = clips_of[clip.speaker]
+        least = 2 if config.context_s > 0 and clip.context is None else 1
         if count >= least:
             return None
         return f"speaker without train clips: {clip.speaker!r} has {count}, {least} are needed"
@@ -187,11 +214,12 @@ def _encode(
 ) -> pa.Table:
     """The samples table, in the source's order."""
     clips = screened.clips
-    codes: list[np.ndarray] = []
-    for start in trange(0, len(clips), BATCH_CLIPS, desc="encoding", unit="batch", disable=None):
-        batch = clips[start : start + BATCH_CLIPS]
-        codes += audio_codec.encode([screened.waveform(clip) for clip in batch])
-    contexts = _contexts(clips, codes, splits, audio_codec.frame_rate_hz, config)
+    codes = _encode_parts(clips, screened, audio_codec, "encoding")
+    named = list(dict.fromkeys(clip.context for clip in clips if clip.context is not None))
+    heard = dict(
+        zip(named, _encode_parts(named, screened, audio_codec, "encoding contexts"), strict=True)
+    )
+    contexts = _contexts(clips, codes, heard, splits, audio_codec.frame_rate_hz, config)
     return pa.table(
         {
             "sample_id": [clip.sample_id for clip in clips],
@@ -207,14 +235,26 @@ def _encode(
     )
 
 
+def _encode_parts(
+    parts: Sequence[Stretch], screened: Screened, audio_codec: AudioCodec, progress: str
+) -> list[np.ndarray]:
+    """Codes [F, C] of parts of the spilled audio, in order."""
+    codes: list[np.ndarray] = []
+    for start in trange(0, len(parts), BATCH_CLIPS, desc=progress, unit="batch", disable=None):
+        batch = parts[start : start + BATCH_CLIPS]
+        codes += audio_codec.encode([screened.waveform(part) for part in batch])
+    return codes
+
+
 def _contexts(
     clips: list[Clip],
     codes: list[np.ndarray],
+    heard: Mapping[Stretch, np.ndarray],
     splits: dict[str, str],
     frame_rate_hz: float,
     config: PrepareConfig,
 ) -> Iterator[np.ndarray]:
-    """First frames [≤ F, C] of another train clip of the speaker, for every clip."""
+    """First frames [≤ F, C] of every clip's context, or of another train clip of its speaker."""
     frames = round(config.context_s * frame_rate_hz)
     train: dict[str, list[int]] = {}
     for index, clip in enumerate(clips):
@@ -223,6 +263,9 @@ def _contexts(
     for index, clip in enumerate(clips):
         if frames == 0:
             yield codes[index][:0]
+            continue
+        if clip.context is not None:
+            yield heard[clip.context][:frames]
             continue
         others = [other for other in train[clip.speaker] if other != index]
         yield codes[others[keyed(config.seed, "context", clip.sample_id) % len(others)]][:frames]

@@ -13,6 +13,20 @@ from torch import Tensor
 
 from stages.audio import SUFFIXES, AudioError, read_audio
 from stages.errors import UserError
+from stages.nemo_manifest import SUFFIXES as MANIFESTS
+from stages.nemo_manifest import ManifestRow, manifest_rows, names_speakers
+
+
+@dataclass(frozen=True)
+class Audio:
+    """A stretch of a file of audio."""
+
+    file: str | bytes
+    """Path relative to the root (a missing ending is looked for), or the bytes of a file."""
+    start_s: float = 0.0
+    """Seconds into the file."""
+    length_s: float | None = None
+    """Seconds; None for all that follows."""
 
 
 @dataclass(frozen=True)
@@ -22,31 +36,40 @@ class Recording:
     sample_id: str
     text: str | None
     speaker: str | None
-    audio: str | bytes | None
-    """Path relative to the folder (a missing ending is looked for), or the bytes of a file."""
+    audio: Audio | None
     has_speaker_column: bool
     """Whether an absent speaker is a gap in this row only."""
+    context: Audio | None = None
+    """What shows the voice, where the row names it."""
 
 
 def find_table(source: Path) -> Path:
-    """The metadata.csv or parquet file of a source; raises UserError where there is not one."""
-    if source.is_file() and source.suffix == ".parquet":
+    """The table of a source: CSV, parquet or manifest; raises UserError where there is not one."""
+    if source.is_file() and source.suffix in (".parquet", *MANIFESTS):
         return source
+    if not source.exists():
+        raise UserError(f"prepare.source={source} does not exist; name a folder or a table")
     found = [
         path for name in ("metadata.csv", "metadata.parquet") if (path := source / name).exists()
     ]
     if len(found) != 1:
         raise UserError(
             f"prepare.source={source} holds {len(found)} tables, but exactly one of metadata.csv "
-            "and metadata.parquet is needed; docs/data.md shows their columns"
+            "and metadata.parquet is needed, or name a .parquet file or a manifest itself; "
+            "docs/data.md shows their columns"
         )
     return found[0]
 
 
-def read_ids(table: Path) -> list[str]:
-    """Sample ids of a table, in its order; raises UserError when it has no rows."""
+def read_ids(table: Path, root: Path) -> list[str]:
+    """Sample ids of a table with audio below `root`, in its order.
+
+    Raises UserError when it has no rows.
+    """
     if table.suffix == ".csv":
         ids = [row.sample_id for row in _csv_rows(table)]
+    elif table.suffix in MANIFESTS:
+        ids = [sample_id for sample_id, _ in manifest_rows(table, root)]
     else:
         column = _open_parquet(table).read(columns=["clip_id"]).column("clip_id")
         ids = [each or "" for each in column.to_pylist()]
@@ -55,12 +78,13 @@ def read_ids(table: Path) -> list[str]:
     return ids
 
 
-def read_recordings(table: Path, single_speaker: str | None) -> Iterator[Recording]:
-    """Rows of a table, in its order, with `single_speaker` in place of its speakers if given.
+def read_recordings(table: Path, root: Path, single_speaker: str | None) -> Iterator[Recording]:
+    """Rows of a table with audio below `root`, in its order.
 
-    Raises UserError when the table cannot be read, or has neither speakers nor a single one.
+    `single_speaker`, if given, takes the place of its speakers. Raises UserError when the table
+    cannot be read, or has neither speakers nor a single one.
     """
-    for row in _csv_rows(table) if table.suffix == ".csv" else _parquet_rows(table):
+    for row in _rows(table, root):
         if single_speaker is not None:
             yield replace(row, speaker=single_speaker)
         elif row.speaker is None and not row.has_speaker_column:
@@ -72,23 +96,29 @@ def read_recordings(table: Path, single_speaker: str | None) -> Iterator[Recordi
             yield row
 
 
-def load_recording(root: Path, recording: Recording) -> tuple[Tensor, int]:
-    """The waveform [samples] of a recording and its rate in Hz.
+def load_audio(root: Path, audio: Audio) -> tuple[Tensor, int]:
+    """The waveform [samples] of a stretch of audio and its rate in Hz.
 
     Raises AudioError when the file is missing, outside of `root` or unreadable.
     """
-    if recording.audio is None:
-        raise AudioError("missing audio: the row names none")
-    if isinstance(recording.audio, bytes):
-        return read_audio(recording.audio)
+    if isinstance(audio.file, bytes):
+        return read_audio(audio.file, audio.start_s, audio.length_s)
     root = root.resolve()
     for suffix in ("", *SUFFIXES):
-        path = (root / f"{recording.audio}{suffix}").resolve()
+        path = (root / f"{audio.file}{suffix}").resolve()
         if not path.is_relative_to(root):
-            raise AudioError(f"audio outside the folder: {recording.audio}")
+            raise AudioError(
+                f"audio outside the folder: {audio.file} (prepare.audio_root names the folder)"
+            )
         if path.is_file():
-            return read_audio(path)
-    raise AudioError(f"missing audio: {recording.audio}")
+            return read_audio(path, audio.start_s, audio.length_s)
+    raise AudioError(f"missing audio: {audio.file}")
+
+
+def _rows(table: Path, root: Path) -> Iterator[Recording]:
+    if table.suffix == ".csv":
+        return _csv_rows(table)
+    return _manifest_rows(table, root) if table.suffix in MANIFESTS else _parquet_rows(table)
 
 
 def _csv_rows(table: Path) -> Iterator[Recording]:
@@ -108,7 +138,8 @@ def _csv_rows(table: Path) -> Iterator[Recording]:
             )
         normalised = cells[2] if len(cells) > 2 and cells[2] else cells[1]
         speaker = cells[3] if len(cells) > 3 else None
-        yield Recording(cells[0], normalised, speaker, f"wavs/{cells[0]}", len(cells) > 3)
+        audio = Audio(f"wavs/{cells[0]}")
+        yield Recording(cells[0], normalised, speaker, audio, len(cells) > 3)
 
 
 def _parquet_rows(table: Path) -> Iterator[Recording]:
@@ -120,6 +151,29 @@ def _parquet_rows(table: Path) -> Iterator[Recording]:
         for row in batch.to_pylist():
             audio, sample_id = _audio(row["audio"]), row["clip_id"] or ""
             yield Recording(sample_id, row["text"], row.get("speaker"), audio, spoken)
+
+
+def _manifest_rows(table: Path, root: Path) -> Iterator[Recording]:
+    """NeMo's form: one JSON object a line."""
+    spoken = names_speakers(table)
+    for sample_id, row in manifest_rows(table, root):
+        speaker = None if row.speaker is None else str(row.speaker)
+        text = row.normalized_text or row.text
+        yield Recording(sample_id, text, speaker, _clip(row), spoken, _context(row))
+
+
+def _clip(row: ManifestRow) -> Audio | None:
+    if not row.audio_filepath:
+        return None
+    if row.offset is None:
+        return Audio(row.audio_filepath)
+    return Audio(row.audio_filepath, row.offset, row.duration)
+
+
+def _context(row: ManifestRow) -> Audio | None:
+    if not row.context_audio_filepath:
+        return None
+    return Audio(row.context_audio_filepath, length_s=row.context_audio_duration)
 
 
 def _open_parquet(table: Path) -> pq.ParquetFile:
@@ -138,8 +192,8 @@ def _open_parquet(table: Path) -> pq.ParquetFile:
     return file
 
 
-def _audio(cell: Any) -> str | bytes | None:
-    audio: str | bytes | None = cell
+def _audio(cell: Any) -> Audio | None:
+    file: str | bytes | None = cell
     if isinstance(cell, dict):
-        audio = cell["path"] if cell.get("bytes") is None else cell["bytes"]
-    return audio
+        file = cell["path"] if cell.get("bytes") is None else cell["bytes"]
+    return None if file is None else Audio(file)

@@ -72,6 +72,12 @@ class System(Record):
     """Real-time factor: seconds of decoding per second of audio."""
     parameters: Metric | None = None
     """Parameters of the model."""
+    active_parameters: Metric | None = None
+    """Parameters without those of experts that a position does not visit."""
+    flops_per_timestep: Metric | None = None
+    """FLOPs of one forward pass of one decoding step, as `Architecture` counts them."""
+    dense_flops_per_timestep: Metric | None = None
+    """The same with one dense feed-forward as wide as all experts of a layer together."""
     passes: Metric | None = None
     """Forward passes per timestep."""
 

@@ -58,11 +58,11 @@ def rollout(
     """Write the given shards of a store; return False when `stop` was requested first.
 
     `samples` are the dataset's rows by sample_id. What is drawn, how, and what is kept follows
-    from the store's manifest. With source `student`, `draws` holds what that student drew, by
-    key. A shard is encoded and committed in a thread of its own while the next one is generated;
-    the thread has ended when this returns, and a shard that was generated whole is committed. A
-    shard that another worker commits first is left to it. Raises FloatingPointError, naming the
-    batch, when the teacher predicts NaN, and what the store raises.
+    from the store's manifest. With source `student` or `replay`, `draws` holds the codes to be
+    scored, by key. A shard is encoded and committed in a thread of its own while the next one is
+    generated; the thread has ended when this returns, and a shard that was generated whole is
+    committed. A shard that another worker commits first is left to it. Raises FloatingPointError,
+    naming the batch, when the teacher predicts NaN, and what the store raises.
     """
     manifest = store.manifest
     family.module.eval()
@@ -125,7 +125,7 @@ def begin(
             case "dataset":
                 codes = [GivenCodes(family.reference_codes(row), "end", 1.0) for row in batch]
                 collect = _score(family, manifest, keys, batch, codes, capture)
-            case "student":
+            case "student" | "replay":
                 codes = [(draws or {})[key] for key in keys]
                 collect = _score(family, manifest, keys, batch, codes, capture)
     return partial(_collect, keys, collect)
@@ -194,7 +194,7 @@ def policy_for(
         manifest.sampler,
         keys,
         seed=manifest.seed,
-        streams=len(family.streams),
+        streams=family.streams,
         forbidden=family.forbidden,
         end_id=family.end_id,
         reference_timesteps=references,

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from stages.config import DatasetFacts, RolloutConfig
 from stages.errors import UserError
 from stages.family import Family, Sample
+from stages.replay import Replay
 from stages.sampling import keyed_generator
 from store import PredictionStore
 from store.plan import Plan
@@ -32,15 +33,20 @@ def create_store(
     dataset_fingerprint: str,
     seed: int,
     student_fingerprint: str = "",
+    replay: Replay | None = None,
 ) -> PredictionStore:
     """Create the store that a rollout configuration describes, or open the one that is there.
 
-    `samples` are the rows of the split to roll out. Raises `StoreError` when `path` holds a store
+    `samples` are the rows of the split to roll out. With `replay` the keys, seed and sampler are
+    those of its store, whatever `config` says. Raises `StoreError` when `path` holds a store
     of other settings, another teacher or another dataset, naming what differs, and `UserError`
     for a teacher of another audio codec or without linear heads for a `hidden` target, too small a
     `k` and an empty split.
     `student_fingerprint` names the student that drew the codes, where the source is one.
     """
+    if replay is not None:
+        config, seed = replay.settings(config), replay.manifest.seed
+        student_fingerprint = replay.manifest.fingerprints.student
     _warn_of_untrained_branch(config, family)
     if family.facts.audio_codec != facts.audio_codec:
         raise UserError(
@@ -50,7 +56,8 @@ def create_store(
         )
     _check_kept(config.target, family.end_id)
     _check_heads(config.target, family)
-    chosen = samples[: config.samples]
+    keys = planned_keys(config, samples) if replay is None else list(replay)
+    chosen = _of_keys(keys, samples)
     if not chosen:
         raise UserError(
             f"the split {config.split!r} of the dataset is empty, so there is nothing to roll "
@@ -62,6 +69,7 @@ def create_store(
         audio_codec=facts.audio_codec,
         dataset=dataset_fingerprint,
         student=student_fingerprint,
+        codes="" if replay is None else replay.fingerprint,
     )
     try:
         manifest = _manifest(config, family, facts, fingerprints, seed)
@@ -71,7 +79,7 @@ def create_store(
     return PredictionStore.create(
         path,
         manifest,
-        Plan.of(plan(config, family, chosen, seed)),
+        Plan.of(_shards(keys, family, chosen, seed, config.rollouts_per_shard)),
         conditions_table(family, chosen),
         heads=family.head_weights() if isinstance(config.target, Hidden) else None,
     )
@@ -134,6 +142,7 @@ def _manifest(
         conditions=family.conditions,
         fingerprints=fingerprints,
         conditioning=facts.model_dump(mode="json"),
+        architecture=family.architecture().model_dump(mode="json"),
     )
 
 
@@ -145,11 +154,30 @@ def plan(
     The plan depends on the dataset, the seed and `rollouts_per_shard` only, so any number of
     workers may work it off. Batches are cut from neighbours, whose lengths are alike.
     """
-    timesteps = {sample["sample_id"]: family.timesteps(sample) for sample in samples}
+    keys = planned_keys(config, samples)
+    return _shards(keys, family, _of_keys(keys, samples), seed, config.rollouts_per_shard)
+
+
+def planned_keys(config: RolloutConfig, samples: Sequence[Sample]) -> list[Key]:
+    """Return the keys that a configuration asks for, in no order that matters."""
+    chosen = [sample["sample_id"] for sample in samples[: config.samples]]
     variations = range(config.first_variation, config.first_variation + config.variations)
-    keys = [(sample_id, variation) for variation in variations for sample_id in timesteps]
-    shuffled = [keys[i] for i in keyed_generator(seed, "plan").permutation(len(keys))]
-    size = config.rollouts_per_shard
+    return [(sample_id, variation) for sample_id in chosen for variation in variations]
+
+
+def _of_keys(keys: Sequence[Key], samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples that any of `keys` names, in the dataset's order."""
+    named = {sample_id for sample_id, _ in keys}
+    return [sample for sample in samples if sample["sample_id"] in named]
+
+
+def _shards(
+    keys: Sequence[Key], family: Family, samples: Sequence[Sample], seed: int, size: int
+) -> list[list[Key]]:
+    timesteps = {sample["sample_id"]: family.timesteps(sample) for sample in samples}
+    place = {sample_id: number for number, sample_id in enumerate(timesteps)}
+    ordered = sorted(keys, key=lambda key: (key[1], place[key[0]]))
+    shuffled = [ordered[i] for i in keyed_generator(seed, "plan").permutation(len(ordered))]
     shards = [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
     return [sorted(shard, key=lambda key: (timesteps[key[0]], key)) for shard in shards]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from store.schema import Sampler
+from store.schema import Latent, Sampler, Stream
 
 RUNNING, END, TRUNCATED, LIMIT = range(4)
 STOP_REASONS = {END: "end", TRUNCATED: "truncated", LIMIT: "max_timesteps"}
@@ -109,6 +109,14 @@ def _invert(cumulative: Tensor, uniforms: Tensor) -> Tensor:
     return place.clamp_max(cumulative.shape[-1] - 1)
 
 
+def _beyond(streams: Sequence[Stream | Latent], device: torch.device) -> Tensor | None:
+    """[C, V] bool: ids that a stream does not have; None where all have the same, or none."""
+    sizes = [stream.vocabulary for stream in streams if isinstance(stream, Stream)]
+    if len(set(sizes)) <= 1:
+        return None
+    return (torch.arange(max(sizes)) >= torch.tensor(sizes).unsqueeze(-1)).to(device)
+
+
 class RolloutPolicy:
     """Draws the codes of one batch of rollouts and decides when each of them ends.
 
@@ -123,16 +131,20 @@ class RolloutPolicy:
         keys: Sequence[tuple[str, int]],
         *,
         seed: int,
-        streams: int,
+        streams: Sequence[Stream | Latent],
         forbidden: Sequence[int],
         end_id: int | None,
         reference_timesteps: Sequence[int],
         device: torch.device | str = "cpu",
     ) -> None:
         self.sampler = sampler
+        self._stop_weights = {
+            END: 1.0, TRUNCATED: sampler.truncated_weight, LIMIT: sampler.max_timesteps_weight
+        }  # fmt: skip
         self.forbidden = tuple(forbidden)
         self.end_id = end_id
-        shape = (sampler.max_timesteps, streams)
+        self._beyond = _beyond(streams, torch.device(device))
+        shape = (sampler.max_timesteps, len(streams))
         tables = [keyed_generator(seed, *key).random(shape, dtype=np.float32) for key in keys]
         self._uniforms = torch.from_numpy(np.stack(tables)).to(device)
         self._last_timestep = torch.tensor(
@@ -147,7 +159,14 @@ class RolloutPolicy:
             return self.sampler.max_timesteps
         return max(round(multiple * reference), self.sampler.min_timesteps)
 
-    def _allowed(self, timestep: int) -> tuple[int, ...]:
+    def _masked(self, logits: Tensor, ids: Sequence[int], streams: slice = slice(None)) -> Tensor:
+        """Return logits [b, c, V] with -inf at `ids` and beyond each stream's own vocabulary."""
+        masked = mask_forbidden(logits, ids)
+        if self._beyond is None:
+            return masked
+        return masked.masked_fill(self._beyond[streams], float("-inf"))
+
+    def _excluded(self, timestep: int) -> tuple[int, ...]:
         if self.end_id is not None and timestep < self.sampler.min_timesteps:
             return (*self.forbidden, self.end_id)
         return self.forbidden
@@ -156,7 +175,7 @@ class RolloutPolicy:
         self, rows: Tensor, timestep: int, logits: Tensor, streams: slice = slice(None)
     ) -> Tensor:
         """Draw codes [b, c] int64 from guided logits [b, c, V] of the streams given."""
-        masked = mask_forbidden(logits, self._allowed(timestep))
+        masked = self._masked(logits, self._excluded(timestep), streams)
         probabilities, ids = candidates(
             masked, self.sampler.temperature, self.sampler.top_k, self.sampler.top_p
         )
@@ -171,7 +190,7 @@ class RolloutPolicy:
         does (`argmax_or_multinomial_any`); `end_on` says in how many streams it must stand. Raises
         FloatingPointError when the largest logit of a row is not finite.
         """
-        largest, likeliest = mask_forbidden(logits, self.forbidden).max(-1)
+        largest, likeliest = self._masked(logits, self.forbidden).max(-1)
         if not bool(largest.isfinite().all()):
             raise FloatingPointError(
                 f"the guided logits of timestep {timestep} hold NaN or infinity"
@@ -207,12 +226,14 @@ class RolloutPolicy:
         """Weight of a rollout in training, from why it ended and how long it became.
 
         A rollout cut short teaches little about how speech ends; one far shorter or longer than
-        its reference is probably wrong (NeMo's MagpieTTS truncation and rejection weights).
+        its reference is probably wrong (NeMo's MagpieTTS truncation and rejection weights). Where
+        several rules apply, the one that trusts the rollout least has the say.
         """
         sampler = self.sampler
         too_short, too_long = sampler.too_short_multiple, sampler.too_long_multiple
+        weights = [self._stop_weights[int(self.stop[row])]]
         if too_short is not None and timesteps < too_short * reference_timesteps:
-            return sampler.rejected_weight
+            weights.append(sampler.too_short_weight)
         if too_long is not None and timesteps > too_long * reference_timesteps:
-            return sampler.rejected_weight
-        return 1.0 if int(self.stop[row]) == END else sampler.truncated_weight
+            weights.append(sampler.too_long_weight)
+        return min(weights)

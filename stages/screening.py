@@ -25,7 +25,7 @@ from stages.audio import (
     trim_silence,
 )
 from stages.config import PrepareConfig
-from stages.recordings import Recording, load_recording, read_ids, read_recordings
+from stages.recordings import Audio, Recording, load_audio, read_ids, read_recordings
 
 MAX_SAMPLE_ID_BYTES = 512
 """What a store can hold in a key."""
@@ -36,14 +36,22 @@ class Rejection(Exception):
 
 
 @dataclass(frozen=True)
-class Clip:
-    """An accepted recording; its samples are start … start + length of the spilled audio."""
+class Stretch:
+    """Samples start … start + length of the spilled audio."""
+
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Clip(Stretch):
+    """An accepted recording."""
 
     sample_id: str
     text: str
     speaker: str
-    start: int
-    length: int
+    context: Stretch | None
+    """What shows the voice, where the source names it and contexts are wanted."""
 
 
 @dataclass
@@ -56,10 +64,10 @@ class Screened:
     rejected: list[tuple[str, str]] = field(default_factory=list)
     """Pairs of sample_id and reason."""
 
-    def waveform(self, clip: Clip) -> Tensor:
-        """Samples [length] float32 of an accepted clip."""
+    def waveform(self, part: Stretch) -> Tensor:
+        """Samples [length] float32 of an accepted clip, or of a context."""
         spilled = np.memmap(
-            self.audio, dtype="<i2", mode="r", offset=2 * clip.start, shape=clip.length
+            self.audio, dtype="<i2", mode="r", offset=2 * part.start, shape=part.length
         )
         return torch.from_numpy(spilled.astype(np.float32) / FULL_SCALE)
 
@@ -78,13 +86,15 @@ def screen(config: PrepareConfig, table: Path, sample_rate_hz: int, audio: Path)
     All rows of a sample_id that stands more than once are rejected: none of them is the right one.
     """
     screened = Screened(audio)
-    times = Counter(read_ids(table))
-    rows = read_recordings(table, config.single_speaker)
+    root = config.audio_root or table.parent
+    times = Counter(read_ids(table, root))
+    rows = read_recordings(table, root, config.single_speaker)
     progress = tqdm(rows, total=times.total(), desc="reading", unit="clip", disable=None)
     with audio.open("wb") as spill:
+        listener = _Listener(config, root, sample_rate_hz, spill)
         for recording in progress:
             try:
-                clip = _accept(recording, times, config, sample_rate_hz, table.parent, spill)
+                clip = _accept(recording, times, config, listener)
             except (Rejection, AudioError) as error:
                 screened.rejected.append((recording.sample_id, str(error)))
             else:
@@ -92,27 +102,79 @@ def screen(config: PrepareConfig, table: Path, sample_rate_hz: int, audio: Path)
     return screened
 
 
-def normalise(text: str) -> str:
-    """Compose (NFC), lower-case and collapse the whitespace of a text."""
-    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+@dataclass
+class _Listener:
+    """Reads audio below a root, brings it into form, and spills it."""
+
+    config: PrepareConfig
+    root: Path
+    sample_rate_hz: int
+    spill: BinaryIO
+    contexts: dict[Audio, Stretch] = field(default_factory=dict)
+    """Those that were spilled; many recordings may share one."""
+
+    def clip(self, audio: Audio) -> Stretch:
+        """Spill a clip that is neither silent, too short nor too long."""
+        waveform = self._condition(audio)
+        seconds = len(waveform) / self.sample_rate_hz
+        limits = self.config
+        if seconds < limits.min_duration_s:
+            raise Rejection(f"too short: {seconds:.2f} s, the limit is {limits.min_duration_s:g}")
+        if seconds > limits.max_duration_s:
+            raise Rejection(f"too long: {seconds:.2f} s, the limit is {limits.max_duration_s:g}")
+        return self._write(waveform)
+
+    def context(self, audio: Audio) -> Stretch:
+        """Spill the first `context_s` seconds of a context that is not silent."""
+        if audio not in self.contexts:
+            try:
+                waveform = self._condition(audio, self.config.context_s)
+            except (Rejection, AudioError) as error:
+                raise Rejection(f"context: {error}") from error
+            self.contexts[audio] = self._write(waveform)
+        return self.contexts[audio]
+
+    def _condition(self, audio: Audio, most_s: float | None = None) -> Tensor:
+        """Resample, trim and cut to `most_s` seconds; raises Rejection for silence."""
+        trim = self.config.trim
+        waveform, rate_hz = load_audio(self.root, audio)
+        waveform = resample(waveform, rate_hz, self.sample_rate_hz)
+        if trim is not None:
+            waveform = trim_silence(waveform, self.sample_rate_hz, trim.below_peak_db, trim.keep_s)
+        if most_s is not None:
+            waveform = waveform[: round(most_s * self.sample_rate_hz)]
+        level, limit = level_dbfs(waveform), self.config.silence_dbfs
+        if level < limit:
+            raise Rejection(f"silent audio: {level:.1f} dBFS, the limit is {limit:g}")
+        return waveform
+
+    def _write(self, waveform: Tensor) -> Stretch:
+        if self.config.level_dbfs is not None:
+            waveform = set_level(waveform, self.config.level_dbfs)
+        start = self.spill.tell() // 2
+        self.spill.write(to_pcm16(waveform).tobytes())
+        return Stretch(start, len(waveform))
+
+
+def normalise(text: str, *, lower_case: bool = True) -> str:
+    """Compose (NFC), lower-case if wanted, and collapse the whitespace of a text."""
+    composed = unicodedata.normalize("NFC", text)
+    return " ".join((composed.lower() if lower_case else composed).split())
 
 
 def _accept(
-    recording: Recording,
-    times: Counter[str],
-    config: PrepareConfig,
-    sample_rate_hz: int,
-    root: Path,
-    spill: BinaryIO,
+    recording: Recording, times: Counter[str], config: PrepareConfig, listener: _Listener
 ) -> Clip:
     _check_id(recording.sample_id, times)
-    text = _check_text(recording.text, config.alphabet)
+    text = _check_text(recording.text, config)
     if not recording.speaker:
         raise Rejection("no speaker: the row's cell is empty")
-    waveform = _condition(*load_recording(root, recording), config, sample_rate_hz)
-    start = spill.tell() // 2
-    spill.write(to_pcm16(waveform).tobytes())
-    return Clip(recording.sample_id, text, recording.speaker, start, len(waveform))
+    if recording.audio is None:
+        raise Rejection("missing audio: the row names none")
+    clip = listener.clip(recording.audio)
+    wanted = recording.context if config.context_s > 0 else None
+    context = None if wanted is None else listener.context(wanted)
+    return Clip(clip.start, clip.length, recording.sample_id, text, recording.speaker, context)
 
 
 def _check_id(sample_id: str, times: Counter[str]) -> None:
@@ -124,8 +186,9 @@ def _check_id(sample_id: str, times: Counter[str]) -> None:
         raise Rejection(f"duplicate sample_id: {times[sample_id]} rows have it")
 
 
-def _check_text(text: str | None, alphabet: str | None) -> str:
-    normalised = normalise(text or "")
+def _check_text(text: str | None, config: PrepareConfig) -> str:
+    alphabet = config.alphabet
+    normalised = normalise(text or "", lower_case=config.lower_case)
     if not normalised:
         raise Rejection("empty text: nothing is left after normalisation")
     strange = strange_characters(normalised, alphabet) if alphabet is not None else None
@@ -138,25 +201,6 @@ def strange_characters(text: str, alphabet: str) -> str | None:
     """Reason to reject a text with characters outside an alphabet, or None."""
     outside = sorted(set(text) - set(alphabet))
     return f"text outside the alphabet: {outside}" if outside else None
-
-
-def _condition(
-    waveform: Tensor, rate_hz: int, config: PrepareConfig, sample_rate_hz: int
-) -> Tensor:
-    waveform = resample(waveform, rate_hz, sample_rate_hz)
-    if config.trim is not None:
-        waveform = trim_silence(
-            waveform, sample_rate_hz, config.trim.below_peak_db, config.trim.keep_s
-        )
-    level = level_dbfs(waveform)
-    if level < config.silence_dbfs:
-        raise Rejection(f"silent audio: {level:.1f} dBFS, the limit is {config.silence_dbfs:g}")
-    seconds = len(waveform) / sample_rate_hz
-    if seconds < config.min_duration_s:
-        raise Rejection(f"too short: {seconds:.2f} s, the limit is {config.min_duration_s:g}")
-    if seconds > config.max_duration_s:
-        raise Rejection(f"too long: {seconds:.2f} s, the limit is {config.max_duration_s:g}")
-    return waveform if config.level_dbfs is None else set_level(waveform, config.level_dbfs)
 
 
 def choose_splits(texts: Sequence[str], config: PrepareConfig) -> dict[str, str]:

@@ -96,6 +96,13 @@ def require_complete(store: PredictionStore) -> None:
         )
 
 
+def ramp(step: int, start: int, steps: int) -> float:
+    """Return how far a weight has grown at a step: 0 at `start`, 1 from `start + steps` on."""
+    if step < start:
+        return 0.0
+    return min((step - start) / steps, 1.0) if steps else 1.0
+
+
 class TargetLearner:
     """The distillation loss over stored targets."""
 
@@ -126,18 +133,14 @@ class TargetLearner:
         )
         for name, auxiliary in scores.losses.items():
             terms[name] = auxiliary * batch.weight
-            total = total + terms[name]
+            total = total + loss.auxiliary * terms[name]
         return Objective(total, terms)
 
     def _stream_weights(self, step: int) -> Tensor:
-        """[C]: the local transformer's streams start late and ramp up to their weight."""
+        """[C]: the local transformer's streams start late and ramp up to their share."""
         loss = self._config.loss
-        if step < loss.local_start_step:
-            local = 0.0
-        else:
-            ramped = (step - loss.local_start_step + 1) / max(loss.local_ramp_steps, 1)
-            local = loss.local * min(ramped, 1.0)
-        return stream_weights(loss.codebook_weights, self._family, local).to(self._device)
+        share = loss.local_share * ramp(step, loss.local_start_step, loss.local_ramp_steps)
+        return stream_weights(loss.codebook_weights, self._family, share).to(self._device)
 
     def validate(self) -> Mapping[str, float]:
         """Report nothing: what a student is worth is measured by `evaluate`, on held-out data."""

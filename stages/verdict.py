@@ -29,6 +29,8 @@ from store.schema import Record
 RECOGNISERS: tuple[JudgeName, ...] = ("whisper", "pocketsphinx")
 RECORDING = "recording"
 """Folder of the recordings themselves, which the speaker encoder hears beside the systems."""
+COSTS = ("parameters", "active_parameters", "flops_per_timestep", "dense_flops_per_timestep")
+"""What a report says of a system's architecture."""
 PAIRED = ("wer", "cer", "paired_kl", "agreement")
 """Metrics whose differences between systems are reported with paired intervals."""
 
@@ -139,8 +141,9 @@ def system_numbers(measure: Measure, found: Mapping[str, Ratio], bootstrap: Boot
     values = {name: bootstrap.metric(value) for name, value in found.items()}
     if measure.passes:
         values["rtf"] = Metric(value=measure.decode_s / sum(measure.audio_s))
-        values["parameters"] = Metric(value=measure.parameters)
         values["passes"] = Metric(value=measure.passes)
+    if measure.architecture is not None:
+        values |= {name: Metric(value=getattr(measure.architecture, name)) for name in COSTS}
     return System(**values)
 
 

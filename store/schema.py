@@ -36,6 +36,11 @@ class Record(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    @classmethod
+    def completed(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON of an earlier release's file with the fields that were added since."""
+        return content
+
 
 def require(valid: bool, name: str, value: object, limit: str, advice: str) -> None:
     """Refuse a value, naming it, its limit and what to do; raises ValueError."""
@@ -248,13 +253,17 @@ class Sampler(Record):
     reference_multiple: float | None = None
     """Truncate a rollout at this multiple of the reference length; null never does."""
     truncated_weight: float = 0.1
-    """Weight of a truncated rollout in training."""
+    """Weight in training of a rollout that was truncated at `reference_multiple`."""
+    max_timesteps_weight: float = 0.1
+    """Weight in training of a rollout that was truncated at `max_timesteps`."""
     too_short_multiple: float | None = None
     """Reject a rollout shorter than this multiple of the reference length; null never does."""
+    too_short_weight: float = 0.0
+    """Weight in training of a rollout that is too short; of several weights the least counts."""
     too_long_multiple: float | None = None
     """Reject a rollout longer than this multiple of the reference length; null never does."""
-    rejected_weight: float = 0.0
-    """Weight of a rejected rollout in training."""
+    too_long_weight: float = 0.0
+    """Weight in training of a rollout that is too long; of several weights the least counts."""
 
     @field_validator("temperature")
     @classmethod
@@ -284,7 +293,9 @@ class Sampler(Record):
         require(valid, "multiple of the reference length", multiple, "> 0", "use null for none")
         return multiple
 
-    @field_validator("truncated_weight", "rejected_weight")
+    @field_validator(
+        "truncated_weight", "max_timesteps_weight", "too_short_weight", "too_long_weight"
+    )
     @classmethod
     def _check_weight(cls, weight: float) -> float:
         require(0 <= weight <= 1, "weight", weight, "in [0, 1]", "use 0 to leave such rollouts out")
@@ -311,6 +322,8 @@ class Fingerprints(Record):
     dataset: str
     student: str = ""
     """The student that drew the codes, where the source is one."""
+    codes: str = ""
+    """The store that the codes were taken from, where the source is `replay`."""
 
 
 class FileSum(Record):
@@ -346,7 +359,7 @@ class Manifest(Record):
     """Guidance of the drawn codes, and of the stored targets unless they keep both branches."""
     sampler: Sampler
     """How the codes were drawn."""
-    source: Literal["teacher", "dataset", "student"]
+    source: Literal["teacher", "dataset", "student", "replay"]
     """Where the codes come from."""
     seed: int
     """Seed of the run; each rollout's own seed derives from it, its sample and its variation."""
@@ -360,8 +373,23 @@ class Manifest(Record):
     """Hashes of what the predictions depend on."""
     conditioning: dict[str, JsonValue] = Field(default_factory=dict)
     """Facts of the dataset needed to build a student: alphabet, speakers and the like."""
+    architecture: dict[str, JsonValue] = Field(default_factory=dict)
+    """Size of the teacher and what it computes per timestep; none in older stores."""
     files: dict[str, FileSum] = Field(default_factory=dict)
     """plan.parquet, samples.parquet and heads; filled in when the store is created."""
+
+    @classmethod
+    def completed(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON of an earlier release's manifest as this release writes it.
+
+        Anything else comes back as it is, for the checks of the fields to refuse.
+        """
+        sampler, fingerprints = content.get("sampler"), content.get("fingerprints")
+        if isinstance(sampler, dict):
+            content = content | {"sampler": _with_weights_apart(sampler)}
+        if isinstance(fingerprints, dict):
+            content = content | {"fingerprints": {"codes": ""} | fingerprints}
+        return {"architecture": {}} | content
 
     @property
     def vocabularies(self) -> tuple[int, ...]:
@@ -444,6 +472,20 @@ class Manifest(Record):
         advice = "give the seconds of audio per decoding step"
         require(self.timestep_s > 0, "timestep_s", self.timestep_s, "> 0", advice)
         return self
+
+
+def _with_weights_apart(sampler: dict[str, Any]) -> dict[str, Any]:
+    """Spell the one weight of rejected rollouts, and that of truncated ones, for each reason."""
+    apart = {"too_short_weight", "too_long_weight", "max_timesteps_weight"}
+    if apart & sampler.keys() or not {"rejected_weight", "truncated_weight"} <= sampler.keys():
+        return sampler
+    rest = {name: value for name, value in sampler.items() if name != "rejected_weight"}
+    rejected, truncated = sampler["rejected_weight"], sampler["truncated_weight"]
+    return rest | {
+        "too_short_weight": rejected,
+        "too_long_weight": rejected,
+        "max_timesteps_weight": truncated,
+    }
 
 
 def changed_fields(ours: Record, theirs: Record) -> dict[str, tuple[Any, Any]]:

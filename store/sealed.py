@@ -55,6 +55,7 @@ def unseal(path: Path, record: type[R]) -> tuple[R, str]:
     seal_found = content.pop("checksum", None)
     if seal_found != checksum(content):
         raise StoreError(f"{path} does not match its own checksum: restore it from a copy")
+    content = record.completed(content)
     try:
         found = record.model_validate_json(_encode(content, indent=None), strict=True)
     except ValidationError as error:

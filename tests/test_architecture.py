@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.architecture import Architecture, feed_forward_flops, parameters_by_part
 from stages.families.codec_lm import CodecLM
-from stages.family import WEIGHTS_FILES, is_saved
+from stages.saved_model import WEIGHTS_FILES, is_saved
 from tests.test_rollout import VARIANTS, samples_of, teacher_of
 
 ATTENTION = ("aten._scaled_dot", "aten._flash", "aten._efficient")

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stages.family import load_family
 from store import PredictionStore
 from store.schema import Compact, Hidden, Target, TopK
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
@@ -115,6 +116,41 @@ def test_inspect_says_what_is_in_a_store(tiny_run):
     text = foretell("inspect", tiny_run.root / "store")
     assert text.returncode == 0
     assert "top_k.logits" in text.stdout
+
+
+def test_inspect_says_how_large_a_model_is_without_loading_it(tiny_run, tmp_path):
+    teacher = tiny_run.root / "teacher"
+    family = load_family("codec_lm").load(teacher, device="cpu", dtype=torch.float32)
+    counted = family.architecture().model_dump(mode="json")
+    script = (
+        "import sys; from pipeline.cli import app; app(standalone_mode=False);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, "inspect", str(teacher), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["family"], found["finished"]) == ("codec_lm", True)
+    assert found["architecture"] == counted
+    assert found["facts"]["speakers"] == ["high", "low"]
+    stored = json.loads(foretell("inspect", tiny_run.root / "store", "--json").stdout)
+    assert stored["architecture"] == counted, "the manifest says it of the teacher too"
+    text = foretell("inspect", teacher).stdout
+    assert f"{counted['parameters']:,} parameters" in text
+    keyed = foretell("inspect", teacher, "--key", "a/0")
+    assert (keyed.returncode, "is the folder of a model" in keyed.stderr) == (2, True)
+
+
+def test_inspect_of_a_model_of_an_earlier_release_or_a_broken_one_says_so(tiny_run, tmp_path):
+    described = json.loads((tiny_run.root / "teacher" / "config.json").read_text())
+    del described["architecture"]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    done = foretell("inspect", tmp_path)
+    assert "not recorded" in done.stdout
+    assert json.loads(foretell("inspect", tmp_path, "--json").stdout)["finished"] is False
+    (tmp_path / "config.json").write_text("{}")
+    broken = foretell("inspect", tmp_path)
+    assert (broken.returncode, "holds no finished model" in broken.stderr) == (2, True)
 
 
 def test_inspect_shows_a_rollout_and_a_timestep_as_the_store_has_them(tiny_run):

@@ -202,6 +202,8 @@ BAD = {
     ),
     "no loss": ({"students.student.loss": {"kl": 0}}, "all terms of the loss weigh 0"),
     "a source without its student": ({"rollout.source": "student"}, "name the student exactly"),
+    "a replay without its store": ({"rollout.source": "replay"}, "name the store exactly"),
+    "a store that is not replayed": ({"rollout.replay": "s"}, "replay=s: name the store exactly"),
     "a checkpoint without path": (
         {"students.student.init": {"kind": "checkpoint"}},
         "give a path exactly for 'checkpoint'",

@@ -29,7 +29,15 @@ from torch import Tensor, nn
 
 from stages import data
 from stages.config import LoaderConfig, TrainConfig
-from stages.data import HostBatch, StoreBatches, TargetBatch, rollout_batches
+from stages.data import (
+    HostBatch,
+    Span,
+    StoreBatches,
+    TargetBatch,
+    host_batch,
+    restored_batch,
+    rollout_batches,
+)
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.host_memory import HostMemory
@@ -127,6 +135,29 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 # What a batch holds.
+
+
+def test_a_mean_over_rollouts_spreads_the_weight_of_each_over_its_predictions(
+    store: PredictionStore,
+) -> None:
+    weights = (1.0, 0.1, 0.0, 0.5)
+    keys = [key for key, _ in zip(store.keys(), weights, strict=False)]
+    spans = [Span.of(store[k])._replace(weight=w) for k, w in zip(keys, weights, strict=True)]
+    host = host_batch(store.manifest, spans, [{}] * 4, [0] * 4, HostMemory(), "rollouts")
+    batch = restored_batch(host, store.manifest, None, CPU, None)
+    assert host.weight == batch.weight == 4, "whatever they weigh"
+    for row, (key, weight) in enumerate(zip(keys, weights, strict=True)):
+        length, each = len(store[key]), batch.element_weights[row]
+        assert float(each.double().sum()) == pytest.approx(weight, rel=1e-6)
+        assert each[:length].unique().tolist() == pytest.approx([weight / length / 2], rel=1e-6)
+    assert len(set(batch.lengths.tolist())) > 1
+
+
+def test_training_takes_the_mean_that_its_loss_says(store: PredictionStore) -> None:
+    for batch in walked(store, config_of(micro=3, loss={"mean": "rollouts"}), range(0, 24, 8)):
+        assert batch.weight == len(batch.keys) <= 3
+        totals = batch.element_weights.sum((1, 2))
+        torch.testing.assert_close(totals, torch.ones_like(totals))
 
 
 def test_a_batch_holds_its_rollouts_and_nothing_that_could_be_read_beyond_them(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from stages import capture
+from stages.architecture import Architecture
 from stages.config import DatasetFacts, RolloutConfig, TrainConfig
 from stages.distributed import Place
 from stages.family import Branch, Branches, Scores, Step
@@ -51,6 +52,12 @@ class Field:
 
     def tokenizer_fingerprint(self) -> str:
         return "k"
+
+    def architecture(self) -> Architecture:
+        return Architecture(
+            parameters=96, parts={"field": 96}, active_parameters=96,
+            flops_per_timestep=144, dense_flops_per_timestep=144,
+        )  # fmt: skip
 
     def save(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)

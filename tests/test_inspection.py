@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 
 from pipeline.inspection import describe_key, describe_store, store_text
+from stages.architecture import Architecture
 from store import PredictionStore
 from store.convert import convert
 from store.schema import Compact, Dense, Fast, Full, Hidden, Sampled, Target, TopK
 from store.shard import ShardRecord
 from store.shard_folder import ShardFolder
 from store.synthetic import (
+    synthetic_arrays,
     synthetic_heads,
     synthetic_manifest,
     synthetic_store,
     write_synthetic_shard,
 )
+from tests.golden_stores import GOLDEN
 
 SCALE = 2.5
 FORBIDDEN = 32
@@ -138,6 +141,52 @@ def test_a_store_is_summed_up_with_progress_and_every_record_read_once(
     assert document["longest"] == lengths.max()
     assert document["stop_reasons"] == {"end": 4}
     assert document["bytes"]["tables"] > 0
+
+
+def test_how_many_rollouts_ended_why_and_what_they_weigh(tmp_path: Path) -> None:
+    store = synthetic_store(tmp_path / "s", synthetic_manifest(TopK(k=3)), 6, 1, 3)
+    found = [("end", 1.0), ("end", 0.5), ("truncated", 0.125), ("end", 1.0), ("truncated", 0.25),
+             ("max_timesteps", 0.0)]  # fmt: skip
+    for shard, facts in enumerate((found[:3], found[3:])):
+        with store.writer(shard) as writer:
+            for key, (reason, weight) in zip(store.plan[shard], facts, strict=True):
+                arrays = synthetic_arrays(store.manifest, key, 4)
+                writer.append(*key, arrays, stop_reason=reason, weight=weight, seed=1)
+            writer.commit()
+    document = describe_store(store.path)
+    assert document["stop_reasons"] == {"end": 3, "truncated": 2, "max_timesteps": 1}
+    assert document["weights"] == {"end": 2.5, "truncated": 0.375, "max_timesteps": 0.0}
+    assert document["weight"] == 2.875
+    text = " ".join(store_text(document).split())
+    assert "stop_reasons end 3, truncated 2, max_timesteps 1" in text
+    assert "weights end 2.5, truncated 0.375, max_timesteps 0 weight 2.875" in text
+
+
+COUNTED = Architecture(
+    parameters=1000, parts={"decoder": 900, "head": 100}, active_parameters=400,
+    flops_per_timestep=1500, dense_flops_per_timestep=2500, experts=8, active_experts=2,
+)  # fmt: skip
+
+
+def test_a_store_says_how_large_its_teacher_is(tmp_path: Path) -> None:
+    known = COUNTED.model_dump(mode="json")
+    manifest = synthetic_manifest(TopK(k=3)).model_copy(update={"architecture": known})
+    document = describe_store(synthetic_store(tmp_path / "s", manifest, 2, 1, 2).path)
+    assert document["architecture"] == known
+    text = " ".join(store_text(document).split())
+    assert "1,000 parameters, 400 of them active at a position (decoder 900, head 100)" in text
+    assert "1,500 FLOPs per timestep and pass" in text
+    assert (
+        "2 of 8 experts per layer; with a dense feed-forward as wide as all of them 2,500" in text
+    )
+
+
+@pytest.mark.parametrize("profile", ["fast", "compact"])
+def test_a_store_of_an_earlier_release_does_not_know_its_teacher_s_size(profile: str) -> None:
+    document = describe_store(GOLDEN / profile / "top_k")
+    assert document["architecture"] == {}
+    assert document["sampler"]["too_short_weight"] == 0.0
+    assert "not recorded: it was written by an earlier foretell" in store_text(document)
 
 
 def test_a_converted_store_shows_what_its_values_went_through(tmp_path: Path) -> None:

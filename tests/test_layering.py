@@ -61,7 +61,7 @@ def test_families_alone_import_model_packages_and_nothing_imports_a_family(modul
         assert not {name for name in names if name.startswith("stages.families.")}
 
 
-def test_only_one_function_finds_a_family():
+def test_only_one_module_finds_what_lives_in_families():
     dynamic = [m for m in MODULES if "importlib" in set(imports(m)) and m.startswith("stages")]
     loading = [m for m in dynamic if "stages.families" in MODULES[m].read_text(encoding="utf-8")]
     assert loading == ["stages.family"]

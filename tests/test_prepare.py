@@ -172,6 +172,16 @@ def test_a_dataset_of_other_settings_is_not_overwritten(config, source, tmp_path
         prepare(config(), tmp_path / "dataset")
 
 
+def test_a_dataset_that_is_older_than_a_setting_had_its_default(config, tmp_path):
+    made = prepare(config(), tmp_path / "dataset")
+    header = json.loads((made.path / "dataset.json").read_text())
+    del header["config"]["lower_case"]
+    (made.path / "dataset.json").write_text(json.dumps(header))
+    prepare(config(), made.path)
+    with pytest.raises(UserError, match="prepared with another lower_case"):
+        prepare(config(lower_case=False), made.path)
+
+
 def test_a_failed_run_leaves_nothing_behind(config, source, tmp_path):
     with pytest.raises(UserError, match=r"no recording .* rejected too short: 20"):
         prepare(config(min_duration_s=5.0), tmp_path / "out" / "dataset")

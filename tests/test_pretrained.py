@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Self
 
 import pytest
@@ -55,6 +56,13 @@ def test_stage_one_and_evaluation_load_it_by_its_record_and_the_dataset_s_facts(
     dtypes = [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
     assert [(path, facts, "cpu", dtype) for dtype in dtypes] == ASKED
     assert not (run.root / "teacher").exists()
+    report = json.loads((run.root / "report" / "report.json").read_text())
+    counted = Elsewhere.load(tiny_run.root / "teacher", device="cpu", dtype=torch.float32)
+    counted = counted.architecture()
+    for system in ("teacher_guided", "teacher_unguided"):
+        assert report[system]["parameters"]["value"] == counted.parameters
+        assert report[system]["flops_per_timestep"]["value"] == counted.flops_per_timestep
+    assert report["codec_copy"]["parameters"] is None
     stored = PredictionStore.open(run.root / "store").manifest.fingerprints.teacher
     teacher = CodecLM.load(tiny_run.root / "teacher", device="cpu", dtype=torch.bfloat16)
     assert stored == teacher.fingerprint()

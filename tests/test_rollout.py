@@ -487,7 +487,8 @@ def test_every_rollout_has_its_stop_reason_and_weight(tmp_path):
     family, samples = teacher_of(), samples_of(12)
     sampler = {
         "min_timesteps": 5, "max_timesteps": 9, "temperature": 1.5,
-        "reference_multiple": 1.0, "truncated_weight": 0.25, "too_short_multiple": 0.6,
+        "reference_multiple": 1.0, "truncated_weight": 0.25, "max_timesteps_weight": 0.5,
+        "too_short_multiple": 0.6,
     }  # fmt: skip
     store = written(tmp_path / "a", family, samples, sampler=sampler, variations=8)
     references = {s["sample_id"]: family.timesteps(s) for s in samples}
@@ -504,7 +505,8 @@ def test_every_rollout_has_its_stop_reason_and_weight(tmp_path):
             assert not ends.any()
             assert len(one) == min(max(reference, 5), 9)
             assert one.stop_reason == ("max_timesteps" if reference >= 9 else "truncated")
-        assert one.weight == (0.0 if rejected else {"end": 1.0}.get(one.stop_reason, 0.25))
+        weights = {"end": 1.0, "truncated": 0.25, "max_timesteps": 0.5}
+        assert one.weight == (0.0 if rejected else weights[one.stop_reason])
     assert {reason for reason, _ in found} == {"end", "truncated", "max_timesteps"}
     assert {rejected for _, rejected in found} == {True, False}
 

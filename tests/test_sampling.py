@@ -17,10 +17,14 @@ from stages.sampling import (
     keyed_seed,
     mask_forbidden,
 )
-from store.schema import Sampler
+from store.schema import Sampler, Stream
 
 VOCABULARY = 12
 FORBIDDEN, END = 10, 11
+
+
+def streams_of(*sizes: int) -> list[Stream]:
+    return [Stream(name=f"{i}", group="a", vocabulary=size) for i, size in enumerate(sizes)]
 
 
 def policy_of(keys, *, seed=3, streams=2, references=None, **sampler) -> RolloutPolicy:
@@ -28,7 +32,7 @@ def policy_of(keys, *, seed=3, streams=2, references=None, **sampler) -> Rollout
         Sampler.model_validate({"max_timesteps": 20, "min_timesteps": 2} | sampler),
         keys,
         seed=seed,
-        streams=streams,
+        streams=streams if isinstance(streams, list) else streams_of(*[VOCABULARY] * streams),
         forbidden=[FORBIDDEN],
         end_id=END,
         reference_timesteps=references or [10] * len(keys),
@@ -182,6 +186,26 @@ def test_forbidden_ids_are_never_drawn_however_likely():
         assert not policy.draw(rows, timestep, logits).eq(FORBIDDEN).any()
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("beyond", [50.0, torch.nan])
+def test_ids_beyond_the_vocabulary_of_a_stream_are_neither_drawn_nor_looked_at(beyond, top_k):
+    sizes = (VOCABULARY, 6, 9)
+    policy = policy_of(keys_of(50), streams=streams_of(*sizes), top_k=top_k)
+    rows, logits = torch.arange(50), logits_of(50, 3)
+    for stream, size in enumerate(sizes):
+        logits[:, stream, size:] = beyond
+    whole = policy.draw(rows, 4, logits)
+    assert (whole < torch.tensor(sizes)).all()
+    parts = [policy.draw(rows, 4, logits[:, c : c + 1], slice(c, c + 1)) for c in range(3)]
+    assert torch.equal(whole, torch.cat(parts, 1))
+    # Below a size all ids can be drawn, and the end is not taken for likeliest where there is none.
+    if top_k is None:
+        drawn = policy.draw(rows, 4, torch.zeros(50, 3, VOCABULARY))
+        assert set(drawn[:, 1].tolist()) == set(range(6))
+    logits[:, 0, END] = -50.0
+    assert not policy.end(rows, 4, torch.zeros_like(whole), logits).any()
+
+
 def test_the_end_is_not_drawn_before_the_least_length_and_then_it_is():
     policy, rows = policy_of(keys_of(8), min_timesteps=3), torch.arange(8)
     logits = torch.zeros(8, 2, VOCABULARY)
@@ -236,22 +260,47 @@ def test_rollouts_stop_at_a_multiple_of_their_reference_or_at_the_limit_and_say_
     ]  # fmt: skip
 
 
-def test_weights_follow_from_the_stop_reason_and_from_the_length():
-    policy = policy_of(
-        keys_of(2), truncated_weight=0.1, rejected_weight=0.02,
-        too_short_multiple=0.5, too_long_multiple=1.5,
-    )  # fmt: skip
-    codes, logits = torch.full((1, 2), END), torch.zeros(1, 2, VOCABULARY)
-    policy.end(torch.tensor([0]), 5, codes, logits)
-    policy.end(torch.tensor([1]), 19, codes * 0, logits.index_fill(-1, torch.tensor(0), 1.0))
-    assert policy.stop_reason(0) == "end"
-    assert policy.stop_reason(1) == "max_timesteps"
-    assert policy.weight(0, 10, 10) == 1.0
-    assert policy.weight(1, 10, 10) == 0.1
-    assert policy.weight(0, 4, 10) == 0.02
-    assert policy.weight(0, 5, 10) == 1.0
-    assert policy.weight(0, 15, 10) == 1.0
-    assert policy.weight(0, 16, 10) == 0.02
+def stopped(reason: str, **sampler) -> RolloutPolicy:
+    """A policy whose only rollout, of a reference of 10 timesteps, has ended for a reason."""
+    policy = policy_of([("a", 0)], references=[10], reference_multiple=1.5, **sampler)
+    rows, end = torch.tensor([0]), torch.full((1, 2), END)
+    timestep, codes = {"end": (5, end), "truncated": (14, end * 0), "max_timesteps": (19, end * 0)}[
+        reason
+    ]
+    logits = torch.zeros(1, 2, VOCABULARY).index_fill(-1, torch.tensor(0), 1.0)
+    assert policy.end(rows, timestep, codes, logits).all()
+    assert policy.stop_reason(0) == reason
+    return policy
+
+
+WEIGHTS = {
+    "truncated_weight": 0.5, "max_timesteps_weight": 0.25, "too_short_multiple": 0.5,
+    "too_short_weight": 0.125, "too_long_multiple": 1.5, "too_long_weight": 0.375,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reason", "timesteps", "weight"),
+    [
+        ("end", 5, 1.0),
+        ("end", 15, 1.0),
+        ("end", 4, 0.125),
+        ("end", 16, 0.375),
+        ("truncated", 15, 0.5),
+        ("max_timesteps", 15, 0.25),
+        # Of two rules the one that trusts the rollout least counts, whichever it is.
+        ("truncated", 16, 0.375),
+        ("max_timesteps", 16, 0.25),
+        ("max_timesteps", 4, 0.125),
+    ],
+)
+def test_every_reason_has_its_own_weight_and_the_least_counts(reason, timesteps, weight):
+    assert stopped(reason, **WEIGHTS).weight(0, timesteps, 10) == weight
+
+
+def test_lengths_are_judged_only_where_a_multiple_is_given():
+    policy = stopped("end", **(WEIGHTS | {"too_short_multiple": None, "too_long_multiple": None}))
+    assert policy.weight(0, 1, 10) == policy.weight(0, 99, 10) == 1.0
 
 
 @pytest.mark.parametrize("top_k", [None, 4])

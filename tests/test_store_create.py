@@ -41,6 +41,13 @@ def test_creating_twice_opens_what_is_there(tmp_path: Path) -> None:
     assert (again.manifest, again.plan, again.samples) == (first.manifest, PLAN, SAMPLES)
 
 
+def test_a_store_of_before_architectures_is_opened_by_who_knows_one(tmp_path: Path) -> None:
+    PredictionStore.create(tmp_path / "store", MANIFEST, PLAN, SAMPLES)
+    known = MANIFEST.model_copy(update={"architecture": {"parameters": 7}})
+    opened = PredictionStore.create(tmp_path / "store", known, PLAN, SAMPLES)
+    assert opened.manifest.architecture == {}
+
+
 def test_two_stores_of_the_same_inputs_have_the_same_bytes(tmp_path: Path) -> None:
     pandas_like = SAMPLES.replace_schema_metadata({"pandas": "{}"})
     one = PredictionStore.create(tmp_path / "one", MANIFEST, PLAN, SAMPLES)

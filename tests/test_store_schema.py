@@ -45,6 +45,9 @@ MANIFEST = synthetic_manifest(TopK(k=4, temperatures=(1.0, 2.0), moments=True))
         (Sampler, {"top_p": 1.5}, r"top_p is 1.5 but must be in \(0, 1\]"),
         (Sampler, {"min_timesteps": 9, "max_timesteps": 8}, r"min_timesteps is 9 .* 8\]: lower it"),
         (Sampler, {"truncated_weight": -1}, r"weight is -1.0 but must be in \[0, 1\]"),
+        (Sampler, {"too_short_weight": 1.5}, r"weight is 1.5 but must be in \[0, 1\]"),
+        (Sampler, {"max_timesteps_weight": -1}, r"weight is -1.0 but must be in \[0, 1\]"),
+        (Sampler, {"rejected_weight": 0}, "Extra inputs are not permitted"),
         (Sampler, {"too_short_multiple": 2, "too_long_multiple": 1}, "every rollout would be"),
         (Sampler, {"end_on": "all"}, "'any', 'first' or 'majority'"),
         (Guidance, {"scale": -1}, "cfg scale is -1.0 but must be >= 0: use 1.0"),
@@ -182,6 +185,10 @@ DOCUMENTS: list[Record] = [
 ]
 
 
+ADDED = {("architecture",), ("fingerprints", "codes")}
+"""Fields that docs/format.md allows to be absent, as they are in files of earlier releases."""
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=["top_k", "hidden", "dense", "shard"])
 def test_a_document_that_lacks_any_field_is_refused_though_the_record_has_a_default(
     tmp_path: Path, document: Record
@@ -193,9 +200,44 @@ def test_a_document_that_lacks_any_field_is_refused_though_the_record_has_a_defa
         content = json.loads(json.dumps(whole))
         reduce(lambda part, key: part[key], above, content).pop(name)
         write_sealed(path, content)
-        if "files" not in above[-1:]:  # there a name is data
+        if (*above, name) in ADDED:
+            unseal(path, type(document))
+        elif "files" not in above[-1:]:  # there a name is data
             with pytest.raises(StoreError, match=rf"document\.json .*{name}"):
                 unseal(path, type(document))
+
+
+WEIGHTS = ("max_timesteps_weight", "too_short_weight", "too_long_weight")
+
+
+def test_a_manifest_of_one_weight_for_rejected_rollouts_means_what_it_meant(tmp_path: Path) -> None:
+    path, content = tmp_path / "manifest.json", MANIFEST.model_dump(mode="json")
+    older = {name: value for name, value in content["sampler"].items() if name not in WEIGHTS}
+    older |= {"truncated_weight": 0.25, "rejected_weight": 0.01}
+    write_sealed(path, content | {"sampler": older})
+    manifest, fingerprint = unseal(path, Manifest)
+    assert manifest.sampler == MANIFEST.sampler.model_copy(
+        update={
+            "truncated_weight": 0.25, "max_timesteps_weight": 0.25,
+            "too_short_weight": 0.01, "too_long_weight": 0.01,
+        }
+    )  # fmt: skip
+    assert fingerprint == json.loads(path.read_text())["checksum"], "it is the file's own"
+
+
+def test_a_manifest_of_before_architectures_and_replays_has_none(tmp_path: Path) -> None:
+    path, content = tmp_path / "manifest.json", MANIFEST.model_dump(mode="json")
+    del content["architecture"], content["fingerprints"]["codes"]
+    write_sealed(path, content)
+    manifest, _ = unseal(path, Manifest)
+    assert (manifest.architecture, manifest.fingerprints.codes) == ({}, "")
+
+
+def test_a_manifest_that_gives_one_weight_and_weights_apart_is_refused(tmp_path: Path) -> None:
+    path, content = tmp_path / "manifest.json", MANIFEST.model_dump(mode="json")
+    write_sealed(path, content | {"sampler": content["sampler"] | {"rejected_weight": 0.0}})
+    with pytest.raises(StoreError, match=r"rejected_weight: Extra inputs"):
+        unseal(path, Manifest)
 
 
 def test_a_newer_format_that_is_spelled_and_sealed_otherwise_asks_for_a_newer_foretell(

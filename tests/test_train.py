@@ -124,11 +124,13 @@ def teacher_kl(scale: float, model: dict = MODEL) -> tuple[float, dict]:
     return float(total.detach()), found
 
 
-def teacher_kl_by_stream(scale: float, model: dict, student: CodecLM | None = None) -> torch.Tensor:
+def teacher_kl_by_stream(
+    scale: float, model: dict, student: CodecLM | None = None, samples: list[dict] = SAMPLES
+) -> torch.Tensor:
     """That sum for every stream, [C]."""
     teacher, student = family_of(0, model), student or family_of(1, model)
     total = torch.zeros(len(teacher.streams), dtype=torch.float64)
-    for sample in SAMPLES:
+    for sample in samples:
         codes = teacher.reference_codes(sample)[None]
         lengths = torch.tensor([codes.shape[1]])
         with torch.no_grad():
@@ -164,13 +166,19 @@ def test_a_store_of_whole_distributions_teaches_the_divergence_from_the_guided_t
 
 WEIGHTED = {
     "codebooks": (MODEL, {"codebook_weights": [3.0, 1.0]}, 0, [1.5, 0.5]),
-    "local": (LOCAL, {"local": 0.5}, 0, [4 / 3, 4 / 3, 2 / 3, 2 / 3]),
-    "both": (LOCAL, {"local": 0.5, "codebook_weights": [3.0, 1.0]}, 0, [2.0, 2 / 3, 1.0, 1 / 3]),
-    "before the start": (LOCAL, {"local_start_step": 3, "local_ramp_steps": 4}, 1, [2, 2, 0, 0]),
-    "on the ramp": (
-        LOCAL, {"local_start_step": 3, "local_ramp_steps": 4}, 4, [4 / 3, 4 / 3, 2 / 3, 2 / 3],
+    "local": (LOCAL, {"local_share": 1 / 3}, 0, [4 / 3, 4 / 3, 2 / 3, 2 / 3]),
+    "both": (
+        LOCAL, {"local_share": 0.3, "codebook_weights": [3.0, 1.0]}, 0, [2.1, 0.7, 0.9, 0.3],
     ),
-    "after the ramp": (LOCAL, {"local_start_step": 3, "local_ramp_steps": 4}, 9, [1, 1, 1, 1]),
+    "local alone": (LOCAL, {"local_share": 1.0}, 0, [0, 0, 2, 2]),
+    "no local": (MODEL, {"local_share": 1.0, "local_start_step": 9}, 0, [1, 1]),
+    "before the start": (LOCAL, {"local_start_step": 3, "local_ramp_steps": 4}, 2, [2, 2, 0, 0]),
+    "at the start": (LOCAL, {"local_start_step": 3, "local_ramp_steps": 4}, 3, [2, 2, 0, 0]),
+    "on the ramp": (
+        LOCAL, {"local_start_step": 3, "local_ramp_steps": 4}, 4, [1.75, 1.75, 0.25, 0.25],
+    ),
+    "after the ramp": (LOCAL, {"local_start_step": 3, "local_ramp_steps": 4}, 7, [1, 1, 1, 1]),
+    "without a ramp": (LOCAL, {"local_start_step": 3}, 3, [1, 1, 1, 1]),
 }  # fmt: skip
 
 
@@ -188,8 +196,31 @@ def test_every_stream_counts_by_its_weight_and_the_mean_weight_is_1(tmp_path, na
 def test_streams_that_are_all_of_a_group_without_weight_weigh_nothing():
     streams = [SimpleNamespace(group="local")] * 4
     family = SimpleNamespace(streams=streams)
-    assert stream_weights((3.0, 1.0), family, local=0.0).tolist() == [0.0] * 4
-    assert stream_weights((3.0, 1.0), family, local=0.25).tolist() == [1.5, 0.5] * 2
+    assert stream_weights((3.0, 1.0), family, local_share=0.0).tolist() == [0.0] * 4
+    assert stream_weights((3.0, 1.0), family, local_share=0.25).tolist() == [1.5, 0.5] * 2
+
+
+def test_a_share_is_of_the_loss_however_many_streams_have_it():
+    family = SimpleNamespace(streams=[SimpleNamespace(group=g) for g in ["a", "b", "c", "local"]])
+    weights = stream_weights((), family, local_share=0.4)
+    assert weights.tolist() == pytest.approx([0.8, 0.8, 0.8, 1.6])
+
+
+def test_a_mean_over_rollouts_is_over_their_own_means(tmp_path):
+    store = store_of(tmp_path / "store", "full", LOCAL)
+    loss = {"kl": 1.0, "mean": "rollouts", "local_share": 0.3, "codebook_weights": [3.0, 1.0]}
+    objective, _, batch = learned(store, loss, LOCAL)
+    assert batch.weight == len(SAMPLES)
+    expected = 0.0
+    for sample in SAMPLES:
+        by_stream = teacher_kl_by_stream(SCALE, LOCAL, samples=[sample]).detach()
+        means = by_stream / (len(sample["codes"]) // 2 + 1)
+        backbone, local = (means[i] * 0.75 + means[i + 1] * 0.25 for i in (0, 2))
+        expected += (0.7 * backbone + 0.3 * local) / len(SAMPLES)
+    found = float(objective.total.detach()) / batch.weight
+    assert found == pytest.approx(float(expected), rel=2e-5)
+    plain, _, whole = learned(store, loss | {"mean": "predictions"}, LOCAL)
+    assert abs(float(plain.total.detach()) / whole.weight - found) > 2e-4 * found
 
 
 class Penalised(CodecLM):
@@ -202,24 +233,28 @@ class Penalised(CodecLM):
         return replace(super().score(*arguments, **named), losses={"penalty": self.penalty()})
 
 
-def test_a_loss_of_the_model_itself_counts_once_for_every_prediction_that_counts(tmp_path):
-    store = store_of(tmp_path / "store", "full")
-    plain, gradient, batch = learned(store, {"kl": 1.0})
-    own, found, _ = learned(store, {"kl": 1.0}, kind=Penalised)
+@pytest.mark.parametrize("mean", ["predictions", "rollouts"])
+def test_a_loss_of_the_model_itself_counts_as_often_as_the_batch(tmp_path, mean):
+    store, loss = store_of(tmp_path / "store", "full"), {"kl": 1.0, "mean": mean}
+    plain, gradient, batch = learned(store, loss)
+    own, found, _ = learned(store, loss | {"auxiliary": 0.3}, kind=Penalised)
     alone = family_of(1, kind=Penalised)
     penalty = batch.weight * alone.penalty()
     penalty.backward()
     assert float(own.terms["penalty"].detach()) == pytest.approx(float(penalty.detach()))
-    torch.testing.assert_close(own.total, plain.total + penalty)
+    torch.testing.assert_close(own.total, plain.total + 0.3 * penalty)
     for name, parameter in alone.module.named_parameters():
-        torch.testing.assert_close(found[name], gradient.get(name, 0.0) + parameter.grad)
+        expected = gradient.get(name, 0.0) + 0.3 * parameter.grad
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_micro_batches_share_the_loss_of_the_model_without_changing_the_gradient(tmp_path):
+@pytest.mark.parametrize("mean", ["predictions", "rollouts"])
+def test_micro_batches_share_the_loss_of_the_model_without_changing_the_gradient(tmp_path, mean):
     store, moments, logged = store_of(tmp_path / "store", "full"), {}, {}
     for size in (None, 1, 4):
         folder = tmp_path / f"{size}"
-        config = config_of({"kl": 1.0}, steps=1, clip_norm=1e9, micro_batch_size=size)
+        loss = {"kl": 1.0, "mean": mean}
+        config = config_of(loss, steps=1, clip_norm=1e9, micro_batch_size=size)
         student = family_of(1, kind=Penalised)
         logged["expected"] = float(student.penalty().detach())
         assert train(

@@ -85,6 +85,9 @@ class Magpie:
             Head(group=group, vectors=vectors[group], width=weight.shape[-1])
             for group, (weight, _) in network.head_weights().items()
         )
+        streams = network.streams
+        self._leading = slice(streams, None) if settings.history == "local" else slice(0, streams)
+        """The streams whose draws are the history, and end it."""
         self._tokenizer = _tokenizer(settings, list(model.tokenizer.tokenizer_names))
         self._speakers = {name: i for i, name in enumerate(settings.speakers)}
         self._check_conditions()
@@ -333,7 +336,8 @@ class Magpie:
         """Generate under guidance; sets the network to evaluation mode.
 
         As in NeMo's distillation the history continues with the decoder's own draws, which alone
-        decide when a rollout ends; what the local transformer draws from them is a target.
+        decide when a rollout ends; what the local transformer draws from them is a target. With
+        the setting `history: local` its draws are the history, as in NeMo's inference.
         """
         self.module.eval()
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
@@ -350,7 +354,7 @@ class Magpie:
             draw = Draw(policy, rows, timestep, cfg_scale, branches)
             codes, logits, predicted = self._draw_codes(hidden, draw)
             previous = codes[:, : self.layout.streams]
-            running = ~policy.end(rows, timestep, previous, logits[:, : self.layout.streams])
+            running = ~policy.end(rows, timestep, previous, logits[:, self._leading])
             yield Step(rows, timestep, codes, logits, predicted)
             if not running.all():
                 departure = Departure.of(running)
@@ -376,6 +380,8 @@ class Magpie:
                 codes.append(draw.codes(guided[-1], slice(streams + stream, streams + stream + 1)))
                 if stream + 1 < streams:
                     state = decoding.send(codes[-1][:, 0].repeat_interleave(draw.branches, 0))
+        if self.config.history == "local":
+            codes = [*codes[1:], *codes[1:]]
         branches = split_branches(parts, states, draw.branches)
         return torch.cat(codes, 1), torch.cat(guided, 1), branches
 
@@ -434,6 +440,10 @@ def _network(model: Any, settings: MagpieSettings) -> MagpieNetwork:
             "can be distilled: set local_streams: false"
         )
     network = MagpieNetwork(model, local=settings.local_streams)
+    if settings.history == "local" and not network.local:
+        raise UserError(
+            "history is 'local', but the model has no local transformer: set history: backbone"
+        )
     unused = list(UNUSED)
     if model.has_baked_context_embedding:
         unused += ["context_encoder.", "baked_context_embedding."]

@@ -8,6 +8,7 @@ path is that of the published ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +33,12 @@ SHARPNESS = 25.0
 """Factor on the output heads: fresh ones predict nearly uniform distributions."""
 
 
-def codec_config() -> dict[str, Any]:
-    """NeMo's configuration of the audio codec: 21.5 frames per second, 4 codebooks of 64."""
-    latent = CODEBOOKS * len(LEVELS)
+def codec_config(*, codebooks: int = CODEBOOKS, levels: Sequence[int] = LEVELS) -> dict[str, Any]:
+    """NeMo's configuration of an audio codec of 21.5 frames per second.
+
+    `levels` are those of the scalar quantiser, whose product is the codes of each codebook.
+    """
+    latent = codebooks * len(levels)
     rates = [4, 4, 8, 8]
     return {
         "sample_rate": CODEC_RATE_HZ,
@@ -49,8 +53,8 @@ def codec_config() -> dict[str, Any]:
         },
         "vector_quantizer": {
             "_target_": f"{MODULES}.GroupFiniteScalarQuantizer",
-            "num_groups": CODEBOOKS,
-            "num_levels_per_group": list(LEVELS),
+            "num_groups": codebooks,
+            "num_levels_per_group": list(levels),
         },
         "audio_decoder": {
             "_target_": f"{MODULES}.HiFiGANDecoder",
@@ -73,7 +77,11 @@ def model_config(
     *,
     width: int = 64,
     layers: int = 2,
+    encoder_layers: int = 1,
+    heads: int = 4,
     feed_forward: int = 128,
+    cross_width: int = 32,
+    local_width: int = 32,
     frame_stacking: int = 1,
     experts: int = 0,
     local_transformer: bool = True,
@@ -85,7 +93,7 @@ def model_config(
     `experts` 0 is the dense decoder; otherwise each position visits 2 of them. `positions` bounds
     context and timesteps together.
     """
-    stack = {"d_model": width, "d_ffn": feed_forward, "sa_n_heads": 4, "p_dropout": dropout}
+    stack = {"d_model": width, "d_ffn": feed_forward, "sa_n_heads": heads, "p_dropout": dropout}
     learned = {
         "is_causal": True,
         "apply_norm_out": True,
@@ -118,8 +126,8 @@ def model_config(
         "local_transformer_type": "autoregressive" if local_transformer else "none",
         "local_transformer_n_layers": 1,
         "local_transformer_n_heads": 1,
-        "local_transformer_hidden_dim": 32,
-        "encoder": {**stack, **learned, "n_layers": 1, "kernel_size": 3},
+        "local_transformer_hidden_dim": local_width,
+        "encoder": {**stack, **learned, "n_layers": encoder_layers, "kernel_size": 3},
         "context_encoder": {**stack, **learned, "n_layers": 1, "kernel_size": 3},
         "decoder": {
             **stack,
@@ -129,7 +137,7 @@ def model_config(
             "has_xattn": True,
             "xa_d_memory": width,
             "xa_n_heads": 1,
-            "xa_d_head": 32,
+            "xa_d_head": cross_width,
             **(mixture if experts else {}),
         },
         **({"use_moe": True} if experts else {}),
@@ -140,11 +148,14 @@ def model_config(
     }
 
 
-def build_codec(path: Path, *, seed: int = 0) -> Path:
-    """Write an audio codec of random weights as a .nemo, and return its path."""
-    with torch.random.fork_rng(devices=[]):
+def build_codec(path: Path, *, seed: int = 0, **shape: Any) -> Path:
+    """Write an audio codec of random weights as a .nemo, and return its path.
+
+    `shape` is that of `codec_config`.
+    """
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        AudioCodecModel(OmegaConf.create(codec_config())).save_to(str(path))
+        AudioCodecModel(OmegaConf.create(codec_config(**shape))).save_to(str(path))
     return path
 
 
@@ -156,7 +167,7 @@ def build_model(
     `shape` is that of `model_config`. With `baked` [speakers, positions, width], these contexts
     take the place of the context encoder.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         model = MagpieTTSModel(OmegaConf.create(model_config(codec, **shape)))
         sharpen(model)
