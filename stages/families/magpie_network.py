@@ -230,12 +230,25 @@ class MagpieNetwork(nn.Module):
             experts = torch.stack([router.experts for router in routers])[:, counted]
             visits = F.one_hot(experts.flatten(1), logits.shape[-1]).float().mean(1)
             entropy = torch.special.entr(probabilities.float()).sum(-1)[mask].mean()
+        if torch.is_grad_enabled():
+            loss = loss + self._nothing_of_the_unvisited(visits)
         least, most = visits.aminmax(dim=-1)
         metrics = {
             "expert_usage_min": least.sum() / layers,
             "expert_usage_max": most.sum() / layers,
         }
         return {"experts": loss}, metrics | {"router_entropy": entropy}
+
+    def _nothing_of_the_unvisited(self, visits: Tensor) -> Tensor:
+        """0 that depends on every expert without a visit, by visits [layers, X].
+
+        Data parallel training waits for the gradients of all parameters, and NeMo leaves them out.
+        """
+        nothing = visits.new_zeros(())
+        for layer, expert in (visits == 0).nonzero().tolist():
+            for parameter in self.model.decoder.layers[layer].pos_ff.experts[expert].parameters():
+                nothing = nothing + 0.0 * parameter.sum()
+        return nothing
 
     # Heads
 
