@@ -205,6 +205,8 @@ class PrepareConfig(Record):
     """Different texts whose clips form the test split."""
     context_s: float = Field(0.0, ge=0)
     """Seconds of a row's context clip, or else another clip of the speaker, per sample; 0: none."""
+    context_repeat: bool = False
+    """Repeat a shorter context clip until it is that long, as NeMo's data loader does."""
     seed: int = 0
     """Chooses the splits and the context clips."""
 

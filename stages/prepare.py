@@ -265,10 +265,18 @@ def _contexts(
             yield codes[index][:0]
             continue
         if clip.context is not None:
-            yield heard[clip.context][:frames]
+            yield _filled(heard[clip.context], frames, config)
             continue
         others = [other for other in train[clip.speaker] if other != index]
-        yield codes[others[keyed(config.seed, "context", clip.sample_id) % len(others)]][:frames]
+        other = others[keyed(config.seed, "context", clip.sample_id) % len(others)]
+        yield _filled(codes[other], frames, config)
+
+
+def _filled(codes: np.ndarray, frames: int, config: PrepareConfig) -> np.ndarray:
+    """The first `frames` of codes [F, C]; a shorter clip is repeated where that is asked for."""
+    if config.context_repeat and 0 < len(codes) < frames:
+        codes = np.tile(codes, (-(-frames // len(codes)), 1))
+    return codes[:frames]
 
 
 def _references(screened: Screened, splits: dict[str, str], rate_hz: int) -> pa.Table:

@@ -109,8 +109,8 @@ def test_the_formula_of_guidance_stands_in_one_place():
     users = {m for m in MODULES if "stages.guidance.guide" in set(imports(m))}
     # Where branches are mixed: while decoding, on the way into a store, out of it, and for the eye.
     elsewhere = {"stages.reduction", "stages.targets", "pipeline.candidates"}
-    assert users & set(FAMILIES)
-    assert users - set(FAMILIES) == elsewhere
+    decoding = {"stages.modules.guided"}
+    assert users - set(FAMILIES) == elsewhere | decoding
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -156,5 +156,6 @@ def test_configuration_store_and_command_line_come_without_torch():
 
 
 def test_tests_are_flat():
-    assert not list((ROOT / "tests").rglob("__init__.py"))
+    # The one package: a dependency of NeMo's installs another `tests`, which would come first.
+    assert list((ROOT / "tests").rglob("__init__.py")) == [ROOT / "tests" / "__init__.py"]
     assert all(path.parent == ROOT / "tests" for path in (ROOT / "tests").rglob("test_*.py"))

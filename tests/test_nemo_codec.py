@@ -36,16 +36,6 @@ def tiny(require: Callable[[str, str], None]) -> Any:
 
 
 @torch.no_grad()
-def lively(model: Any) -> None:
-    """Let an encoder of random weights hear its input: as drawn, it gives one code for all."""
-    for name, parameter in model.audio_encoder.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-    noise = 0.1 * torch.randn(1, RATE_HZ, generator=torch.Generator().manual_seed(0))
-    encoded, _ = model.encode_audio(audio=noise, audio_len=torch.tensor([RATE_HZ]))
-    model.audio_encoder.post_conv.conv.parametrizations.weight.original0.div_(encoded.std())
-
-
 def build(path: Path, tiny: Any, **changes: Any) -> Path:
     """Write a lively audio codec whose settings are changed."""
     from nemo.collections.tts.models import AudioCodecModel
@@ -56,7 +46,7 @@ def build(path: Path, tiny: Any, **changes: Any) -> Path:
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(0)
         model = AudioCodecModel(OmegaConf.create(tiny.codec_config() | changes)).eval()
-        lively(model)
+        tiny.enliven(model)
         model.save_to(str(path))
     return path
 

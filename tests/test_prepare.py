@@ -202,6 +202,16 @@ def test_a_context_is_the_start_of_another_train_clip_of_the_speaker(config, tmp
             assert context != row["sample_id"]
 
 
+def test_short_contexts_are_repeated_on_request_and_else_stay_short(config, tmp_path):
+    plain = prepare(config(context_s=5.0), tmp_path / "plain")
+    filled = prepare(config(context_s=5.0, context_repeat=True), tmp_path / "filled")
+    size = filled.facts.context_frames * filled.facts.codebooks
+    for short, long in zip(plain.samples("train"), filled.samples("train"), strict=True):
+        codes = short["context_codes"]
+        assert 0 < len(codes) < size == len(long["context_codes"])
+        assert np.array_equal(long["context_codes"], np.resize(codes, size))
+
+
 def test_speakers_without_train_clips_are_left_out(config, source, tmp_path):
     held_out = next(
         t

@@ -155,8 +155,21 @@ def build_codec(path: Path, *, seed: int = 0, **shape: Any) -> Path:
     """
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        AudioCodecModel(OmegaConf.create(codec_config(**shape))).save_to(str(path))
+        codec = AudioCodecModel(OmegaConf.create(codec_config(**shape)))
+        enliven(codec)
+        codec.save_to(str(path))
     return path
+
+
+@torch.no_grad()
+def enliven(codec: AudioCodecModel) -> None:
+    """Let an encoder of random weights hear its input: as drawn, it gives one code for all."""
+    for name, parameter in codec.audio_encoder.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+    noise = 0.1 * torch.randn(1, CODEC_RATE_HZ)
+    encoded, _ = codec.encode_audio(audio=noise, audio_len=torch.tensor([CODEC_RATE_HZ]))
+    codec.audio_encoder.post_conv.conv.parametrizations.weight.original0.div_(encoded.std())
 
 
 def build_model(
