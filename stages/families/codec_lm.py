@@ -28,20 +28,15 @@ from stages.families.codec_lm_checkpoint import (
 from stages.families.codec_lm_network import (
     CodecLMNetwork,
     Conditions,
-    DecoderState,
     Prediction,
     architecture_of,
 )
-from stages.family import Branch, Branches, LinearOutput, Sample, Scores, Step
-from stages.guidance import guide
+from stages.family import Branches, LinearOutput, Sample, Scores, Step
 from stages.layout import FrameStacking
+from stages.modules.attention import Departure
+from stages.modules.guided import Draw, scores, split_branches
 from stages.sampling import RolloutPolicy
 from store.schema import Head, Stream
-
-Parts = Sequence[Tensor]
-"""Tensors [n, ..., c, V] or [n, ..., h, D], to be joined along the second last axis."""
-Outputs = Tensor | tuple[LinearOutput, ...]
-"""What `Scores` holds."""
 
 
 class CodecLM:
@@ -287,17 +282,19 @@ class CodecLM:
         previous = torch.full(shape, self.module.begin_id, device=self.device)
         for timestep in range(policy.sampler.max_timesteps):
             hidden = self.module.step(previous.repeat_interleave(branches, 0), timestep, state)
-            draw = _Draw(policy, rows, timestep, cfg_scale, branches)
+            draw = Draw(policy, rows, timestep, cfg_scale, branches)
             codes, logits, predicted = self._draw_codes(hidden, draw)
             running = ~policy.end(rows, timestep, codes, logits)
             yield Step(rows, timestep, codes, logits, predicted)
             previous = codes[:, : self.layout.streams]
             if not running.all():
-                rows, previous = _drop(running, state, branches, rows, previous)
+                departure = Departure.of(running)
+                state.drop(departure.of_branches(branches))
+                rows, previous = departure.kept(rows), departure.kept(previous)
             if len(rows) == 0:
                 return
 
-    def _draw_codes(self, hidden: Tensor, draw: _Draw) -> tuple[Tensor, Tensor, Branches]:
+    def _draw_codes(self, hidden: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Branches]:
         """Draw the codes [b, C] of one timestep.
 
         Returns their guided logits [b, C, V] and what these were mixed from, too.
@@ -307,7 +304,7 @@ class CodecLM:
         guided = [draw.guided(parts[0])]
         streams = self.layout.streams
         if local is None:
-            branches = draw.split(parts, states)
+            branches = split_branches(parts, states, draw.branches)
             return draw.codes(guided[0], slice(0, streams)), guided[0], branches
         state, caches = local.start(hidden)
         codes: list[Tensor] = []
@@ -322,7 +319,7 @@ class CodecLM:
             guided.append(draw.guided(parts[-1]))
             place = slice(streams + stream, streams + stream + 1)
             codes.append(draw.codes(guided[-1], place))
-        branches = draw.split(parts, states)
+        branches = split_branches(parts, states, draw.branches)
         return torch.cat(codes, 1).repeat(1, 2), torch.cat(guided, 1), branches
 
     def score(
@@ -347,95 +344,21 @@ class CodecLM:
         conditions = self._conditions(samples, unconditional)
         codes = codes[..., : self.layout.streams].to(self.device, torch.int64)
         lengths = lengths.to(self.device)
-        if both_branches or cfg_scale != 1.0:
-            both = self.network(
-                codes.repeat_interleave(2, 0),
-                lengths.repeat_interleave(2, 0),
-                conditions.branches(2),
-            )
-            outputs = self._outputs(both, linear)
-            return Scores(_mixed(outputs, cfg_scale), branches=_scored(both, outputs, 2))
-        prediction = self.network(codes, lengths, conditions, alignment)
+        branches = 2 if both_branches or cfg_scale != 1.0 else 1
+        prediction: Prediction = self.network(
+            codes.repeat_interleave(branches, 0),
+            lengths.repeat_interleave(branches, 0),
+            conditions.branches(branches),
+            alignment,
+        )
+        weights = self.module.head_weights()
+        heads = tuple(LinearOutput(x, weights[group]) for group, x in prediction.hidden.items())
+        found = scores(
+            heads, prediction.hidden, cfg_scale=cfg_scale, branches=branches, linear=linear
+        )
         losses = {}
         if self.config.experts is not None:
             losses["experts"] = prediction.auxiliary
         if prediction.alignment is not None:
             losses["alignment"] = prediction.alignment
-        outputs = self._outputs(prediction, linear)
-        return Scores(outputs, losses, _scored(prediction, outputs, 1))
-
-    def _outputs(self, prediction: Prediction, linear: bool) -> Outputs:
-        """The heads of all groups on their states, in the order of the streams, or all logits."""
-        weights = self.module.head_weights()
-        heads = tuple(LinearOutput(x, weights[group]) for group, x in prediction.hidden.items())
-        return heads if linear else Scores(heads).logits
-
-
-class _Draw:
-    """Everything that drawing the codes of one timestep needs besides the predictions."""
-
-    def __init__(
-        self, policy: RolloutPolicy, rows: Tensor, timestep: int, cfg_scale: float, branches: int
-    ) -> None:
-        self.policy, self.rows, self.timestep = policy, rows, timestep
-        self.cfg_scale, self.branches = cfg_scale, branches
-
-    def guided(self, logits: Tensor) -> Tensor:
-        """Mix the branches of `logits` [b × branches, c, V] to [b, c, V] float32."""
-        if self.branches == 1:
-            return logits.float()
-        cond, uncond = logits[0::2], logits[1::2]
-        return guide(cond, uncond, self.cfg_scale)
-
-    def codes(self, logits: Tensor, streams: slice) -> Tensor:
-        """Draw codes [b, c] from guided logits [b, c, V] of the streams given."""
-        return self.policy.draw(self.rows, self.timestep, logits, streams)
-
-    def split(self, logits: Parts, hidden: Mapping[str, Parts]) -> Branches:
-        """Part the branches of predictions whose rows take turns."""
-        return _split(logits, hidden, self.branches)
-
-
-def _mixed(outputs: Outputs, scale: float) -> Outputs:
-    """Mix the branches of predictions whose rows take turns: logits, or what the heads read."""
-    if isinstance(outputs, Tensor):
-        return guide(outputs[0::2], outputs[1::2], scale)
-    return tuple(
-        replace(head, states=guide(head.states[0::2], head.states[1::2], scale)) for head in outputs
-    )
-
-
-def _scored(prediction: Prediction, outputs: Outputs, branches: int) -> Branches:
-    hidden = {group: [states] for group, states in prediction.hidden.items()}
-    return _split([outputs] if isinstance(outputs, Tensor) else outputs, hidden, branches)
-
-
-def _split(
-    outputs: Sequence[Tensor | LinearOutput], hidden: Mapping[str, Parts], branches: int
-) -> Branches:
-    """Part rows that take turns, the conditional one first where there are two branches."""
-    whole = Branch(tuple(outputs), {group: tuple(parts) for group, parts in hidden.items()})
-    uncond = whole.at(slice(1, None, 2)) if branches == 2 else None
-    return Branches(whole.at(slice(0, None, branches)), uncond)
-
-
-def _drop(
-    running: Tensor, state: DecoderState, branches: int, rows: Tensor, previous: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Let rows that ended leave the batch: the last running rows take their places.
-
-    `running` [b] bool. Moving only as many rows as have ended is cheaper than copying all caches.
-    """
-    count = int(running.sum())
-    places = torch.arange(len(running), device=running.device)
-    holes = places[:count][~running[:count]]
-    movers = places[count:][running[count:]]
-    branch = torch.arange(branches, device=running.device)
-    state.drop(
-        (holes[:, None] * branches + branch).flatten(),
-        (movers[:, None] * branches + branch).flatten(),
-        count * branches,
-    )
-    rows, previous = rows.clone(), previous.clone()
-    rows[holes], previous[holes] = rows[movers], previous[movers]
-    return rows[:count], previous[:count]
+        return replace(found, losses=losses)

@@ -19,7 +19,7 @@ from stages.architecture import (
 from stages.config import CodecLMConfig, DatasetFacts
 from stages.errors import UserError
 from stages.modules.alignment import diagonal_loss
-from stages.modules.attention import additive, causal_mask
+from stages.modules.attention import Departure, additive, causal_mask
 from stages.modules.feed_forward import Experts, FeedForward
 from stages.modules.local_transformer import LocalTransformer
 from stages.modules.transformer import (
@@ -103,15 +103,13 @@ class DecoderState:
         length = self.layers[0].cache.length + 1
         return F.pad(self.prefix_mask, (0, length - self.prefix_mask.shape[-1]))
 
-    def drop(self, holes: Tensor, movers: Tensor, rows: int) -> None:
-        """Keep the first `rows` rows after moving `movers` into `holes`."""
+    def drop(self, departure: Departure) -> None:
+        """Keep the rows that still run."""
         for layer in self.layers:
-            layer.drop(holes, movers, rows)
-        self.memory_mask[holes] = self.memory_mask[movers]
-        self.memory_mask = self.memory_mask[:rows]
+            layer.drop(departure)
+        self.memory_mask = departure.kept(self.memory_mask)
         if self.prefix_mask is not None:
-            self.prefix_mask[holes] = self.prefix_mask[movers]
-            self.prefix_mask = self.prefix_mask[:rows]
+            self.prefix_mask = departure.kept(self.prefix_mask)
 
 
 class CodecLMNetwork(nn.Module):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +30,8 @@ from stages.families.magpie_network import (
 from stages.families.nemo_archive import archive_fingerprint, quiet
 from stages.family import Branches, LinearOutput, Sample, Scores, Step
 from stages.layout import FrameStacking
-from stages.modules.guided import Departure, Draw, Outputs, mixed, split_branches
+from stages.modules.attention import Departure
+from stages.modules.guided import Draw, scores, split_branches
 from stages.publish import replace_file
 from stages.sampling import RolloutPolicy
 from store.schema import Head, Stream
@@ -407,24 +409,15 @@ class Magpie:
         context = 0 if conditions.context is None else conditions.context.shape[1]
         self._check_positions(samples, context, codes.shape[1])
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
-        prediction = self.network(
+        prediction: Prediction = self.network(
             codes.to(self.device, torch.int64), lengths.to(self.device), conditions, branches
         )
-        outputs = self._outputs(prediction, linear)
-        hidden = {group: [states] for group, states in prediction.hidden.items()}
-        parts = [outputs] if isinstance(outputs, Tensor) else outputs
-        return Scores(
-            mixed(outputs, cfg_scale, branches),
-            prediction.losses,
-            split_branches(parts, hidden, branches),
-            prediction.metrics,
-        )
-
-    def _outputs(self, prediction: Prediction, linear: bool) -> Outputs:
-        """The heads of all groups on their states, in the order of the streams, or all logits."""
         weights = self.module.head_weights()
         heads = tuple(LinearOutput(x, *weights[group]) for group, x in prediction.hidden.items())
-        return heads if linear else Scores(heads).logits
+        found = scores(
+            heads, prediction.hidden, cfg_scale=cfg_scale, branches=branches, linear=linear
+        )
+        return replace(found, losses=prediction.losses, metrics=prediction.metrics)
 
 
 def _network(model: Any, settings: MagpieSettings) -> MagpieNetwork:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.families.nemo_archive import quiet
-from stages.modules.attention import KVCache, additive, attend, merge
-from stages.modules.guided import Departure
+from stages.modules.attention import Departure, KVCache, additive, attend, merge
+from stages.modules.transformer import LayerState
 
 with quiet():
     from nemo.collections.tts.models import MagpieTTSModel
@@ -339,16 +339,6 @@ class MagpieNetwork(nn.Module):
             embedded = self._embed_stream(codes, stream)
 
 
-@dataclass(frozen=True)
-class LayerState:
-    """What one decoder layer remembers while it decodes."""
-
-    cache: KVCache
-    """Self-attention's keys and values of the positions so far."""
-    memory: KVCache
-    """Cross-attention's keys and values, projected once."""
-
-
 class DecoderState:
     """What decoding remembers: one state per layer, the masks, and every row's next position."""
 
@@ -377,8 +367,7 @@ class DecoderState:
     def drop(self, departure: Departure) -> None:
         """Keep the rows that still run."""
         for layer in self.layers:
-            for cache in (layer.cache, layer.memory):
-                cache.drop(departure.holes, departure.movers, departure.count)
+            layer.drop(departure)
         self.memory_mask = departure.kept(self.memory_mask)
         self.next_position = departure.kept(self.next_position)
         if self.prefix_mask is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,6 +61,43 @@ def merge(heads: Tensor, out: nn.Linear) -> Tensor:
     return merged
 
 
+@dataclass(frozen=True)
+class Departure:
+    """Which rows of a batch end, and which of the running ones take their places.
+
+    Moving only as many rows as have ended is cheaper than copying all caches.
+    """
+
+    holes: Tensor
+    """[m] int64: rows below `count` that ended."""
+    movers: Tensor
+    """[m] int64: running rows from `count` on."""
+    count: int
+    """Rows that still run."""
+
+    @classmethod
+    def of(cls, running: Tensor) -> Departure:
+        """Plan it for `running` [b] bool; waits for the device."""
+        count = int(running.sum())
+        places = torch.arange(len(running), device=running.device)
+        return cls(places[:count][~running[:count]], places[count:][running[count:]], count)
+
+    def kept(self, values: Tensor) -> Tensor:
+        """Values [count, ...] of the running rows, from those of all rows [b, ...]; a copy."""
+        values = values.clone()
+        values[self.holes] = values[self.movers]
+        return values[: self.count]
+
+    def of_branches(self, branches: int) -> Departure:
+        """Return the same plan for rows of which each is there once per branch."""
+        branch = torch.arange(branches, device=self.holes.device)
+        return Departure(
+            (self.holes[:, None] * branches + branch).flatten(),
+            (self.movers[:, None] * branches + branch).flatten(),
+            self.count * branches,
+        )
+
+
 class KVCache:
     """Keys and values of the positions decoded so far, [n, H, capacity, D] each.
 
@@ -92,11 +131,12 @@ class KVCache:
             self.values[: self.rows, :, : self.length],
         )
 
-    def drop(self, holes: Tensor, movers: Tensor, rows: int) -> None:
-        """Move rows `movers` into the places `holes` ([m] int64 each) and keep the first `rows`."""
+    def drop(self, departure: Departure) -> None:
+        """Keep the rows that still run."""
         for tensor in (self.keys, self.values):
-            tensor[holes, :, : self.length] = tensor[movers, :, : self.length]
-        self.rows = rows
+            moved = tensor[departure.movers, :, : self.length]
+            tensor[departure.holes, :, : self.length] = moved
+        self.rows = departure.count
 
     def _grow(self) -> None:
         extra = max(CACHE_BLOCK, self.length)

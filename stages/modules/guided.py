@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from stages.family import Branch, Branches, LinearOutput
+from stages.family import Branch, Branches, LinearOutput, Scores
 from stages.guidance import guide
 from stages.sampling import RolloutPolicy
 
@@ -46,7 +45,10 @@ def split_branches(
     hidden: Mapping[str, Sequence[Tensor]],
     branches: int,
 ) -> Branches:
-    """Part the branches of predictions whose rows take turns: views, no copies."""
+    """Part the branches of predictions whose rows take turns: views, no copies.
+
+    `outputs` and `hidden` are parts [n, ..., c, V] and [n, ..., h, D], as `Branch` has them.
+    """
     whole = Branch(tuple(outputs), {group: tuple(parts) for group, parts in hidden.items()})
     uncond = whole.at(slice(1, None, 2)) if branches == 2 else None
     return Branches(whole.at(slice(0, None, branches)), uncond)
@@ -63,38 +65,20 @@ def mixed(outputs: Outputs, scale: float, branches: int) -> Outputs:
     )
 
 
-@dataclass(frozen=True)
-class Departure:
-    """Which rows of a batch end, and which of the running ones take their places.
+def scores(
+    heads: tuple[LinearOutput, ...],
+    hidden: Mapping[str, Tensor],
+    *,
+    cfg_scale: float,
+    branches: int,
+    linear: bool,
+) -> Scores:
+    """Return the scores of one parallel pass, whose rows take turns where there are two branches.
 
-    Moving only as many rows as have ended is cheaper than copying all caches.
+    `heads` are those of all groups in the order of the streams, on the states `hidden`
+    [n, T, h, D]; with `linear` they are left to who reads the scores.
     """
-
-    holes: Tensor
-    """[m] int64: rows below `count` that ended."""
-    movers: Tensor
-    """[m] int64: running rows from `count` on."""
-    count: int
-    """Rows that still run."""
-
-    @classmethod
-    def of(cls, running: Tensor) -> Departure:
-        """Plan it for `running` [b] bool; waits for the device."""
-        count = int(running.sum())
-        places = torch.arange(len(running), device=running.device)
-        return cls(places[:count][~running[:count]], places[count:][running[count:]], count)
-
-    def kept(self, values: Tensor) -> Tensor:
-        """Values [count, ...] of the running rows, from those of all rows [b, ...]; a copy."""
-        values = values.clone()
-        values[self.holes] = values[self.movers]
-        return values[: self.count]
-
-    def of_branches(self, branches: int) -> Departure:
-        """Return the same plan for rows of which each is there once per branch."""
-        branch = torch.arange(branches, device=self.holes.device)
-        return Departure(
-            (self.holes[:, None] * branches + branch).flatten(),
-            (self.movers[:, None] * branches + branch).flatten(),
-            self.count * branches,
-        )
+    outputs: Outputs = heads if linear else Scores(heads).logits
+    parts = [outputs] if isinstance(outputs, Tensor) else outputs
+    split = split_branches(parts, {group: [states] for group, states in hidden.items()}, branches)
+    return Scores(mixed(outputs, cfg_scale, branches), branches=split)

@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
-from stages.modules.attention import CrossAttention, KVCache, SelfAttention
+from stages.modules.attention import CrossAttention, Departure, KVCache, SelfAttention
 from stages.modules.feed_forward import FeedForward
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -68,10 +68,10 @@ class LayerState:
     memory: KVCache
     """Cross-attention's keys and values, projected once."""
 
-    def drop(self, holes: Tensor, movers: Tensor, rows: int) -> None:
-        """Keep the first `rows` rows after moving `movers` into `holes`."""
-        self.cache.drop(holes, movers, rows)
-        self.memory.drop(holes, movers, rows)
+    def drop(self, departure: Departure) -> None:
+        """Keep the rows that still run."""
+        self.cache.drop(departure)
+        self.memory.drop(departure)
 
 
 class DecoderLayer(nn.Module):
