@@ -43,6 +43,12 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 
+NEMO_KEYS = (
+    "encoder", "decoder", "context_encoder", "frame_stacking_factor", "local_transformer_type",
+    "local_transformer_n_heads",
+)  # fmt: skip
+"""Settings of NeMo's that say how weights are computed with, beside their shapes."""
+
 UNUSED = ("alignment_encoder.", "_codec_model.")
 """Parts that neither decode nor learn here."""
 
@@ -91,6 +97,11 @@ class Magpie:
         self._leading = slice(streams, None) if settings.history == "local" else slice(0, streams)
         """The streams whose draws are the history, and end it."""
         self._tokenizer = _tokenizer(settings, list(model.tokenizer.tokenizer_names))
+        for tokenizer in model.tokenizer.tokenizers.values():
+            g2p: Any = getattr(tokenizer, "g2p", None)
+            if getattr(g2p, "phoneme_probability", None) is not None:
+                # NeMo's training draws anew which words it spells out; no two passes would agree.
+                g2p.phoneme_probability = 1.0
         self._speakers = {name: i for i, name in enumerate(settings.speakers)}
         self._check_conditions()
 
@@ -206,7 +217,7 @@ class Magpie:
                 mode="json", exclude={"path", "nemo", "audio_codec"}
             ),
             "facts": self.facts.model_dump(mode="json"),
-            "nemo": {key: nemo.get(key) for key in ("encoder", "decoder", "context_encoder")},
+            "nemo": {key: nemo.get(key) for key in NEMO_KEYS},
         }
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
         for name, tensor in sorted(checkpoint.state_of(model).items()):
@@ -218,10 +229,16 @@ class Magpie:
         return digest.hexdigest()
 
     def tokenizer_fingerprint(self) -> str:
-        """Sha256 over the tokens of all tokenizers, the one in use, and the baked speakers."""
-        tokens = [str(token) for token in self.module.model.tokenizer.tokens]
-        known = [tokens, self._tokenizer, list(self.config.speakers)]
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        """Sha256 over all tokenizers, the one in use, and the baked speakers.
+
+        Of a tokenizer count its tokens, and how it pronounces words.
+        """
+        tokenizer = self.module.model.tokenizer
+        tokens = [str(token) for token in tokenizer.tokens]
+        sounds = [_pronunciations(tokenizer.tokenizers[n]) for n in tokenizer.tokenizer_names]
+        known = [tokens, sounds, self._tokenizer, list(self.config.speakers)]
+        text = json.dumps(known, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     # Layout
 
@@ -273,11 +290,11 @@ class Magpie:
                 f"sample {sample['sample_id']!r}: the tokenizer {self._tokenizer!r} knows nothing "
                 f"of the text {sample['text']!r}; remove the sample, or choose another tokenizer"
             )
-        limit = model.encoder.position_embeddings
-        if limit is not None and len(ids) + 1 > limit.num_embeddings:
+        limit = self.module.positions.text
+        if len(ids) + 1 > limit:
             raise UserError(
                 f"sample {sample['sample_id']!r}: the text has {len(ids)} tokens, but the model's "
-                f"text encoder takes {limit.num_embeddings - 1} (encoder.max_length_causal_mask): "
+                f"text encoder takes {limit - 1} (encoder.max_length_causal_mask): "
                 "split the text"
             )
         return torch.tensor([*ids, model.eos_id])
@@ -306,14 +323,23 @@ class Magpie:
                 "or name it in the setting speakers"
             ) from None
 
-    def _check_positions(self, samples: Sequence[Sample], context: int, timesteps: int) -> None:
-        limit = self.module.positions
-        if context + timesteps > limit:
+    def _check_positions(
+        self, samples: Sequence[Sample], conditions: Conditions, timesteps: int
+    ) -> None:
+        """Refuse what the model has no positions for; raises UserError."""
+        context, limits = self.module.context_positions(conditions), self.module.positions
+        batch = f"the longest of the batch that begins with sample {samples[0]['sample_id']!r}"
+        if conditions.context is not None and context > limits.context:
             raise UserError(
-                f"a context of {context} positions and {timesteps} timesteps, the longest of the "
-                f"batch that begins with sample {samples[0]['sample_id']!r}, exceed the {limit} "
-                "positions of the model (decoder.max_length_causal_mask): lower prepare.context_s "
-                "or sampler.max_timesteps"
+                f"a context of {context} positions, {batch}, exceeds the {limits.context} "
+                "positions of the context encoder (context_encoder.max_length_causal_mask): lower "
+                "prepare.context_s"
+            )
+        if context + timesteps > limits.decoder:
+            raise UserError(
+                f"a context of {context} positions and {timesteps} timesteps, {batch}, exceed the "
+                f"{limits.decoder} positions of the model (decoder.max_length_causal_mask): lower "
+                "prepare.context_s or sampler.max_timesteps"
             )
 
     # The two verbs
@@ -343,8 +369,9 @@ class Magpie:
         """
         self.module.eval()
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
-        encoded = self.module.encode(self._conditions(samples), branches)
-        self._check_positions(samples, encoded.prefix.shape[1], policy.longest)
+        conditions = self._conditions(samples)
+        self._check_positions(samples, conditions, policy.longest)
+        encoded = self.module.encode(conditions, branches)
         state = self.module.start(encoded, policy.longest)
         del encoded
         rows = torch.arange(len(samples), device=self.device)
@@ -406,8 +433,7 @@ class Magpie:
         """
         del alignment
         conditions = self._conditions(samples, unconditional)
-        context = 0 if conditions.context is None else conditions.context.shape[1]
-        self._check_positions(samples, context, codes.shape[1])
+        self._check_positions(samples, conditions, codes.shape[1])
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         prediction: Prediction = self.network(
             codes.to(self.device, torch.int64), lengths.to(self.device), conditions, branches
@@ -455,6 +481,16 @@ def _tokenizer(settings: MagpieSettings, names: Sequence[str]) -> str:
             f"tokenizer={settings.tokenizer!r} is none of the model's, {', '.join(names)}: name one"
         )
     return settings.tokenizer
+
+
+def _pronunciations(tokenizer: Any) -> list[Any]:
+    """What a tokenizer looks words up in, read from files or not; nothing where it only spells."""
+    g2p = getattr(tokenizer, "g2p", None)
+    words = getattr(g2p, "phoneme_dict", None) or {}
+    return [
+        {str(word): sounds for word, sounds in words.items()},
+        sorted(map(str, getattr(g2p, "heteronyms", None) or ())),
+    ]
 
 
 def _check_audio_codec(config: MagpieTeacher, nemo: DictConfig, facts: DatasetFacts) -> None:

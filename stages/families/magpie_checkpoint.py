@@ -210,6 +210,20 @@ def _check_supported(path: Path, config: DictConfig) -> None:
                 f"{path} is a MagpieTTS model with {key}={found}, but the family magpie takes "
                 f"{key}={listed}: use another checkpoint"
             )
+    _check_widths(path, config)
+
+
+def _check_widths(path: Path, config: DictConfig) -> None:
+    """Refuse parts that cannot read each other, which NeMo finds out when it runs them."""
+    width = config.get("embedding_dim")
+    keys = ("encoder.d_model", "context_encoder.d_model", "decoder.d_model", "decoder.xa_d_memory")
+    others = {key: OmegaConf.select(config, key) for key in keys}
+    wrong = [f"{key}={found}" for key, found in others.items() if found != width]
+    if wrong:
+        raise UserError(
+            f"{path} describes a MagpieTTS model with embedding_dim={width}, but "
+            f"{', '.join(wrong)}: all of them must be equal, for its parts read each other's states"
+        )
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -222,7 +236,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".nemo":
         return read_weights(path)
     try:
-        with torch.serialization.safe_globals(SETTINGS):
+        with torch.serialization.safe_globals(SETTINGS), quiet():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(

@@ -7,6 +7,7 @@ alone: its timesteps follow its own context, whatever else is in the batch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,6 +64,18 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """The most positions that the parts of a model take."""
+
+    text: int
+    """Of the text encoder: tokens, the end token included."""
+    context: int
+    """Of the context encoder."""
+    decoder: int
+    """Of the decoder: context and timesteps together."""
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What one parallel pass computes."""
 
@@ -87,10 +100,12 @@ class MagpieNetwork(nn.Module):
         self.local = local and model.local_transformer_type == LocalTransformerType.AR
 
     @property
-    def positions(self) -> int:
-        """Most positions of context and timesteps together."""
-        count: int = self.model.decoder.position_embeddings.num_embeddings
-        return count
+    def positions(self) -> Positions:
+        """The most positions of each part."""
+        model = self.model
+        return Positions(
+            _positions(model.encoder), _positions(model.context_encoder), _positions(model.decoder)
+        )
 
     # Conditions
 
@@ -114,6 +129,13 @@ class MagpieNetwork(nn.Module):
             memory * keep, torch.where(dropped[:, None], first, valid), prefix * keep, prefix_valid
         )
 
+    def context_positions(self, conditions: Conditions) -> int:
+        """Positions of the longest context of a batch."""
+        if conditions.context is not None:
+            return conditions.context.shape[1]
+        lengths = self.model.baked_context_embedding_len
+        return int(lengths.to(self.model.final_proj.weight.device)[conditions.speakers].max())
+
     def _context(self, conditions: Conditions) -> tuple[Tensor, Tensor]:
         """Return the context [B, P, E] and which of it counts [B, P]."""
         model = self.model
@@ -121,7 +143,7 @@ class MagpieNetwork(nn.Module):
             flat = model.baked_context_embedding(conditions.speakers)
             baked = flat.unflatten(-1, (-1, model.cfg.decoder.d_model))
             lengths = model.baked_context_embedding_len.to(flat.device)[conditions.speakers]
-            width = int(lengths.max())
+            width = self.context_positions(conditions)
             return baked[:, :width], _valid(lengths, width)
         assert conditions.context is not None
         assert conditions.context_lengths is not None
@@ -384,6 +406,15 @@ class Router:
     """[n, T, X]."""
     experts: Tensor
     """[n, T, A] int64, -1 at padded positions."""
+
+
+def _positions(transformer: Any) -> int:
+    """The most positions that a transformer of NeMo's takes."""
+    table = transformer.position_embeddings
+    if table is not None:
+        return int(table.num_embeddings)
+    mask = getattr(transformer.layers[0].self_attention, "causal_mask", None)
+    return sys.maxsize if mask is None else int(mask.shape[-1])
 
 
 # NeMo's layers, taken apart. Dropout acts where NeMo's own forward has it.
