@@ -34,9 +34,11 @@ def describe_stream(store: PredictionStore, timestep: Timestep, stream: int) -> 
             parts = {
                 name.removeprefix("full."): array[stream]
                 for name, array in timestep.arrays.items()
-                if name != "codes"
+                if name not in ("codes", "full.levels")
             }
             found = _whole(manifest, parts, stream)
+            if "full.levels" in timestep.arrays:
+                found["level"] = float(timestep.arrays["full.levels"][stream])
         case Hidden():
             found = _whole(manifest, _logits(store, timestep, stream), stream)
     return {"code": int(timestep.arrays["codes"][stream]), **found}

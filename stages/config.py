@@ -472,6 +472,12 @@ class RolloutConfig(Record):
                 f"source={self.source!r} with replay={self.replay}: name the store exactly when "
                 "source is 'replay'"
             )
+        multiple = self.sampler.reference_multiple
+        if multiple is not None and multiple < 1:
+            raise ValueError(
+                f"sampler.reference_multiple={multiple} would truncate rollouts shorter than the "
+                "recording: give at least 1, or null to truncate none"
+            )
         return self
 
 

@@ -114,7 +114,8 @@ def reduce(
     relative = _relative(logits, forbidden)
     match target:
         case Full():
-            return {"logits": _storable_(relative, forbidden)}
+            arrays = {"logits": _storable_(relative, forbidden)}
+            return arrays | ({"levels": _levels(logits, forbidden)} if target.levels else {})
         case Sampled():
             return {"ids": _draw_ids(relative, uniforms)}
         case TopK():
@@ -125,6 +126,11 @@ def _relative(logits: Tensor, forbidden: Forbidden) -> Tensor:
     """Logits [..., C, V] less their row's maximum, float32, -inf at forbidden ids; a new tensor."""
     masked = forbidden.filled(logits.float())
     return masked - masked.amax(-1, keepdim=True)
+
+
+def _levels(logits: Tensor, forbidden: Forbidden) -> Tensor:
+    """That maximum [..., C], float32."""
+    return forbidden.filled(logits.float()).amax(-1)
 
 
 def _storable_(relative: Tensor, forbidden: Forbidden) -> Tensor:

@@ -75,10 +75,18 @@ class DenseTarget:
 
     logits: Tensor
     """[..., C, V] of any floating dtype, up to a constant per row; -inf at forbidden ids."""
+    levels: Tensor | None = None
+    """[..., C] float32: the constants, where they are known."""
 
     def rows(self, index: Tensor) -> DenseTarget:
-        """Return timesteps `index` [n] of the flattened [B, T], in float32 at least."""
-        return DenseTarget(_lifted(self.logits, index))
+        """Return timesteps `index` [n] of the flattened [B, T], in float32 at least.
+
+        With levels these are the logits themselves.
+        """
+        logits = _lifted(self.logits, index)
+        if self.levels is not None:
+            logits = logits + _lifted(self.levels, index).unsqueeze(-1)
+        return DenseTarget(logits)
 
 
 @dataclass(frozen=True)
@@ -304,7 +312,7 @@ Scale = float | Tensor | None
 
 def _full(tensors: Tensors, forbidden: Forbidden, scale: Scale) -> DenseTarget | BranchedTarget:
     if scale is None:
-        return DenseTarget(tensors["logits"])
+        return DenseTarget(tensors["logits"], tensors.get("levels"))
     cond, uncond = tensors["cond"], tensors["uncond"]
     return BranchedTarget(Mixture(cond, uncond, _scales(scale, cond)), forbidden)
 

@@ -59,7 +59,8 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     - `top_k`: `top_k.ids` [N, C, K] rising, `top_k.logits` [N, C, K] in the order of the ids,
       `top_k.tail_logmass` [N, C, temperatures], and where asked for `top_k.tail_ids` [N, C, M]
       rising with repeats and `top_k.moments` [N, C, 2];
-    - `full`: `full.logits` [N, C, V], or `full.cond` and `full.uncond`;
+    - `full`: `full.logits` [N, C, V] and where asked for `full.levels` [N, C], or `full.cond` and
+      `full.uncond`;
     - `sampled`: `sampled.ids` [N, C, draws] rising with repeats;
     - `hidden`: per group `hidden.GROUP` [N, H, D], or `hidden.cond.GROUP`, `hidden.uncond.GROUP`;
     - `dense`: `dense.guided` [N, C, *shape], or `dense.cond` and `dense.delta`.
@@ -89,6 +90,8 @@ def _target_specs(manifest: Manifest) -> Iterator[ArraySpec]:
             for part in ("logits",) if target.branches == "guided" else ("cond", "uncond"):
                 shape = (streams, manifest.vocabulary)
                 yield ArraySpec(f"full.{part}", np.dtype(target.dtype), shape)
+            if target.levels:
+                yield ArraySpec("full.levels", single, (streams,))
         case Sampled() as target:
             yield ArraySpec("sampled.ids", ids, (streams, target.draws))
         case Hidden() as target:
@@ -142,8 +145,11 @@ def _value_faults(manifest: Manifest, arrays: Mapping[str, Array]) -> Iterator[F
         case TopK():
             yield from _top_k_faults(manifest, arrays)
         case Full():
-            for name in sorted(arrays.keys() - {"codes"}):
+            for name in sorted(arrays.keys() - {"codes", "full.levels"}):
                 yield from _full_logit_faults(manifest, name, arrays[name])
+            if "full.levels" in arrays:
+                wrong = ~np.isfinite(arrays["full.levels"])
+                yield from _faults("full.levels", "NaN or infinity", wrong)
         case Sampled():
             yield from _id_faults(manifest, "sampled.ids", arrays["sampled.ids"])
             yield from _order_faults("sampled.ids", arrays["sampled.ids"])

@@ -14,7 +14,9 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -142,6 +144,23 @@ class Full(Record):
     """`both` keeps the branches apart, so that stage two chooses the guidance scale."""
     dtype: FloatType = "float16"
     """Type of the stored logits, relative to the row maximum."""
+    levels: bool = False
+    """Also store the maximum of each row, so that logits are known absolutely; `guided` only."""
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        valid = not self.levels or self.branches == "guided"
+        advice = "set branches: guided, or use the target `hidden`, whose logits are absolute"
+        require(valid, "levels", self.levels, "false with branches: both", advice)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without levels the record is spelled as before there were any."""
+        document: dict[str, Any] = write(self)
+        if not self.levels:
+            del document["levels"]
+        return document
 
 
 class Sampled(Record):

@@ -91,6 +91,8 @@ def synthetic_arrays(manifest: Manifest, key: Key, timesteps: int) -> dict[str, 
         case Full():
             parts = ["logits"] if target.branches == "guided" else ["cond", "uncond"]
             full = {f"full.{part}": logits.astype(target.dtype) for part in parts}
+            if target.levels:
+                full["full.levels"] = random.normal(scale=5, size=codes.shape).astype(np.float32)
             return {"codes": codes} | full
         case Sampled():
             return {"codes": codes, "sampled.ids": _drawn(logits, random, target.draws)}

@@ -270,6 +270,7 @@ def compact_codec(spec: ArraySpec, profile: Compact) -> ChunkCodec:
         "top_k.tail_ids": SortedDraws(),
         "top_k.moments": Rounded(bits=12),
         "full.logits": Logits(profile.loss_nats, spec.temperatures),
+        "full.levels": Pco(),
         "full.cond": Pco(),
         "full.uncond": Pco(),
         "sampled.ids": SortedDraws(),

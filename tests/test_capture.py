@@ -72,7 +72,9 @@ def steps_of(manifest: Manifest, lengths: list[int]) -> list[tuple]:
 LENGTHS = [3, 7, 1, 5]
 KEYS = [(f"sample {row}", row % 2) for row in range(4)]
 V = 34
-TARGETS = [TopK(k=5, tail_samples=3, moments=True), Full(dtype="float32"), Sampled(draws=7)]
+TARGETS = [
+    TopK(k=5, tail_samples=3, moments=True), Full(dtype="float32", levels=True), Sampled(draws=7),
+]  # fmt: skip
 BRANCHED = [Full(branches="both"), Dense(dtype="float32")]
 DENSE = [Dense(branches="guided", dtype="float32"), Dense(dtype="float32")]
 

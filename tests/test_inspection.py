@@ -100,7 +100,13 @@ def test_both_branches_are_shown_apart_and_guided_at_the_scale_of_the_codes(
     assert "uncond 0." in text
 
 
-@pytest.mark.parametrize("target", [Full(), Hidden()])
+def test_the_level_of_a_row_is_shown_beside_its_candidates(tmp_path: Path) -> None:
+    store, document, _ = inspected(tmp_path / "s", Full(levels=True))
+    levels = store["sample-1", 0, 3].arrays["full.levels"]
+    assert [shown["level"] for shown in document["streams"]] == levels.tolist()
+
+
+@pytest.mark.parametrize("target", [Full(), Full(levels=True), Hidden()])
 def test_whole_distributions_leave_out_only_the_forbidden_id(
     tmp_path: Path, target: Target
 ) -> None:

@@ -161,6 +161,17 @@ def test_a_constant_added_to_a_row_changes_nothing_that_is_stored():
         torch.testing.assert_close(plain[name], moved[name], atol=2e-5, rtol=1e-5)
 
 
+def test_levels_give_the_logits_back_that_were_there():
+    logits, codes = teacher_logits() + 7.0, allowed_codes()
+    arrays = reduce(logits, codes, Full(dtype="float32", levels=True), MASK, END)
+    assert arrays["levels"].shape == codes.shape
+    assert arrays["levels"].dtype == torch.float32
+    known = arrays["logits"] + arrays["levels"].unsqueeze(-1)
+    expected = logits.index_fill(-1, torch.tensor(FORBIDDEN), -torch.inf)
+    torch.testing.assert_close(known, expected, atol=2e-6, rtol=1e-6)
+    assert set(reduce(logits, codes, Full(), MASK, END)) == {"logits"}
+
+
 def test_forbidden_ids_take_no_mass_however_likely():
     logits, codes = teacher_logits(), allowed_codes()
     loud = logits.index_fill(-1, torch.tensor(FORBIDDEN), 60.0)

@@ -430,6 +430,7 @@ def keep_a_tail_id(arrays: dict[str, np.ndarray]) -> None:
 
 
 TAIL = TopK(k=4, tail_samples=3)
+LEVELS = Full(levels=True)
 HIDDEN_PLACE = "sample 'sample-0', variation 0, timestep 3: array 'hidden.cond.backbone' .* "
 
 
@@ -439,6 +440,7 @@ HIDDEN_PLACE = "sample 'sample-0', variation 0, timestep 3: array 'hidden.cond.b
         (Full(), set_value("full.logits", (3, 1, 5), np.nan), PLACE + "'full.logits' .* NaN"),
         (Full(), set_value("full.logits", (3, 1, 32), -1), PLACE + ".* at an id that is not allow"),
         (Full(), set_value("full.logits", (3, 1, 4), 9), PLACE + ".* a largest logit that is not"),
+        (LEVELS, set_value("full.levels", (3, 1), np.inf), PLACE + "'full.levels' .* infinity"),
         (TAIL, set_value("top_k.tail_ids", (3, 1, 0), 33), PLACE + ".* ids that fall"),
         (TAIL, set_value("top_k.tail_ids", (3, 1, 2), 34), PLACE + ".* beyond the vocabulary"),
         (TAIL, keep_a_tail_id, PLACE + "'top_k.tail_ids' .* an id that is kept, not in the tail"),

@@ -32,13 +32,14 @@ from store.zarr_codecs import LogMass, Pco, Rounded, States
 TARGETS: dict[str, Target] = {
     "top_k": TopK(k=4, temperatures=(1.0, 2.0), moments=True, tail_samples=3),
     "full": Full(),
+    "full_levels": Full(levels=True),
     "full_both": Full(branches="both"),
     "sampled": Sampled(draws=5),
     "hidden": Hidden(),
     "hidden_both": Hidden(branches="both", dtype="float32"),
     "dense": Dense(),
 }
-ROUNDED = ("logits", "tail_logmass", "moments", "hidden")
+ROUNDED = (".logits", "tail_logmass", "moments", "hidden")
 
 
 def made(path: Path, target: Target, shards: int = 3, **more: Any) -> PredictionStore:

@@ -17,7 +17,7 @@ import pytest
 import xxhash
 
 from store import PredictionStore, StoreError
-from store.encoding import ArraySpec
+from store.encoding import ArraySpec, array_specs
 from store.schema import (
     Ancestor,
     Compact,
@@ -265,6 +265,7 @@ ARRAYS: list[tuple[Target, list[str]]] = [
         ["top_k.ids", "top_k.logits", "top_k.moments", "top_k.tail_ids", "top_k.tail_logmass"],
     ),
     (Full(), ["full.logits"]),
+    (Full(levels=True), ["full.levels", "full.logits"]),
     (Full(branches="both"), ["full.cond", "full.uncond"]),
     (Sampled(draws=4), ["sampled.ids"]),
     (Hidden(), ["hidden.backbone"]),
@@ -284,7 +285,8 @@ def test_the_files_of_a_store_are_the_documented_ones(
     dense = target.kind == "dense"
     data = [] if dense else ["codes/c/0/0", "codes/zarr.json"]
     for name in arrays:
-        data += [f"{name}/zarr.json", f"{name}/c/0/0/0{'/0' * dense}"]
+        axes = array_specs(store.manifest)[name].trailing
+        data += [f"{name}/zarr.json", f"{name}/c/0{'/0' * len(axes)}"]
     shard = tmp_path / "shards/00000"
     found = sorted(str(p.relative_to(shard)) for p in shard.rglob("*") if p.is_file())
     assert found == sorted(["rollouts.parquet", "shard.json", "zarr.json", *data])

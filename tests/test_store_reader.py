@@ -53,6 +53,7 @@ TARGETS: dict[str, Target] = {
     "top_k": TopK(k=4, temperatures=(1.0, 2.0), moments=True, tail_samples=5),
     "top_k_fp32": TopK(k=3, dtype="float32"),
     "full": Full(),
+    "full_levels": Full(levels=True),
     "full_fp32_both": Full(branches="both", dtype="float32"),
     "sampled": Sampled(draws=7),
     "hidden": Hidden(),

@@ -124,6 +124,20 @@ def test_a_sealed_manifest_reads_back_equal(tmp_path: Path) -> None:
     assert unseal(path, Manifest)[0] == full
 
 
+def test_a_full_target_without_levels_is_spelled_as_before_there_were_any(tmp_path: Path) -> None:
+    assert Full().model_dump() == {"kind": "full", "branches": "guided", "dtype": "float16"}
+    for levels in (False, True):
+        manifest, path = synthetic_manifest(Full(levels=levels)), tmp_path / f"{levels}.json"
+        path.write_bytes(seal(manifest))
+        assert unseal(path, Manifest)[0] == manifest
+        assert json.loads(path.read_text())["target"].get("levels") == (levels or None)
+
+
+def test_levels_of_both_branches_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"levels is True but must be false.*guided, or use"):
+        Full(branches="both", levels=True)
+
+
 def test_an_altered_bit_anywhere_in_a_sealed_document_is_refused(tmp_path: Path) -> None:
     path, text = tmp_path / "manifest.json", seal(MANIFEST)
     for position in range(0, len(text), 3):

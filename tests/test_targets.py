@@ -64,6 +64,14 @@ def test_a_whole_distribution_is_restored_at_the_scale_of_each_rollout(kind):
     np.testing.assert_allclose(found, made.probabilities(), atol=2e-6)
 
 
+def test_rows_of_a_target_with_levels_are_the_logits_themselves():
+    made = scene("full")
+    levels = np.random.default_rng(1).normal(size=(B, T, C)).astype(np.float32)
+    target = restore(made.arrays | {"levels": levels}, made.manifest, None, "cpu")
+    found = target.rows(EVERYTHING).logits.numpy().reshape(B, T, C, V)
+    np.testing.assert_allclose(found, made.logits + levels[..., None], atol=2e-6)
+
+
 @pytest.mark.parametrize("kind", ["dense", "dense_both"])
 def test_continuous_predictions_are_restored_at_the_scale_of_each_rollout(kind):
     made = scene(kind)
