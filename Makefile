@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The model packages behind extras, which tests compare with; the demo needs none of them.
+MODELS := magpie
+MODELS_READY := $(VENV)/.ready-models
 # The engines that benchmarks compare with pin other versions (numpy < 2.2), so they live apart.
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
-BENCHMARKS := $(filter-out %/measure.py %/peers.py,$(wildcard benchmarks/*.py))
+MODEL_BENCHMARKS := benchmarks/magpie_online.py
+BENCHMARKS := $(filter-out %/measure.py %/peers.py $(MODEL_BENCHMARKS),$(wildcard benchmarks/*.py))
 
 # Two processes of one thread do about twice the work of one process with two threads, and spinning
 # OpenMP threads would take that away again. Tests of a file share what they made, so they stay
@@ -22,7 +26,7 @@ demo: $(READY) ## a teacher, its store, two students and a report on real speech
 	$(BIN)/foretell run configs/demo.yaml
 	@echo "Open runs/demo/report/report.html"
 
-test: $(READY) ## everything, the miniature of the demo included
+test: $(MODELS_READY) ## everything, the miniature of the demo included
 	$(PYTEST) --durations=15
 
 test-fast: $(READY) ## unit tests, under two minutes
@@ -37,9 +41,12 @@ format: $(READY) ## apply the formatter and the linter's safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(BENCH_READY) ## one decision per script; the last line of each is JSON
+bench: $(BENCH_READY) $(MODELS_READY) ## one decision per script; the last line of each is JSON
 	@for script in $(BENCHMARKS); do \
 	  echo "== $$script"; $(BENCH_VENV)/bin/python $$script || exit 1; \
+	done
+	@for script in $(MODEL_BENCHMARKS); do \
+	  echo "== $$script"; $(BIN)/python $$script || exit 1; \
 	done
 
 # The stamp is written last: an interrupted installation is finished by the next call.
@@ -54,6 +61,14 @@ $(READY) $(BENCH_READY): pyproject.toml
 	$(@D)/bin/python -m pip install --disable-pip-version-check --progress-bar on \
 	  -e '.[$(VENV_EXTRA)]'
 	@touch $@
+
+# Without a compiler NeMo cannot be installed; its tests then say so and are skipped, except in CI.
+$(MODELS_READY): $(READY)
+	@echo "Installing NeMo for the tests that compare with it: three minutes the first time"
+	@if $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on \
+	    --prefer-binary -e '.[$(MODELS)]'; then touch $@; \
+	  elif [ -n "$$CI" ]; then exit 1; \
+	  else echo "NeMo was not installed (see above), so the tests that need it will be skipped"; fi
 
 clean: ## remove the venv and caches; runs/ stays
 	rm -rf $(VENV) $(BENCH_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -426,8 +426,10 @@ def flat_tail(target: SparseTarget, shape: Sequence[int], forbidden: Forbidden) 
 def main() -> None:
     """Measure, print tables, and end with one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="turns of the tiny shape")
-    parser.add_argument("--mid-repeats", type=int, default=1, help="turns of the mid shape")
+    parser.add_argument("--repeats", type=int, default=1, help="turns of each pair")
+    parser.add_argument("--shapes", nargs="+", default=["tiny", "mid"], choices=["tiny", "mid"])
+    parser.add_argument("--train-frames", nargs="+", type=int, default=[65, 200])
+    parser.add_argument("--rollout-frames", nargs="+", type=int, default=[215, 430])
     parser.add_argument("--folder", type=Path, help="where models lie; a temporary one")
     parser.add_argument("--skip-memory", action="store_true", help="leave the published shape out")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -446,18 +448,18 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
     show: Callable[[str], object] = (lambda _: None) if options.json else print
     ratios: dict[str, float] = {}
     show(f"{'':<30}{'NeMo':>12}{'foretell':>12}")
-    for name, repeats in (("tiny", options.repeats), ("mid", options.mid_repeats)):
+    for name in options.shapes:
         bench, suffix = Bench(name, folder), "" if name == "mid" else f"_{name}"
-        for frames in (65, 200):
+        for frames in options.train_frames:
             store = bench.store(f"train_{frames}", frames)
             with bench.offline_step(store) as offline:
-                found = speedup(bench.online_step(frames), offline, repeats)
+                found = speedup(bench.online_step(frames), offline, options.repeats)
             line = f"{name}: a step of {frames} frames"
             show(f"{line:<30}{found.online_s:>10.3f} s{found.offline_s:>10.3f} s")
             ratios[f"train_step_speedup_{frames}{suffix}"] = found.ratio
-        for frames in (215, 430):
+        for frames in options.rollout_frames:
             ways = bench.online_rollout(frames), bench.offline_rollout(frames)
-            found = speedup(*ways, repeats)
+            found = speedup(*ways, options.repeats)
             line = f"{name}: a rollout of {frames} frames"
             show(f"{line:<30}{found.online_s:>10.3f} s{found.offline_s:>10.3f} s")
             ratios[f"rollout_speedup_{frames}{suffix}"] = found.ratio
@@ -469,7 +471,8 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         ratios["rss_online_over_offline"] = peaks["online"] / peaks["train"]
         ratios["rss_online_over_rollout"] = peaks["online"] / peaks["rollout"]
     show(f"{'target':<20}{'group':<12}{'kB/s of audio':>14}{'KL, nats':>12}")
-    for (name, group), cost in costs(Bench("mid", folder), 65).items():
+    bench = Bench(options.shapes[-1], folder)
+    for (name, group), cost in costs(bench, options.train_frames[0]).items():
         show(f"{name:<20}{group:<12}{cost.kilobytes_per_s:>14.1f}{cost.kl:>12.2e}")
         ratios[f"kilobytes_per_s_{name}_{group}"] = cost.kilobytes_per_s
     report(__file__, ratios, packages=["torch", "nemo_toolkit"])

@@ -18,10 +18,20 @@ SMALL = {
     "capture_overhead": ["--timesteps", "3", "--shards", "1", "--repeats", "1"],
     "guided_decoding": ["--batch-size", "2", "--timesteps", "3", "--repeats", "1"],
     "loss_overhead": ["--ways", "top_k", "--batches", "1", "--timesteps", "6", "--repeats", "1"],
+    "magpie_online": [
+        "--shapes",
+        "tiny",
+        "--train-frames",
+        "6",
+        "--rollout-frames",
+        "6",
+        "--skip-memory",
+    ],
     "read_rate": ["--gib", "0.002", "--repeats", "1", "--lookups", "20", "--peers", "none"],
     "write_rate": ["--mib", "0.5", "--repeats", "1"],
 }
 """Arguments that make each benchmark short; a new one must be named here."""
+NEEDS = {"magpie_online": ("nemo", "pip install 'foretell[magpie]'")}
 REQUIRED = {
     "guided_decoding": {
         "incremental_over_recompute",
@@ -35,6 +45,7 @@ REQUIRED = {
         "random_p50_vs_memmap",
         "random_p95_ms",
     },
+    "magpie_online": {"train_step_speedup_6_tiny", "rollout_speedup_6_tiny"},
     "write_rate": {"fast_over_plain", "compact_over_plain", "compact_disk_over_plain"},
     "bytes_per_position": {
         "compact_k50_v2048_bytes",
@@ -59,7 +70,9 @@ def test_every_benchmark_is_tried():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_the_last_line_names_benchmark_ratios_machine_and_command(name):
+def test_the_last_line_names_benchmark_ratios_machine_and_command(name, require):
+    if name in NEEDS:
+        require(*NEEDS[name])
     script = ROOT / "benchmarks" / f"{name}.py"
     command = [sys.executable, "-W", "error", str(script), "--json", *SMALL[name]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -211,7 +211,7 @@ class Magpie:
     def fingerprint(self) -> str:
         """Sha256 over settings, NeMo's configuration and weights (in the order of their names)."""
         model = self.module.model
-        nemo: dict[str, Any] = OmegaConf.to_container(model.cfg, resolve=True)  # type: ignore[assignment]
+        nemo: dict[str, Any] = OmegaConf.to_container(model.cfg, resolve=True)
         known = {
             "settings": self.config.model_dump(
                 mode="json", exclude={"path", "nemo", "audio_codec"}
