@@ -516,6 +516,8 @@ class LossConfig(Record):
     """Weight of the mean square error of continuous predictions."""
     temperature: float = Field(1.0, gt=0)
     """Temperature of the divergences, times its square; a `top_k` manifest must list it."""
+    joint: bool = False
+    """NeMo 3.0.0's `kl`, `ce` and `nrmse` to the letter, for comparison: codebooks compete."""
     guidance_scale: GuidanceScale | None = None
     """Scale, or (low, high) to draw it from per rollout and epoch, of a store of both branches."""
     codebook_weights: tuple[Weight, ...] = ()
@@ -561,6 +563,12 @@ class LossConfig(Record):
                     f"{name}={getattr(self, name)} belongs to {of}, whose weight is 0; "
                     f"set {of}, or leave {name} out"
                 )
+        others = sorted(self.terms.keys() - {"kl", "ce", "nrmse"})
+        if self.joint and others:
+            raise ValueError(
+                f"joint={self.joint} knows the terms kl, ce and nrmse, and not {others}: set their "
+                "weights to 0, or joint to false"
+            )
         return self
 
 

@@ -34,6 +34,7 @@ from stages.divergences import (
 )
 from stages.errors import UserError
 from stages.family import Family, LinearOutput
+from stages.joint_losses import joint_losses
 from stages.student_logits import HeadedLogits, StudentLogits, WholeLogits
 from stages.support import Held, require
 from stages.targets import (
@@ -65,6 +66,7 @@ def distillation_loss(
     forbidden: Forbidden,
     config: LossConfig,
     block_values: int | None = None,
+    groups: Sequence[int] = (),
 ) -> tuple[Tensor, Terms]:
     """Return the loss summed over a batch and each of its terms, not yet divided by the weights.
 
@@ -74,15 +76,18 @@ def distillation_loss(
     [B, T, C] int64, `element_weights` [B, T, C] float32, 0 beyond the end of a rollout. Positions
     of weight 0 are never read. The loss is a scalar to differentiate, once; the terms, scalars by
     name, are not multiplied by their own weights and carry no gradient. `block_values` bounds the
-    logits that are held in float32 at a time. Raises `UserError` for a term that the target cannot
+    logits that are held in float32 at a time. `groups`, the streams of each group in order, are
+    what `config.joint` normalises together. Raises `UserError` for a term that the target cannot
     support.
     """
     require(config, Held.by(target))
+    if config.joint and sum(groups) != codes.shape[-1]:
+        raise ValueError(f"joint needs the groups of {codes.shape[-1]} streams, not {groups}")
     whole = isinstance(outputs, Tensor)
     sizes = BLOCK_VALUES if whole else HEADED_BLOCK_VALUES
     values = block_values or sizes.get(codes.device.type, 2**22)
     wanted = torch.is_grad_enabled()
-    batch = _Batch(target, codes, element_weights, forbidden, config, values, wanted)
+    batch = _Batch(target, codes, element_weights, forbidden, config, values, wanted, groups)
     heads = () if isinstance(outputs, Tensor) else outputs
     parts = [part for head in heads for part in (head.states, head.weight, head.bias)]
     total, *terms = _Blockwise.apply(batch, *([outputs] if whole else parts))
@@ -101,6 +106,7 @@ class _Batch:
     block_values: int
     differentiated: bool
     """Whether gradients are wanted: autograd does not tell, where parameters are used without."""
+    groups: Sequence[int]
 
 
 class _Blockwise(torch.autograd.Function):
@@ -169,7 +175,7 @@ def _block(student: Tensor, batch: _Batch, rows: Tensor, uneven: bool) -> tuple[
     weights = batch.weights.flatten(0, 1).index_select(0, rows)
     codes = batch.codes.flatten(0, 1).index_select(0, rows)
     target = batch.target.rows(rows)
-    passes = list(_passes(target, codes, weights, batch.forbidden, batch.config))
+    passes = list(_passes(target, codes, weights, batch))
     values, gradient = passes[0](student.clone() if len(passes) > 1 else student)
     for number, further in enumerate(passes[1:], start=2):
         more, addition = further(student.clone() if number < len(passes) else student)
@@ -179,7 +185,7 @@ def _block(student: Tensor, batch: _Batch, rows: Tensor, uneven: bool) -> tuple[
         name: (torch.where(present, value, 0.0) * weights).sum(dtype=torch.float64)
         for name, value in values.items()
     }
-    if not isinstance(target, ContinuousTarget):
+    if not isinstance(target, ContinuousTarget) and not batch.config.joint:
         batch.forbidden.fill_(gradient, 0.0)
     if uneven:
         mask = ~present[(...,) + (None,) * (gradient.dim() - present.dim())]
@@ -187,12 +193,17 @@ def _block(student: Tensor, batch: _Batch, rows: Tensor, uneven: bool) -> tuple[
     return sums, gradient
 
 
-def _passes(
-    target: Rows, codes: Tensor, weights: Tensor, forbidden: Forbidden, config: LossConfig
-) -> Iterator[Pass]:
+def _passes(target: Rows, codes: Tensor, weights: Tensor, batch: _Batch) -> Iterator[Pass]:
     """Yield what must be computed of a block; each pass normalises the student in its own way."""
+    config, forbidden = batch.config, batch.forbidden
     if isinstance(target, ContinuousTarget):
         yield lambda student: _mse(student, target, weights, config)
+        return
+    if config.joint:
+        assert isinstance(target, DenseTarget)  # `stages.support` refuses others
+        yield lambda student: joint_losses(
+            student, target.logits, codes, weights, batch.groups, config
+        )
         return
     temperature, k = config.temperature, config.reverse_kl_top_k
     divergences, draws = _divergences(config), list(_draws(target, codes, config))

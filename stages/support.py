@@ -9,13 +9,16 @@ from typing import Literal
 from stages.config import DIVERGENCES, LossConfig
 from stages.errors import UserError
 from stages.targets import (
+    BranchedTarget,
     ContinuousTarget,
+    DenseTarget,
+    HiddenTarget,
     RestoredTarget,
     SampledTarget,
     SparseTarget,
     require_scale,
 )
-from store.schema import Dense, Manifest, Sampled, TopK
+from store.schema import Dense, Full, Hidden, Manifest, Sampled, TopK
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Held:
     """Those at which the tail is known; None for all."""
     moments: bool = True
     tail_samples: bool = False
+    absolute: bool = False
+    """Whether logits are known at their absolute height, and those of all ids."""
 
     @classmethod
     def by_store(cls, manifest: Manifest) -> Held:
@@ -39,8 +44,10 @@ class Held:
                 return cls("sampled")
             case Dense():
                 return cls("continuous")
-            case _:
-                return cls("distribution")
+            case Full() as target:
+                return cls("distribution", absolute=target.levels)
+            case Hidden():
+                return cls("distribution", absolute=True)
 
     @classmethod
     def by(cls, target: RestoredTarget) -> Held:
@@ -53,8 +60,12 @@ class Held:
                 return cls("sampled")
             case ContinuousTarget():
                 return cls("continuous")
-            case _:
+            case DenseTarget():
+                return cls("distribution", absolute=target.levels is not None)
+            case BranchedTarget():
                 return cls("distribution")
+            case HiddenTarget():
+                return cls("distribution", absolute=True)
 
 
 def require_supported(loss: LossConfig, manifest: Manifest) -> None:
@@ -63,6 +74,11 @@ def require_supported(loss: LossConfig, manifest: Manifest) -> None:
     Raises `UserError` that names the setting, says why and what to do.
     """
     require(loss, Held.by_store(manifest))
+    if loss.joint and len(set(manifest.vocabularies)) > 1:
+        raise UserError(
+            f"loss.joint={loss.joint}: it is defined for streams of equally many ids, and the "
+            f"store's have {list(manifest.vocabularies)} (manifest.json, streams); set it to false"
+        )
     require_scale(manifest, loss.guidance_scale is not None)
 
 
@@ -77,6 +93,15 @@ Refusal = tuple[str, str, str]
 
 
 def _refusals(loss: LossConfig, held: Held) -> Iterator[Refusal]:
+    if loss.joint and not held.absolute:
+        reason = (
+            "it compares the logits of all ids at their absolute height, and the store holds less, "
+            "or only how far they lie below the largest one"
+        )
+        advice = (
+            "set it to false, or roll out again with the target hidden, or full with levels: true"
+        )
+        yield "joint", reason, advice
     match held.kind:
         case "continuous":
             yield from _of_continuous(loss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor
@@ -112,6 +113,8 @@ class TargetLearner:
         self._family, self._config = family, config
         self._forbidden = Forbidden.of(store.manifest, place.device)
         self._device = place.device
+        groups = groupby(stream.group for stream in family.streams)
+        self._groups = tuple(len(list(streams)) for _, streams in groups)
         self._batches = StoreBatches(store, config, seed, place)
 
     def batches(self, position: int) -> Sequence[HostBatch]:
@@ -131,8 +134,9 @@ class TargetLearner:
         weights = batch.element_weights * self._stream_weights(step)
         loss = self._config.loss
         total, terms = distillation_loss(
-            scores.outputs, batch.target, batch.codes, weights, self._forbidden, loss
-        )
+            scores.outputs, batch.target, batch.codes, weights, self._forbidden, loss,
+            groups=self._groups,
+        )  # fmt: skip
         for name, auxiliary in scores.losses.items():
             terms[name] = auxiliary * batch.weight
             total = total + loss.auxiliary * terms[name]

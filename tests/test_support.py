@@ -12,6 +12,8 @@ from stages.config import LossConfig
 from stages.errors import UserError
 from stages.losses import distillation_loss
 from stages.support import require_supported
+from store.schema import Full, Hidden
+from store.synthetic import synthetic_manifest
 from tests.stored_targets import TARGETS, B, C, T, V, scene
 
 
@@ -27,6 +29,7 @@ BY_KIND = {
     "unsampled": ["top_k", "full", "hidden"],
     "top_k": ["top_k"],
     "bare top_k": ["top_k_tail"],
+    "no levels": ["top_k", "full", "full_both", "sampled"],
 }
 REFUSED = {
     "ids of continuous": ("continuous", {"kl": 1.0}, r"loss\.kl=1\.0: .*continuous; .*loss\.mse"),
@@ -54,6 +57,10 @@ REFUSED = {
     "no moments": ("bare top_k", {"nrmse": 1.0}, r"loss\.nrmse=1\.0: .*target\.moments: true"),
     "no tail samples": (
         "top_k", {"kl": 1.0, "tail_share": 0.1}, r"loss\.tail_share=0\.1: .*target\.tail_samples",
+    ),
+    "levels that are not known": (
+        "no levels", {"kl": 1.0, "joint": True},
+        r"loss\.joint=True: .*absolute height.*; set it to false.*hidden, or full with levels",
     ),
     "no tail": ("whole", {"kl": 1.0, "tail_share": 0.1}, r"loss\.tail_share=0\.1: .*nothing"),
 }  # fmt: skip
@@ -131,3 +138,25 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
 def test_the_names_of_the_terms_are_those_of_their_settings():
     loss = loss_of(kl=2.0, tail_share=0.25, ce=1.0)
     assert loss.terms == {"kl": 2.0, "ce": 1.0, "kl_tail": 0.5}
+
+
+@pytest.mark.parametrize("target", [Full(levels=True), Hidden(), Hidden(branches="both")])
+def test_absolute_logits_support_what_is_not_centred(target):
+    scale = {"guidance_scale": 2.0} if target.branches == "both" else {}
+    loss = loss_of(kl=0.7, ce=0.3, nrmse=2.0, joint=True, **scale)
+    require_supported(loss, synthetic_manifest(target))
+
+
+def test_streams_that_compete_must_have_equally_many_ids():
+    manifest = synthetic_manifest(Full(levels=True))
+    streams = list(manifest.streams)
+    streams[1] = streams[1].model_copy(update={"vocabulary": 20})
+    uneven = manifest.model_copy(update={"streams": tuple(streams)})
+    with pytest.raises(UserError, match=r"joint=True: .*have \[34, 20\]"):
+        require_supported(loss_of(kl=1.0, joint=True), uneven)
+
+
+@pytest.mark.parametrize("settings", [{"jsd": 1.0}, {"kl": 1.0, "tail_share": 0.5}])
+def test_other_terms_than_those_of_nemo_do_not_join(settings):
+    with pytest.raises(ValidationError, match=r"joint=True knows the terms kl, ce and nrmse"):
+        loss_of(joint=True, **settings)

@@ -45,6 +45,7 @@ BOTH = {"branches": "both", "dtype": "float32"}
 STORES = {
     "full": {"kind": "full", "dtype": "float32"},
     "full_both": {"kind": "full"} | BOTH,
+    "full_levels": {"kind": "full", "dtype": "float32", "levels": True},
     "hidden": {"kind": "hidden", "dtype": "float32"},
     "hidden_both": {"kind": "hidden"} | BOTH,
     "top_k": {"kind": "top_k", "k": 5, "tail_samples": 4, "moments": True, "dtype": "float32"},
@@ -280,6 +281,22 @@ def test_one_store_of_both_branches_teaches_at_any_scale(tmp_path, kind):
     low, high = (teacher_kl(scale)[0] for scale in (1.0, 4.0))
     drawn, _, _ = learned(store, {"guidance_scale": [1.0, 4.0]})
     assert min(low, high) < float(drawn.terms["kl"]) < max(low, high)
+
+
+def test_logits_at_their_absolute_height_teach_alike_whether_stored_or_computed(tmp_path):
+    loss = {"kl": 0.7, "ce": 0.3, "nrmse": 2.0, "joint": True, "mean": "rollouts"}
+    (stored, gradient, _), (made, expected, _) = (
+        learned(store_of(tmp_path / kind, kind, LOCAL), loss, LOCAL)
+        for kind in ("full_levels", "hidden")
+    )
+    assert set(stored.terms) == {"kl", "ce", "nrmse"}
+    torch.testing.assert_close(stored.total, made.total, rtol=1e-5, atol=0)
+    for name, reference in expected.items():
+        torch.testing.assert_close(gradient[name], reference, atol=1e-4, rtol=1e-3, msg=name)
+    plain, _, _ = learned(
+        store_of(tmp_path / "plain", "hidden", LOCAL), loss | {"joint": False}, LOCAL
+    )
+    assert abs(float(plain.terms["kl"]) / float(stored.terms["kl"]) - 1) > 0.1
 
 
 def test_a_compact_store_teaches_the_same_within_its_stated_loss(tmp_path):
