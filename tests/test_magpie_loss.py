@@ -1,0 +1,195 @@
+"""The loss of a batch of MagpieTTS rollouts equals what NeMo's online distillation computes.
+
+Stage one writes a store, stage two reads it; NeMo's own `_process_batch_distillation` is given the
+stored rollouts in place of those that it would draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stages.config import RolloutConfig, TrainConfig
+from stages.data import TargetBatch
+from stages.distributed import Place
+from stages.interruption import StopRequest
+from stages.rollout import rollout
+from stages.rollout_plan import create_store
+from stages.train import TargetLearner
+from store import PredictionStore
+from tests.magpie_models import VOCABULARY, Models, batch_of, frames_of, quiet, samples_of, training
+
+pytestmark = pytest.mark.slow
+
+CASES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "stacked by 2": {"frame_stacking": 2},
+    "experts": {"experts": 4},
+    "experts, stacked by 2": {"experts": 3, "frame_stacking": 2},
+    "no local transformer": {"local_transformer": False},
+}
+LEVELS = {"kind": "full", "dtype": "float32", "levels": True}
+SAMPLES = samples_of(4, equal=True)
+PLACE = Place(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def models(require, tmp_path_factory) -> Models:
+    require("nemo", "pip install 'foretell[magpie]'")
+    return Models(tmp_path_factory.mktemp("magpie_loss"))
+
+
+def store_of(models: Models, teacher: Any, path: Path, target: dict[str, Any]) -> PredictionStore:
+    """Rollouts of which some are truncated, and so weigh less."""
+    config = RolloutConfig.model_validate(
+        {
+            "guidance": {"scale": 2.5},
+            "sampler": {
+                "temperature": 0.7, "top_k": 40, "min_timesteps": 2, "max_timesteps": 12,
+                "reference_multiple": 1.25, "truncated_weight": 0.1, "max_timesteps_weight": 1.0,
+            },
+            "target": target,
+            "batch_size": 4,
+        }
+    )  # fmt: skip
+    store = create_store(
+        path, config, teacher, SAMPLES, facts=models.facts(), dataset_fingerprint="", seed=3
+    )
+    by_id = {sample["sample_id"]: sample for sample in SAMPLES}
+    assert rollout(teacher, store, by_id, store.missing(), batch_size=4, stop=StopRequest())
+    return PredictionStore.open(path)
+
+
+def learner_of(student: Any, store: PredictionStore, loss: dict[str, Any]) -> TargetLearner:
+    config = TrainConfig.model_validate(
+        {
+            "model": {"family": "magpie", "nemo": "unused.yaml"},
+            "loss": {"recipe": "nemo", "local_start_step": 0, "local_ramp_steps": 0} | loss,
+            "optimizer": {"steps": 10, "batch_size": 4},
+        }
+    )
+    return TargetLearner(student, store, config, 0, PLACE)
+
+
+@contextmanager
+def first_batch(student: Any, store: PredictionStore, **loss: Any) -> Iterator[tuple[Any, Any]]:
+    learner = learner_of(student, store, loss)
+    try:
+        (batch,) = learner.batches(0)
+        yield learner, batch
+    finally:
+        learner.close()
+
+
+def online(models: Models, student: Any, teacher: Path, shape: dict[str, Any], **more: Any) -> Any:
+    """NeMo's student with our student's weights, and a teacher that is never asked."""
+    from nemo.collections.tts.models.magpietts_cfg_distillation import OnlineCFGDistillation
+    from omegaconf import OmegaConf
+
+    settings = {
+        "teacher_model_path": str(teacher),
+        "distill_local_transformer": student.module.local,
+        "lt_distillation_start_step": 0,
+        "lt_distillation_ramp_len": 0,
+    }
+    with quiet():
+        model = OnlineCFGDistillation(OmegaConf.create(models.config(**shape) | settings | more))
+        model.load_state_dict(student.module.model.state_dict())
+    return model
+
+
+def injected(monkeypatch: Any, output: Any) -> None:
+    """Let NeMo's distillation take these rollouts for its teacher's."""
+    from nemo.collections.tts.models import magpietts_cfg_distillation as distillation
+
+    monkeypatch.setattr(distillation, "_infer_batch_teacher", lambda **_: output)
+
+
+def teacher_output(store: PredictionStore, batch: Any, stacking: int) -> Any:
+    """The rollouts of a batch as NeMo holds them: frames, absolute logits, lengths, weights."""
+    from nemo.collections.tts.models.magpietts_cfg_distillation import _TeacherOutput
+
+    rollouts = [store[key] for key in batch.keys]
+    steps = max(len(found) for found in rollouts)
+    codes = torch.zeros(len(rollouts), steps, len(store.manifest.streams), dtype=torch.int64)
+    logits = torch.zeros(*codes.shape, VOCABULARY)
+    for row, found in enumerate(rollouts):
+        relative = torch.from_numpy(np.array(found.arrays["full.logits"]))
+        levels = torch.from_numpy(np.array(found.arrays["full.levels"]))
+        codes[row, : len(found)] = torch.from_numpy(np.array(found.codes).astype(np.int64))
+        logits[row, : len(found)] = relative + levels.unsqueeze(-1)
+    streams = 4 * stacking
+    local = codes.shape[-1] > streams
+    return _TeacherOutput(
+        codes=frames_of(codes[..., :streams]),
+        logits=logits[:, :, :streams].flatten(2),
+        lens=torch.tensor([len(found) * stacking for found in rollouts]),
+        sample_weights=torch.tensor([found.weight for found in rollouts]),
+        codes_lt=frames_of(codes[..., streams:]) if local else None,
+        logits_lt=logits[:, :, streams:].flatten(2) if local else None,
+    )
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("case", CASES)
+def test_the_joint_loss_of_a_batch_and_its_gradient_equal_nemos(
+    models, tmp_path, monkeypatch, case, temperature
+):
+    shape = CASES[case] | {"dropout": 0.0}
+    path, stacking = models.archive(**shape), shape.get("frame_stacking", 1)
+    student = models.student(path, seed=5)
+    store = store_of(models, models.teacher(path), tmp_path / "store", LEVELS)
+    settings = {"kl": "joint", "temperature": temperature}
+    with first_batch(student, store, **settings) as (learner, batch), training(student.module):
+        assert len({store[key].weight for key in batch.keys}) > 1, "weights must differ"
+        assert len(set(batch.lengths)) > 1, "lengths must differ"
+        ours = learner.objective(0, batch)
+        (ours.total / batch.weight).backward()
+        injected(monkeypatch, teacher_output(store, batch, stacking))
+        nemo = online(models, student, path, shape, distillation_temperature=temperature)
+        samples = {sample["sample_id"]: sample for sample in SAMPLES}
+        chosen = batch_of(nemo, [samples[sample_id] for sample_id, _ in batch.keys])
+        chosen |= {"audio_codes": torch.zeros(4, 4, 3, dtype=torch.int64)}
+        chosen |= {"audio_codes_lens": torch.full((4,), 3)}
+        with training(nemo), quiet():
+            theirs = nemo._process_batch_distillation(chosen)
+            theirs["loss"].backward()
+    torch.testing.assert_close(ours.total / batch.weight, theirs["loss"], atol=1e-5, rtol=1e-5)
+    found, expected = gradients(student.module.model), gradients(nemo)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_student_that_equals_its_teacher_has_no_loss_per_codebook_and_one_with_joint(
+    models, tmp_path
+):
+    path = models.archive(dropout=0.0)
+    student = models.student(path, like=path)
+    teacher = models.teacher(path)
+    store = store_of(models, teacher, tmp_path / "store", LEVELS)
+    losses = {}
+    for kl in ("per_codebook", "joint"):
+        settings = {"kl": kl, "alpha": 0.0}
+        # What the student does in one pass the teacher did under guidance; unguided they agree.
+        with first_batch(student, store, **settings) as (learner, batch), torch.no_grad():
+            student.module.eval()
+            restored: TargetBatch = learner._batches.restored(batch)
+            scores = teacher.score(restored.samples, restored.codes, restored.lengths, cfg_scale=2.5)
+            monkey = pytest.MonkeyPatch()
+            monkey.setattr(student, "score", lambda *_, __scores=scores, **__: __scores)
+            losses[kl] = float(learner.objective(0, batch).total / batch.weight)
+            monkey.undo()
+    assert losses["per_codebook"] == pytest.approx(0.0, abs=1e-5)
+    assert losses["joint"] > 1e-3, "3.0.0 lets ids that nobody may draw take part"
