@@ -133,6 +133,12 @@ class Scores:
         parts = [output.logits() for output in self.outputs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
+    def logits_at(self, *place: Any) -> Tensor:
+        """Logits [n, C, V] of n places of the batch; of heads, no others are computed."""
+        if isinstance(self.outputs, Tensor):
+            return self.outputs[place]
+        return Scores(tuple(output.at(*place) for output in self.outputs)).logits
+
 
 class Family(Protocol):
     """A model together with everything that only it knows: conditions, layout, decoding.

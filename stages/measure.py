@@ -18,7 +18,7 @@ from stages.audio_codec import AudioCodec
 from stages.data import TargetBatch, rollout_batches
 from stages.dataset import Dataset
 from stages.errors import UserError
-from stages.family import Family, Sample
+from stages.family import Family, Sample, has_linear_heads
 from stages.losses import kl_divergence
 from stages.publish import replace_file
 from stages.rollout import policy_for, split
@@ -26,6 +26,9 @@ from stages.sampling import END
 from stages.targets import DenseTarget, Forbidden, SparseTarget
 from store import PredictionStore
 from store.schema import Record
+
+COMPARED_VALUES = 2**24
+"""Logits that are compared at once; it bounds memory (64 MiB of float32)."""
 
 
 @dataclass(frozen=True)
@@ -121,21 +124,30 @@ def _compare(
     family: Family, cfg_scale: float, reference: PredictionStore, batch: TargetBatch
 ) -> Iterator[tuple[float, int, int]]:
     """Yield (summed KL, agreements, predictions) of every rollout of a batch."""
-    logits = family.score(batch.samples, batch.codes, batch.lengths, cfg_scale=cfg_scale).logits
+    scores = family.score(
+        batch.samples,
+        batch.codes,
+        batch.lengths,
+        cfg_scale=cfg_scale,
+        linear=has_linear_heads(family),
+    )
+    device = batch.codes.device
+    forbidden = Forbidden.of(reference.manifest, device)
+    steps, streams = batch.codes.shape[1:]
+    block = max(COMPARED_VALUES // (streams * reference.manifest.vocabulary), 1)
     for row, length in enumerate(batch.lengths.tolist()):
-        valid = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
-        valid[row, :length] = True
-        target = batch.target.rows(valid.flatten().nonzero().squeeze(1))
-        if not isinstance(target, DenseTarget | SparseTarget):
-            raise UserError(
-                f"the reference store holds {reference.manifest.target.kind} targets, of which no "
-                "divergence can be measured: set evaluate.target to full, hidden or top_k"
-            )
-        forbidden = Forbidden.of(reference.manifest, logits.device)
-        student = forbidden.filled(logits[valid].float())
-        kl = kl_divergence(student, target).sum()
-        agreed = student.argmax(-1) == _likeliest(target)
-        yield float(kl), int(agreed.sum()), agreed.numel()
+        kl, agreed = 0.0, 0
+        for timesteps in torch.split(torch.arange(length, device=device), block):
+            target = batch.target.rows(row * steps + timesteps)
+            if not isinstance(target, DenseTarget | SparseTarget):
+                raise UserError(
+                    f"the reference store holds {reference.manifest.target.kind} targets, of which "
+                    "no divergence can be measured: set evaluate.target to full, hidden or top_k"
+                )
+            student = forbidden.filled(scores.logits_at(row, timesteps).float())
+            kl += float(kl_divergence(student, target).sum())
+            agreed += int((student.argmax(-1) == _likeliest(target)).sum())
+        yield kl, agreed, length * streams
 
 
 def _likeliest(target: DenseTarget | SparseTarget) -> Tensor:

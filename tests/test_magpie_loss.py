@@ -186,7 +186,9 @@ def test_a_student_that_equals_its_teacher_has_no_loss_per_codebook_and_one_with
         with first_batch(student, store, **settings) as (learner, batch), torch.no_grad():
             student.module.eval()
             restored: TargetBatch = learner._batches.restored(batch)
-            scores = teacher.score(restored.samples, restored.codes, restored.lengths, cfg_scale=2.5)
+            scores = teacher.score(
+                restored.samples, restored.codes, restored.lengths, cfg_scale=2.5
+            )
             monkey = pytest.MonkeyPatch()
             monkey.setattr(student, "score", lambda *_, __scores=scores, **__: __scores)
             losses[kl] = float(learner.objective(0, batch).total / batch.weight)
