@@ -212,6 +212,33 @@ def test_a_saved_student_loads_with_equal_predictions_and_fingerprint(models, tm
     assert loaded(tmp_path / "again").fingerprint() == student.fingerprint()
 
 
+def test_what_was_overridden_is_saved_with_the_model(models, tmp_path):
+    overrides = {"decoder.n_layers": 1, "decoder.d_ffn": 96, "local_transformer_type": "none"}
+    student = models.student(models.archive(), overrides=overrides)
+    student.save(tmp_path)
+    again, stock = loaded(tmp_path), restored(tmp_path / "model.nemo")
+    assert again.fingerprint() == student.fingerprint()
+    assert torch.equal(predicted(again), predicted(student))
+    assert len(stock.decoder.layers) == 1
+    assert stock.local_transformer_type.value == "none"
+
+
+def test_a_save_that_fails_leaves_no_model_behind(models, tmp_path, monkeypatch):
+    from stages.saved_model import is_saved
+
+    student = models.student(models.archive())
+
+    def save_to(path: str) -> None:
+        Path(path).write_bytes(b"the first half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(student.module.model, "save_to", save_to)
+    with pytest.raises(OSError, match="no space left"):
+        student.save(tmp_path)
+    assert not is_saved(tmp_path)
+    assert list(tmp_path.glob("*.nemo")) == []
+
+
 def test_baked_contexts_survive_saving(models, tmp_path):
     baked = torch.randn(3, 6, 64, generator=torch.Generator().manual_seed(2))
     path = models.archive(baked=baked)
@@ -610,6 +637,7 @@ def test_a_checkpoint_of_a_training_is_the_same_teacher(models, tmp_path, sectio
     weights = weights_of(archive)
     if others:
         weights |= {"_codec_model.encoder.weight": torch.zeros(3)}
+        weights |= {"_speaker_verification_model.encoder.weight": torch.zeros(3)}
         weights |= {f"_teacher_model.{name}": x + 1 for name, x in weights_of(archive).items()}
     path = lightning(models, tmp_path / "last.ckpt", weights)
     settings = yaml_of(models, tmp_path / "model.yaml", section=section)
@@ -620,6 +648,30 @@ def test_a_checkpoint_of_a_training_is_the_same_teacher(models, tmp_path, sectio
     student = models.student(settings)
     student.inherit(path, None)
     assert torch.equal(predicted(student), predicted(same))
+
+
+def test_what_lightning_saves_of_nemos_online_distillation_is_a_teacher(models, online, tmp_path):
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from nemo.collections.tts.models.magpietts_cfg_distillation import OnlineCFGDistillation
+    from omegaconf import OmegaConf
+
+    path, settings = tmp_path / "last.ckpt", tmp_path / "model.yaml"
+    content = settings_of(online)
+    settings.write_text(yaml.safe_dump({"model": content}), encoding="utf-8")
+    with quiet():
+        keeper = ModelCheckpoint(dirpath=tmp_path, monitor="val_loss")
+        trainer = Trainer(
+            accelerator="cpu", logger=False, callbacks=[keeper], enable_progress_bar=False
+        )
+        model = OnlineCFGDistillation(OmegaConf.create(content))
+        model._load_teacher_model()
+        trainer.strategy.connect(model)
+        trainer.save_checkpoint(path)
+    teacher = models.teacher(path, nemo=settings)
+    with quiet():
+        saved = model.state_dict()
+    assert all(torch.equal(x, saved[name]) for name, x in state_of(teacher).items())
 
 
 def test_a_checkpoint_and_its_configuration_belong_together(models, tmp_path):

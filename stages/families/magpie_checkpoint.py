@@ -261,7 +261,8 @@ SETTINGS: list[Any] = [
 
 def _foreign(name: str) -> bool:
     """Whether a tensor belongs to another model that was there while this one was trained."""
-    return name.startswith(("_codec_model.", "_teacher_model.", "_reference_model."))
+    others = ("_codec_model.", "_teacher_model.", "_reference_model.")
+    return name.startswith((*others, "_speaker_verification_model."))
 
 
 # Building
