@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from stages.config import (
+    LOSS_FORMS,
     EvaluateConfig,
     FitConfig,
     ModelConfig,
@@ -148,7 +149,8 @@ def _apply(document: dict[str, Any], override: str) -> None:
 
 def _problems(error: ValidationError) -> Iterator[str]:
     for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"]) or "the configuration"
+        words = [str(part) for part in problem["loc"] if part not in LOSS_FORMS]
+        where = ".".join(words) or "the configuration"
         if problem["type"] == "extra_forbidden":
             yield f"{where}: unknown key{_suggestion(problem['loc'])}"
         elif problem["type"] == "missing":
@@ -170,8 +172,11 @@ def _suggestion(location: tuple[int | str, ...]) -> str:
 
 def _keys_at(record: type[BaseModel], location: Sequence[int | str]) -> set[str]:
     """Return the field names of the records that a location may lead to."""
-    records = {record}
+    records: set[type[BaseModel]] = {record}
     for part in location:
+        if part in LOSS_FORMS:
+            records = {LOSS_FORMS[str(part)]}
+            continue
         inner: set[type[BaseModel]] = set()
         for candidate in records:
             if part in candidate.model_fields:
