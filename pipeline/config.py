@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic_core import ErrorDetails
 
 from stages.config import (
+    LOSS_FORMS,
     EvaluateConfig,
     FitConfig,
     ModelConfig,
@@ -227,6 +228,9 @@ def _records_at(location: Sequence[int | str]) -> list[type[BaseModel]]:
     """Return the records that a location of pydantic's may lead to, in their order."""
     records: list[type[BaseModel]] = [RunConfig]
     for part in location:
+        if part in LOSS_FORMS:
+            records = [LOSS_FORMS[str(part)]]
+            continue
         inner = [
             record
             for candidate in records

@@ -5,11 +5,12 @@ Nothing here imports torch, so that reading a configuration stays fast.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
 from store.schema import Fast, Full, Guidance, Profile, Record, Sampler, Target, TopK
 
@@ -571,6 +572,71 @@ class LossConfig(Record):
             )
         return self
 
+    @property
+    def terms_config(self) -> LossConfig:
+        """Return the terms and weights themselves: this."""
+        return self
+
+
+class NemoLossConfig(Record):
+    """The loss of NeMo's online distillation of MagpieTTS in its own terms, with its defaults."""
+
+    recipe: Literal["nemo"]
+    """Chooses this form of the section."""
+    alpha: Share = 0.3
+    """Share of the cross entropy on the drawn codes; the KL has the rest."""
+    beta: float = Field(2.0, ge=0)
+    """Weight of the normalised error of the logits."""
+    temperature: float = Field(1.0, gt=0)
+    """Distillation temperature; a `top_k` manifest must list it."""
+    kl: Literal["per_codebook", "joint"] = "per_codebook"
+    """`joint` is that of NeMo 3.0.0, over all codebooks together, and needs absolute logits."""
+    local_share: Share = 0.1
+    """Share of the local transformer's streams in the loss (lt_loss_weight)."""
+    local_start_step: int = Field(3000, ge=0)
+    """Optimizer step at which their loss begins (lt_distillation_start_step)."""
+    local_ramp_steps: int = Field(2000, ge=0)
+    """Optimizer steps over which it grows to its share (lt_distillation_ramp_len)."""
+    auxiliary: float = Field(1.0, ge=0)
+    """Weight of the model's own losses (moe_loss_weight)."""
+    guidance_scale: GuidanceScale | None = None
+    """Scale, or (low, high) to draw it from per rollout and epoch, of a store of both branches."""
+    codebook_weights: tuple[Weight, ...] = ()
+    """Weight of each codebook, for every frame of a step; empty weighs all alike."""
+
+    @cached_property
+    def terms_config(self) -> LossConfig:
+        """Return the terms and weights that the recipe stands for."""
+        same = {"recipe", "alpha", "beta", "kl"}
+        return LossConfig(
+            kl=1 - self.alpha,
+            ce=self.alpha,
+            nrmse=self.beta,
+            joint=self.kl == "joint",
+            mean="rollouts",
+            **self.model_dump(exclude=same),
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _ = self.terms_config  # whose own checks hold here too
+        return self
+
+
+LOSS_FORMS: dict[str, type[Record]] = {"plain loss": LossConfig, "nemo loss": NemoLossConfig}
+"""The forms of the section `loss` by tags, which are no words of a configuration."""
+
+
+def _loss_form(value: Any) -> str:
+    named = "recipe" in value if isinstance(value, Mapping) else isinstance(value, NemoLossConfig)
+    return "nemo loss" if named else "plain loss"
+
+
+LossForm = Annotated[
+    Annotated[LossConfig, Tag("plain loss")] | Annotated[NemoLossConfig, Tag("nemo loss")],
+    Discriminator(_loss_form),
+]
+
 
 class InitConfig(Record):
     """Where the weights of a student come from."""
@@ -611,8 +677,8 @@ class TrainConfig(Record):
     """Architecture of the student; codebooks and frame stacking must be the teacher's."""
     init: InitConfig = InitConfig()
     """Where its weights come from."""
-    loss: LossConfig = LossConfig()
-    """What it minimises."""
+    loss: LossForm = LossConfig()
+    """What it minimises: its terms by weight, or a `recipe`."""
     optimizer: OptimizerConfig
     """Steps, batches and learning rate."""
     variations: Literal["all", "one"] = "all"

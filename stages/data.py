@@ -176,7 +176,8 @@ class StoreBatches:
         self, store: PredictionStore, config: TrainConfig, seed: int, place: Place
     ) -> None:
         self._manifest, self._device = store.manifest, place.device
-        self._scale, self._seed = config.loss.guidance_scale, seed
+        loss = config.loss.terms_config
+        self._scale, self._seed = loss.guidance_scale, seed
         self._heads = _heads(store, place.device)
         samples = planned_samples(store.plan, store.committed)
         silent = None if place.rank == 0 else True
@@ -198,7 +199,7 @@ class StoreBatches:
             place.world_size,
             # A process has no device to pin memory for.
             HostMemory(pin=pin and not config.loader.workers),
-            config.loss.mean,
+            loss.mean,
         )
         self._loader = Loader(
             reader, config.loader, config.optimizer.batch_size, _pinned if pin else None

@@ -40,9 +40,10 @@ def train(
     that does not match it is refused with `UserError`. Resumes from the newest checkpoint.
     Returns False when `stop` was requested first.
     """
+    loss = config.loss.terms_config
     require_match(family, store.manifest)
-    require_supported(config.loss, store.manifest)
-    stream_weights(config.loss.codebook_weights, family)
+    require_supported(loss, store.manifest)
+    stream_weights(loss.codebook_weights, family)
     require_complete(store)
     with closing(TargetLearner(family, store, config, seed, place)) as learner:
         network = attach(family, config.optimizer, place)
@@ -110,7 +111,7 @@ class TargetLearner:
     def __init__(
         self, family: Family, store: PredictionStore, config: TrainConfig, seed: int, place: Place
     ) -> None:
-        self._family, self._config = family, config
+        self._family, self._loss = family, config.loss.terms_config
         self._forbidden = Forbidden.of(store.manifest, place.device)
         self._device = place.device
         groups = groupby(stream.group for stream in family.streams)
@@ -132,7 +133,7 @@ class TargetLearner:
             batch.samples, batch.codes, batch.lengths, linear=has_linear_heads(self._family)
         )
         weights = batch.element_weights * self._stream_weights(step)
-        loss = self._config.loss
+        loss = self._loss
         total, terms = distillation_loss(
             scores.outputs, batch.target, batch.codes, weights, self._forbidden, loss,
             groups=self._groups,
@@ -144,7 +145,7 @@ class TargetLearner:
 
     def _stream_weights(self, step: int) -> Tensor:
         """[C]: the local transformer's streams start late and ramp up to their share."""
-        loss = self._config.loss
+        loss = self._loss
         share = loss.local_share * ramp(step, loss.local_start_step, loss.local_ramp_steps)
         return stream_weights(loss.codebook_weights, self._family, share).to(self._device)
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from stages.config import RolloutConfig, TrainConfig
-from stages.data import TargetBatch
 from stages.distributed import Place
 from stages.interruption import StopRequest
 from stages.rollout import rollout
@@ -173,25 +172,20 @@ def test_the_joint_loss_of_a_batch_and_its_gradient_equal_nemos(
 
 
 def test_a_student_that_equals_its_teacher_has_no_loss_per_codebook_and_one_with_joint(
-    models, tmp_path
+    models, tmp_path, monkeypatch
 ):
     path = models.archive(dropout=0.0)
-    student = models.student(path, like=path)
-    teacher = models.teacher(path)
+    teacher, student = models.teacher(path), models.student(path, like=path)
     store = store_of(models, teacher, tmp_path / "store", LEVELS)
+
+    def guided(samples: Any, codes: Tensor, lengths: Tensor, **_: Any) -> Any:
+        """What a student says that has learned all there is to learn."""
+        return teacher.score(samples, codes, lengths, cfg_scale=2.5, linear=True)
+
+    monkeypatch.setattr(student, "score", guided)
     losses = {}
     for kl in ("per_codebook", "joint"):
-        settings = {"kl": kl, "alpha": 0.0}
-        # What the student does in one pass the teacher did under guidance; unguided they agree.
-        with first_batch(student, store, **settings) as (learner, batch), torch.no_grad():
-            student.module.eval()
-            restored: TargetBatch = learner._batches.restored(batch)
-            scores = teacher.score(
-                restored.samples, restored.codes, restored.lengths, cfg_scale=2.5
-            )
-            monkey = pytest.MonkeyPatch()
-            monkey.setattr(student, "score", lambda *_, __scores=scores, **__: __scores)
+        with first_batch(student, store, kl=kl, alpha=0.0) as (learner, batch), torch.no_grad():
             losses[kl] = float(learner.objective(0, batch).total / batch.weight)
-            monkey.undo()
-    assert losses["per_codebook"] == pytest.approx(0.0, abs=1e-5)
-    assert losses["joint"] > 1e-3, "3.0.0 lets ids that nobody may draw take part"
+    assert losses["per_codebook"] == pytest.approx(0.0, abs=1e-4)
+    assert losses["joint"] > 1e-3, "ids that nobody may draw take part in 3.0.0"
