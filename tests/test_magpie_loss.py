@@ -46,12 +46,13 @@ def models(require, tmp_path_factory) -> Models:
 
 
 def store_of(models: Models, teacher: Any, path: Path, target: dict[str, Any]) -> PredictionStore:
-    """Rollouts of which some are truncated, and so weigh less."""
+    """Rollouts of which some are truncated and so weigh less, and some reach the limit."""
+    least, limit = (6, 8) if teacher.layout.frames_per_step == 1 else (4, 5)
     config = RolloutConfig.model_validate(
         {
             "guidance": {"scale": 2.5},
             "sampler": {
-                "temperature": 0.7, "top_k": 40, "min_timesteps": 2, "max_timesteps": 12,
+                "temperature": 0.7, "top_k": 40, "min_timesteps": least, "max_timesteps": limit,
                 "reference_multiple": 1.25, "truncated_weight": 0.1, "max_timesteps_weight": 1.0,
             },
             "target": target,
