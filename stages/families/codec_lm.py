@@ -33,6 +33,7 @@ from stages.families.codec_lm_network import (
 from stages.family import Branch, Branches, LinearOutput, Sample, Scores, Step
 from stages.guidance import guide
 from stages.layout import FrameStacking
+from stages.modules.feed_forward import Routing
 from stages.sampling import RolloutPolicy
 from store.schema import Head, Stream
 
@@ -323,7 +324,8 @@ class CodecLM:
 
         `lengths` [B]; what lies beyond is never read. Where both branches are computed they are
         one doubled batch. `losses` holds `experts`, already weighted, where the model has them,
-        and with `alignment` the raw diagonal attention loss under that name.
+        and with `alignment` the raw diagonal attention loss under that name; `metrics` how the
+        experts are used.
         """
         self._check_timesteps(codes.shape[1], "the longest sequence of the batch")
         conditions = self._conditions(samples, unconditional)
@@ -338,13 +340,14 @@ class CodecLM:
             outputs = self._outputs(both, linear)
             return Scores(_mixed(outputs, cfg_scale), branches=_scored(both, outputs, 2))
         prediction = self.network(codes, lengths, conditions, alignment)
-        losses = {}
-        if self.config.experts is not None:
-            losses["experts"] = prediction.auxiliary
+        losses, metrics = {}, {}
+        if prediction.routing is not None:
+            losses["experts"] = prediction.routing.loss
+            metrics = _usage(prediction.routing)
         if prediction.alignment is not None:
             losses["alignment"] = prediction.alignment
         outputs = self._outputs(prediction, linear)
-        return Scores(outputs, losses, _scored(prediction, outputs, 1))
+        return Scores(outputs, losses, _scored(prediction, outputs, 1), metrics)
 
     def _outputs(self, prediction: Prediction, linear: bool) -> Outputs:
         """The heads of all groups on their states, in the order of the streams, or all logits."""
@@ -376,6 +379,14 @@ class _Draw:
     def split(self, logits: Parts, hidden: Mapping[str, Parts]) -> Branches:
         """Part the branches of predictions whose rows take turns."""
         return _split(logits, hidden, self.branches)
+
+
+def _usage(routing: Routing) -> dict[str, Tensor]:
+    return {
+        "expert_usage_min": routing.least,
+        "expert_usage_max": routing.most,
+        "router_entropy": routing.entropy,
+    }
 
 
 def _mixed(outputs: Outputs, scale: float) -> Outputs:
