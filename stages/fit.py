@@ -94,6 +94,7 @@ class CodeLearner:
             # Auxiliary losses are means over a micro-batch; its weight makes them sums like ce.
             terms[name] = loss * batch.weight
             total = total + terms[name] * (alignment if name == "alignment" else 1.0)
+        terms |= {name: metric * batch.weight for name, metric in scores.metrics.items()}
         return Objective(total, terms)
 
     def _code_terms(

@@ -141,6 +141,7 @@ class TargetLearner:
         for name, auxiliary in scores.losses.items():
             terms[name] = auxiliary * batch.weight
             total = total + loss.auxiliary * terms[name]
+        terms |= {name: metric * batch.weight for name, metric in scores.metrics.items()}
         return Objective(total, terms)
 
     def _stream_weights(self, step: int) -> Tensor:

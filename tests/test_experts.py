@@ -1,12 +1,14 @@
 """The mixture of experts: dispatch, routing and its losses."""
 
+import math
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
 from stages.config import ExpertsConfig
-from stages.modules.feed_forward import Experts, dispatch, load_balance, sinkhorn
+from stages.modules.feed_forward import Experts, Routing, dispatch, load_balance, sinkhorn
 
 
 def experts_of(**changes) -> Experts:
@@ -107,6 +109,31 @@ def test_sinkhorn_routes_in_training_only():
     plain = experts_of().eval()
     torch.testing.assert_close(layer.eval()(x, None)[0], plain(x, None)[0])
     assert not torch.allclose(layer.train()(x, None)[0], plain(x, None)[0])
+
+
+def test_what_is_reported_of_the_experts_is_counted_over_valid_positions():
+    layer, x = experts_of(), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1)) + 1
+    valid = torch.tensor([[True] * 6, [True, True, False, False, False, False]])
+    _, routing = layer(x, valid)
+    visits, entropies = [0] * 4, []
+    for position in x[valid]:
+        probabilities = (layer.router.weight @ position).softmax(-1).tolist()
+        entropies.append(-sum(p * math.log(p) for p in probabilities))
+        for expert in sorted(range(4), key=probabilities.__getitem__)[-2:]:
+            visits[expert] += 1
+    assert float(routing.least) == pytest.approx(min(visits) / 16)
+    assert float(routing.most) == pytest.approx(max(visits) / 16)
+    assert min(visits) < max(visits)
+    assert float(routing.entropy) == pytest.approx(sum(entropies) / 8, rel=1e-5)
+    assert routing.loss.requires_grad
+    assert not any(x.requires_grad for x in (routing.least, routing.most, routing.entropy))
+
+
+def test_layers_add_up_their_losses_and_share_what_is_reported():
+    layers = [
+        Routing(*torch.tensor(values)) for values in ([0.3, 0.1, 0.4, 1.0], [0.1, 0.2, 0.6, 0.5])
+    ]
+    assert [float(x) for x in Routing.of_layers(layers)] == pytest.approx([0.4, 0.15, 0.5, 0.75])
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from stages.checkpoint import load_latest
-from stages.config import CodecLMConfig, DatasetFacts, RolloutConfig, TrainConfig
+from stages.config import CodecLMConfig, DatasetFacts, FitConfig, RolloutConfig, TrainConfig
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.families.codec_lm import CodecLM
+from stages.fit import CodeLearner
 from stages.interruption import StopRequest
 from stages.losses import stream_weights
 from stages.rollout import rollout
@@ -270,6 +271,45 @@ def test_micro_batches_share_the_loss_of_the_model_without_changing_the_gradient
         assert logged[size] == pytest.approx(logged["expected"], rel=1e-5)
         for name, whole in moments[None].items():
             torch.testing.assert_close(moments[size][name], whole, atol=1e-6, rtol=1e-4, msg=name)
+
+
+ROUTED = MODEL | {"decoder_layers": 2, "experts": {"experts": 4, "active": 2}}
+
+
+def test_how_experts_are_used_is_logged_and_not_learned(tmp_path):
+    store = store_of(tmp_path / "store", "full", ROUTED)
+    student = family_of(1, ROUTED)
+    config = config_of({"kl": 1.0, "auxiliary": 0.5}, ROUTED, steps=1, micro_batch_size=4)
+    scores = student.score(
+        SAMPLES, *(torch.zeros(6, 9, 2, dtype=torch.int64), torch.full((6,), 9)), linear=True
+    )
+    assert set(scores.metrics) == {"expert_usage_min", "expert_usage_max", "router_entropy"}
+    learner = TargetLearner(student, store, config, 0, HERE)
+    batches = learner.batches(0)
+    objectives = [learner.objective(0, batch) for batch in batches]
+    learner.close()
+    codes = CodeLearner(student, SAMPLES, [], FitConfig(optimizer=config.optimizer), 0, HERE)
+    fitted = [codes.objective(0, batch) for batch in codes.batches(0)]
+    for objective, weights in (
+        *((objective, {"kl": 1.0, "experts": 0.5}) for objective in objectives),
+        *((objective, {"ce": 1.0, "experts": 1.0}) for objective in fitted),
+    ):
+        terms = {name: float(x.detach()) for name, x in objective.terms.items()}
+        assert terms.keys() > scores.metrics.keys()
+        total = sum(weight * terms[name] for name, weight in weights.items())
+        assert float(objective.total.detach()) == pytest.approx(total, rel=1e-5)
+    folder = tmp_path / "student"
+    assert train(
+        family_of(1, ROUTED), store, config, folder, seed=0, identity="", place=HERE,
+        stop=StopRequest(),
+    )  # fmt: skip
+    logged = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+    weight = sum(batch.weight for batch in batches)
+    for name in scores.metrics:
+        expected = sum(float(objective.terms[name]) for objective in objectives) / weight
+        assert logged[name] == pytest.approx(expected, rel=1e-5)
+    assert 0 <= logged["expert_usage_min"] <= 0.25 <= logged["expert_usage_max"] <= 0.5
+    assert 0 < logged["router_entropy"] <= np.log(4) + 1e-6
 
 
 @pytest.mark.parametrize("kind", ["full_both", "hidden_both"])

@@ -34,6 +34,7 @@ from stages.families.codec_lm_network import (
 from stages.family import Branches, LinearOutput, Sample, Scores, Step
 from stages.layout import FrameStacking
 from stages.modules.attention import Departure
+from stages.modules.feed_forward import Routing
 from stages.modules.guided import Draw, scores, split_branches
 from stages.sampling import RolloutPolicy
 from store.schema import Head, Stream
@@ -338,7 +339,8 @@ class CodecLM:
 
         `lengths` [B]; what lies beyond is never read. Where both branches are computed they are
         one doubled batch. `losses` holds `experts`, already weighted, where the model has them,
-        and with `alignment` the raw diagonal attention loss under that name.
+        and with `alignment` the raw diagonal attention loss under that name; `metrics` how the
+        experts are used.
         """
         self._check_timesteps(codes.shape[1], "the longest sequence of the batch")
         conditions = self._conditions(samples, unconditional)
@@ -356,9 +358,18 @@ class CodecLM:
         found = scores(
             heads, prediction.hidden, cfg_scale=cfg_scale, branches=branches, linear=linear
         )
-        losses = {}
-        if self.config.experts is not None:
-            losses["experts"] = prediction.auxiliary
+        losses, metrics = {}, {}
+        if prediction.routing is not None:
+            losses["experts"] = prediction.routing.loss
+            metrics = _usage(prediction.routing)
         if prediction.alignment is not None:
             losses["alignment"] = prediction.alignment
-        return replace(found, losses=losses)
+        return replace(found, losses=losses, metrics=metrics)
+
+
+def _usage(routing: Routing) -> dict[str, Tensor]:
+    return {
+        "expert_usage_min": routing.least,
+        "expert_usage_max": routing.most,
+        "router_entropy": routing.entropy,
+    }

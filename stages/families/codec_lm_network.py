@@ -20,7 +20,7 @@ from stages.config import CodecLMConfig, DatasetFacts
 from stages.errors import UserError
 from stages.modules.alignment import diagonal_loss
 from stages.modules.attention import Departure, additive, causal_mask
-from stages.modules.feed_forward import Experts, FeedForward
+from stages.modules.feed_forward import Experts, FeedForward, Routing
 from stages.modules.local_transformer import LocalTransformer
 from stages.modules.transformer import (
     DecoderLayer,
@@ -78,8 +78,8 @@ class Prediction:
 
     hidden: dict[str, Tensor]
     """By group of streams, what its head reads: `backbone` [B, T, 1, E], `local` [B, T, S, W]."""
-    auxiliary: Tensor
-    """Weighted losses of the experts, float32 scalar; 0 without experts."""
+    routing: Routing | None
+    """Of all layers together; None without experts."""
     alignment: Tensor | None
     """Diagonal attention loss, float32 scalar, where it was asked for."""
 
@@ -327,16 +327,18 @@ class CodecLMNetwork(nn.Module):
         if prefix_valid is not None:
             keys = torch.cat([prefix_valid, valid], 1)
             mask = causal_mask(keys)
-        auxiliary = x.new_zeros((), dtype=torch.float32)
+        routings = []
         maps = []
         for layer in self.decoder:
-            x, loss, weights = layer(x, mask, keys, memory, aligned=alignment)
-            auxiliary = auxiliary + loss
+            x, routing, weights = layer(x, mask, keys, memory, aligned=alignment)
+            if routing is not None:
+                routings.append(routing)
             if weights is not None:
                 maps.append(weights[:, :, start:])
         hidden = self.norm(x[:, start:])
         aligned = self._alignment(maps, conditions, lengths) if alignment else None
-        return Prediction(self._states(hidden, codes, valid), auxiliary, aligned)
+        together = Routing.of_layers(routings) if routings else None
+        return Prediction(self._states(hidden, codes, valid), together, aligned)
 
     def _states(self, hidden: Tensor, codes: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """What each head reads, from decoder outputs [B, T, E]; codes [B, T, S] feed the local."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +30,25 @@ class FeedForward(nn.Module):
         return y
 
 
+class Routing(NamedTuple):
+    """How a router spread the valid positions over its experts: float32 scalars."""
+
+    loss: Tensor
+    """Weighted auxiliary loss."""
+    least: Tensor
+    """Share of the assignments that the least used expert got; without gradient."""
+    most: Tensor
+    """That of the most used one."""
+    entropy: Tensor
+    """Mean entropy of the router's probabilities, in nats; without gradient."""
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[Routing]) -> Routing:
+        """Sum the losses of some layers and average the rest."""
+        losses, *others = (torch.stack(values) for values in zip(*layers, strict=True))
+        return cls(losses.sum(), *(values.mean() for values in others))
+
+
 class Experts(nn.Module):
     """Sparse mixture of experts with stacked weights and dropless, sort-based dispatch.
 
@@ -41,11 +63,11 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(config.experts, d_model, width))
         self.down = nn.Parameter(torch.empty(config.experts, width, d_model))
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Map `x` [..., E] to [..., E] and return the weighted auxiliary loss beside it.
+    def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Routing]:
+        """Map `x` [..., E] to [..., E] and return how it was routed beside it.
 
-        `valid` [...] bool says which positions count in the losses and in Sinkhorn's balance; None
-        is all of them. Padding is mapped too, and never influences another position.
+        `valid` [...] bool says which positions count in that and in Sinkhorn's balance; None is
+        all of them. Padding is mapped too, and never influences another position.
         """
         flat = x.reshape(-1, x.shape[-1])
         kept = torch.ones_like(flat[:, 0], dtype=torch.bool) if valid is None else valid.flatten()
@@ -54,7 +76,7 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(flat.device.type):
             flat = flat.to(torch.get_autocast_dtype(flat.device.type))
         y = dispatch(flat, gates.to(flat.dtype), chosen, self.up, self.down)
-        return y.reshape(x.shape), self._losses(logits, chosen, kept)
+        return y.reshape(x.shape), self._routing(logits, chosen, kept)
 
     def _route(self, logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts for router logits [N, X]: gates [N, A] summing to 1, and ids [N, A]."""
@@ -68,12 +90,22 @@ class Experts(nn.Module):
             return probabilities, chosen
         return probabilities / probabilities.sum(-1, keepdim=True), chosen
 
-    def _losses(self, logits: Tensor, chosen: Tensor, valid: Tensor) -> Tensor:
+    def _routing(self, logits: Tensor, chosen: Tensor, valid: Tensor) -> Routing:
         weights = valid.float()
         total = weights.sum().clamp(min=1.0)
         balance = load_balance(logits, chosen, weights, total)
         z = (logits.logsumexp(-1).square() * weights).sum() / total
-        return self.config.balance_weight * balance + self.config.z_weight * z
+        loss = self.config.balance_weight * balance + self.config.z_weight * z
+        usage = expert_shares(chosen, logits.shape[-1], weights, total)
+        logprobs = logits.detach().log_softmax(-1)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        return Routing(loss, usage.amin(), usage.amax(), (entropies * weights).sum() / total)
+
+
+def expert_shares(chosen: Tensor, experts: int, weights: Tensor, total: Tensor) -> Tensor:
+    """Share of the assignments [N, A] that each expert got, [X]; `weights` as in `load_balance`."""
+    visits = F.one_hot(chosen, experts).sum(1) * weights.unsqueeze(-1)
+    return visits.sum(0) / (total * chosen.shape[-1])
 
 
 def load_balance(logits: Tensor, chosen: Tensor, weights: Tensor, total: Tensor) -> Tensor:
@@ -84,8 +116,7 @@ def load_balance(logits: Tensor, chosen: Tensor, weights: Tensor, total: Tensor)
     imbalances cancel. Source: Fedus et al., Switch Transformers (2101.03961), eq. 4.
     """
     experts = logits.shape[-1]
-    visits = F.one_hot(chosen, experts).sum(1) * weights.unsqueeze(-1)
-    shares = visits.sum(0) / (total * chosen.shape[-1])
+    shares = expert_shares(chosen, experts, weights, total)
     probabilities = (logits.softmax(-1) * weights.unsqueeze(-1)).sum(0) / total
     return experts * (shares * probabilities).sum()
 

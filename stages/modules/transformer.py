@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 
 from stages.modules.attention import CrossAttention, Departure, KVCache, SelfAttention
-from stages.modules.feed_forward import FeedForward
+from stages.modules.feed_forward import FeedForward, Routing
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -77,8 +77,8 @@ class LayerState:
 class DecoderLayer(nn.Module):
     """Causal self-attention, cross-attention to a memory, and a feed-forward of any kind.
 
-    `feed_forward` maps x [B, T, E] and valid [B, T] (or None) to y and an auxiliary loss, or is a
-    dense `FeedForward`, which has no loss.
+    `feed_forward` maps x [B, T, E] and valid [B, T] (or None) to y and how it was routed, or is a
+    dense `FeedForward`, which has no routing.
     """
 
     def __init__(self, d_model: int, heads: int, feed_forward: nn.Module, dropout: float) -> None:
@@ -91,20 +91,20 @@ class DecoderLayer(nn.Module):
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
-    def _forward_feed(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _forward_feed(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Routing | None]:
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, FeedForward):
-            return x + self.dropout(self.feed_forward(normed)), x.new_zeros(())
-        y, loss = self.feed_forward(normed, valid)
-        return x + self.dropout(y), loss
+            return x + self.dropout(self.feed_forward(normed)), None
+        y, routing = self.feed_forward(normed, valid)
+        return x + self.dropout(y), routing
 
     def forward(
         self, x: Tensor, mask: Tensor | None, valid: Tensor, memory: Memory, *, aligned: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Map `x` [B, T, E] to (x, auxiliary loss, attention weights [B, H, T, L] if `aligned`).
+    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+        """Map `x` [B, T, E] to (x, its routing, attention weights [B, H, T, L] if `aligned`).
 
         Without a `mask` ([B, 1, T, T] bool, itself causal) attention is plainly causal; `valid`
-        [B, T] says which positions count in the auxiliary loss.
+        [B, T] says which positions count in the routing.
         """
         y = self.attention(self.attention_norm(x), mask, causal=mask is None)
         x = x + self.dropout(y)
@@ -115,8 +115,8 @@ class DecoderLayer(nn.Module):
             y, weights = attend.aligned(self.cross_norm(x), keys, values, memory.mask)
         else:
             y = attend(self.cross_norm(x), keys, values, memory.mask)
-        x, loss = self._forward_feed(x + self.dropout(y), valid)
-        return x, loss, weights
+        x, routing = self._forward_feed(x + self.dropout(y), valid)
+        return x, routing, weights
 
     def prefill(self, x: Tensor, mask: Tensor | None, memory: Memory) -> tuple[Tensor, LayerState]:
         """Decode the positions `x` [n, P, E] at once and return the state for `step`."""
