@@ -168,10 +168,13 @@ def test_a_system_is_measured_within_the_vocabulary_of_every_stream(padding):
                                     for r, t, c, z, _ in steps])  # fmt: skip
     target = restore({"logits": arrays["full.logits"][None]}, manifest, None, "cpu")
     lengths = torch.tensor([len(arrays["codes"])])
-    batch = SimpleNamespace(samples=[], codes=None, lengths=lengths, target=target)
+    codes = torch.zeros(1, len(arrays["codes"]), 2, dtype=torch.int64)
+    batch = SimpleNamespace(samples=[], codes=codes, lengths=lengths, target=target)
     logits = torch.from_numpy(arrays["full.logits"][None].copy())
     logits[..., manifest.forbidden] = logits[:, :, 1, 12:] = padding
-    family = SimpleNamespace(score=lambda *_, **__: Scores(logits))
+    family = SimpleNamespace(
+        heads=(), streams=manifest.streams, score=lambda *_, **__: Scores(logits)
+    )
     (found,) = _compare(family, 1.0, SimpleNamespace(manifest=manifest), batch)
     kl, agreed, predictions = found
     assert kl == pytest.approx(0, abs=1e-5)
