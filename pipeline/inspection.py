@@ -235,6 +235,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "bytes": _bytes,
     "lineage": _lineage,
     "codes": _codes,
+    "weight": lambda weight: f"{weight:,g}",
     "weights": _weights,
     "architecture": _architecture,
 }
