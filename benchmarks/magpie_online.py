@@ -63,14 +63,18 @@ class Shape:
     codec: Mapping[str, Any]
     model: Mapping[str, Any]
     batch: int
+    long_batch: int
+    """Of rollouts of more than 300 frames: NeMo keeps the logits of the whole history of every
+    step, which are 37 GB for four of 430 frames and 8 codebooks."""
 
 
 SHAPES = {
-    "tiny": Shape(SMALL_CODEC, {"positions": 1024}, 4),
+    "tiny": Shape(SMALL_CODEC, {"positions": 1024}, 4, 4),
     "mid": Shape(
         NANO_CODEC,
         {"width": 128, "layers": 4, "encoder_layers": 2, "feed_forward": 512, "positions": 1024},
         4,
+        1,
     ),
     "published": Shape(
         NANO_CODEC,
@@ -79,6 +83,7 @@ SHAPES = {
             "cross_width": 128, "local_width": 256, "positions": 2048,
         },
         2,
+        1,
     ),
 }  # fmt: skip
 
@@ -156,17 +161,20 @@ class Bench:
             teacher.final_proj.bias[end == teacher.audio_eos_id] = -1e4
         return student
 
-    def nemo_batch(self, frames: int) -> dict[str, torch.Tensor]:
+    def rollouts(self, frames: int) -> int:
+        """How many rollouts of so many frames are generated together."""
+        return self.shape.long_batch if frames > 300 else self.shape.batch
+
+    def nemo_batch(self, frames: int, count: int) -> dict[str, torch.Tensor]:
         """A batch whose rollouts NeMo truncates after exactly `frames` frames."""
         reference = round((frames - 1) / 1.25)
         if round(1.25 * reference) + 1 != frames:
             raise ValueError(f"no reference length truncates after {frames} frames")
-        samples = self.samples(self.shape.batch)
+        samples = self.samples(count)
         model = self.online
         texts = [model.tokenizer.encode(s["text"], "english_chars") for s in samples]
         rows = [torch.tensor([*text, model.eos_id]) for text in texts]
         contexts = [s["context_codes"].reshape(-1, self.codebooks).T for s in samples]
-        count = len(samples)
         return {
             "text": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             "text_lens": torch.tensor([len(row) for row in rows]),
@@ -184,7 +192,9 @@ class Bench:
 
         def step() -> None:
             with quiet():
-                loss = student._process_batch_distillation(self.nemo_batch(frames))["loss"]
+                loss = student._process_batch_distillation(
+                    self.nemo_batch(frames, self.shape.batch)
+                )["loss"]
             loss.backward()
             torch.nn.utils.clip_grad_norm_(learned, 2.5)
             optimizer.step()
@@ -199,7 +209,7 @@ class Bench:
         def generate() -> None:
             with quiet():
                 out = nemo._infer_batch_teacher(
-                    model=teacher, batch=self.nemo_batch(6), use_lt=True,
+                    model=teacher, batch=self.nemo_batch(6, self.rollouts(frames)), use_lt=True,
                     max_decoder_steps=frames, topk=min(80, self.facts.codes_per_codebook),
                     cfg_scale=CFG_SCALE, use_kv_cache=True,
                 )  # fmt: skip
@@ -224,7 +234,7 @@ class Bench:
 
     def store(self, name: str, frames: int, target: Mapping[str, Any] = TOP_K, **more: Any) -> Path:
         """Do stage one into a fresh store, all rollouts of `frames` frames."""
-        path = self.folder / name
+        path, count = self.folder / name, self.rollouts(frames)
         config = RolloutConfig.model_validate(
             {
                 "guidance": {"scale": CFG_SCALE},
@@ -236,18 +246,18 @@ class Bench:
                     "max_timesteps_weight": 1.0,
                 },
                 "target": dict(target),
-                "batch_size": self.shape.batch,
-                "rollouts_per_shard": self.shape.batch,
+                "batch_size": count,
+                "rollouts_per_shard": count,
                 **more,
             }
         )
-        samples = self.samples(self.shape.batch)
+        samples = self.samples(count)
         store = create_store(
             path, config, self.family, samples, facts=self.facts, dataset_fingerprint="", seed=0
         )
         by_id = {sample["sample_id"]: sample for sample in samples}
         done = rollout(
-            self.family, store, by_id, store.missing(), batch_size=self.shape.batch,
+            self.family, store, by_id, store.missing(), batch_size=count,
             stop=StopRequest(),
         )  # fmt: skip
         assert done
