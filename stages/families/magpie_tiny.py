@@ -29,8 +29,8 @@ LEVELS = (4, 4, 4)
 """Of the scalar quantiser: 64 codes per codebook, 72 with NeMo's special tokens."""
 MODULES = "nemo.collections.tts.modules.audio_codec_modules"
 LOSSES = "nemo.collections.tts.losses.audio_codec_loss"
-SHARPNESS = 25.0
-"""Factor on the output heads: fresh ones predict nearly uniform distributions."""
+LOGIT_SPREAD = 4.0
+"""Standard deviation of the logits: those of fresh heads predict nearly uniform distributions."""
 
 
 def codec_config(*, codebooks: int = CODEBOOKS, levels: Sequence[int] = LEVELS) -> dict[str, Any]:
@@ -196,9 +196,14 @@ def sharpen(model: MagpieTTSModel) -> None:
     for name, weight in model.decoder.named_parameters():
         if "attention" in name and weight.dim() == 2:
             weight.mul_(6.0)
-    heads = [model.final_proj, *getattr(model, "local_transformer_out_projections", [])]
-    for head in heads:
-        head.weight.mul_(SHARPNESS / head.weight.std() * 0.02)
+    heads = {model.final_proj: 1.0}
+    if hasattr(model, "local_transformer"):
+        noise = torch.randn(16, 1, model.cfg.embedding_dim, generator=torch.Generator())
+        inputs = model.local_transformer_in_projection(noise)
+        states = model.local_transformer(inputs, torch.ones(16, 1))["output"]
+        heads |= dict.fromkeys(model.local_transformer_out_projections, float(states.std()))
+    for head, size in heads.items():
+        head.weight.mul_(LOGIT_SPREAD / (head.weight.std() * size * head.in_features**0.5))
         nn.init.normal_(head.bias, std=0.5)
 
 
