@@ -476,21 +476,56 @@ def _feed_forward(layer: Any, x: Tensor, counted: Tensor) -> tuple[Tensor, Route
     normed = layer.norm_pos_ff(x)
     if not layer.use_moe:
         return layer.pos_ff(normed, counted), None
-    y, logits, probabilities, experts = layer.pos_ff(normed, counted)
-    return y, Router(logits, probabilities, experts)
+    return _through_experts(layer.pos_ff, normed, counted)
+
+
+def _through_experts(feed: Any, x: Tensor, counted: Tensor) -> tuple[Tensor, Router]:
+    """Feed x [n, T, E] through the experts that the router chooses for each position that counts.
+
+    NeMo's own dispatch adds up in the type of x what experts return in that of autocast, which
+    fails; here they multiply in that type, and their sum is taken in float32.
+    """
+    weights, chosen, logits, probabilities = _routed(feed.router, x, counted)
+    flat, active = x.flatten(0, 1), chosen.shape[-1]
+    visits, shares = chosen.flatten(), weights.flatten()
+    # Padded positions visit -1 and so come first; the device is waited for once.
+    padded, *counts = torch.bincount(visits + 1, minlength=len(feed.experts) + 1).tolist()
+    order = visits.argsort(stable=True)[padded:]
+    total = torch.zeros_like(flat, dtype=torch.promote_types(x.dtype, torch.float32))
+    for expert, places in zip(feed.experts, torch.split(order, counts), strict=True):
+        if len(places):
+            rows = places // active
+            y = feed.dropout(_pointwise(expert, feed.non_linearity, flat[rows]))
+            total = total.index_add(0, rows, y.to(total.dtype) * shares[places].unsqueeze(-1))
+    return total.to(x.dtype).view_as(x), Router(logits, probabilities, chosen)
+
+
+def _routed(router: Any, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ask a router in float32: of bfloat16, positions would go to other experts."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = {"router.weight": router.router.weight.to(wide)}
+    with torch.autocast(x.device.type, enabled=False):
+        routed: tuple[Tensor, Tensor, Tensor, Tensor] = torch.func.functional_call(
+            router, weight, (x.to(wide), counted)
+        )
+    return routed
+
+
+def _pointwise(feed: Any, non_linearity: Any, x: Tensor) -> Tensor:
+    """Feed x [..., E] forward as products, several times as fast as convolutions of width 1."""
+    proj, out = (feed[name].conv for name in ("proj", "o_net"))
+    inner = non_linearity(F.linear(x, proj.weight[..., 0], proj.bias))
+    return F.linear(inner, out.weight[..., 0], out.bias)
 
 
 def _feed_step(layer: Any, x: Tensor) -> Tensor:
     """Feed one position x [n, 1, E] forward."""
-    normed = layer.norm_pos_ff(x)
+    normed, feed = layer.norm_pos_ff(x), layer.pos_ff
     if layer.use_moe:
         ones = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        routed: Tensor = layer.pos_ff(normed, ones)[0]
-        return routed
-    feed = layer.pos_ff
-    # A convolution of width 1 is a product, several times as fast on one position.
-    inner = F.linear(normed, feed.proj.conv.weight[..., 0], feed.proj.conv.bias)
-    return F.linear(feed.non_linearity(inner), feed.o_net.conv.weight[..., 0], feed.o_net.conv.bias)
+        return _through_experts(feed, normed, ones)[0]
+    parts = {"proj": feed.proj, "o_net": feed.o_net}
+    return _pointwise(parts, feed.non_linearity, normed)
 
 
 def _valid(lengths: Tensor, size: int) -> Tensor:
