@@ -159,6 +159,33 @@ def test_bfloat16_stays_close_to_float32(models, shape):
             assert difference.mean() < 0.05 * expected[row, :length].std()
 
 
+def test_heads_of_a_bfloat16_model_multiply_in_float32_for_guidance_amplifies_their_rounding(
+    models,
+):
+    samples, family = samples_of(4), models.teacher(models.archive())
+    family.module.to(torch.bfloat16)
+    heads = {name: torch.from_numpy(x).double() for name, x in family.head_weights().items()}
+    codes = random_codes(family, LENGTHS.tolist())
+    with torch.no_grad():
+        scored = family.score(samples, codes, LENGTHS, cfg_scale=2.5)
+    predictions = [
+        (step.logits, step.branches)
+        for step in family.rollout(samples, policy_of(family, samples), 2.5)
+    ]
+    for logits, branches in [*predictions, (scored.logits, scored.branches)]:
+        parts = []
+        for group in ("backbone", "local"):
+            cond, uncond = (
+                torch.cat(branch.hidden[group], -2) for branch in (branches.cond, branches.uncond)
+            )
+            assert cond.dtype == torch.bfloat16
+            mixed = 2.5 * cond.double() - 1.5 * uncond.double()
+            weight, bias = heads[f"{group}.weight"], heads[f"{group}.bias"]
+            mixed = mixed.expand(*mixed.shape[:-2], len(weight), -1)
+            parts.append(torch.einsum("cvd,...cd->...cv", weight, mixed) + bias)
+        close(logits.double(), torch.cat(parts, -2), 1e-4)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_for_equally_long_contexts_it_equals_one_batch_of_nemos(models, shape):
     path, samples = models.archive(**SHAPES[shape]), samples_of(4, equal=True)

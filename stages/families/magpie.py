@@ -374,13 +374,14 @@ class Magpie:
         encoded = self.module.encode(conditions, branches)
         state = self.module.start(encoded, policy.longest)
         del encoded
+        heads = self.module.head_weights()  # once: they may be a copy in another type
         rows = torch.arange(len(samples), device=self.device)
         shape = (len(samples), self.layout.streams)
         previous = torch.full(shape, self.module.begin_id, device=self.device)
         for timestep in range(policy.longest):
             hidden = self.module.step(previous.repeat_interleave(branches, 0), state)
             draw = Draw(policy, rows, timestep, cfg_scale, branches)
-            codes, logits, predicted = self._draw_codes(hidden, draw)
+            codes, logits, predicted = self._draw_codes(hidden, draw, heads)
             previous = codes[:, : self.layout.streams]
             running = ~policy.end(rows, timestep, previous, logits[:, self._leading])
             yield Step(rows, timestep, codes, logits, predicted)
@@ -391,10 +392,12 @@ class Magpie:
             if len(rows) == 0:
                 return
 
-    def _draw_codes(self, hidden: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Branches]:
+    def _draw_codes(
+        self, hidden: Tensor, draw: Draw, heads: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, Branches]:
         """Draw the codes [b, C] of one timestep, with their guided logits and both branches."""
         network, streams = self.module, self.layout.streams
-        parts, states = [network.predict(hidden)], {"backbone": [hidden.unsqueeze(1)]}
+        parts, states = [_logits(hidden, *heads["backbone"])], {"backbone": [hidden.unsqueeze(1)]}
         guided = [draw.guided(parts[0])]
         codes = [draw.codes(guided[0], slice(0, streams))]
         if network.local:
@@ -403,7 +406,8 @@ class Magpie:
             state = next(decoding)
             for stream in range(streams):
                 states["local"].append(state.unsqueeze(1))
-                parts.append(network.predict_local(state, stream).unsqueeze(1))
+                weight, bias = (x[stream : stream + 1] for x in heads["local"])
+                parts.append(_logits(state, weight, bias))
                 guided.append(draw.guided(parts[-1]))
                 codes.append(draw.codes(guided[-1], slice(streams + stream, streams + stream + 1)))
                 if stream + 1 < streams:
@@ -444,6 +448,12 @@ class Magpie:
             heads, prediction.hidden, cfg_scale=cfg_scale, branches=branches, linear=linear
         )
         return replace(found, losses=prediction.losses, metrics=prediction.metrics)
+
+
+def _logits(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Logits [n, c, V] of states [n, D] in the type of their head."""
+    flat = nn.functional.linear(states.to(weight.dtype), weight.flatten(0, 1), bias.flatten())
+    return flat.view(-1, *bias.shape)
 
 
 def _network(model: Any, settings: MagpieSettings) -> MagpieNetwork:

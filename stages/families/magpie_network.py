@@ -275,7 +275,10 @@ class MagpieNetwork(nn.Module):
     # Heads
 
     def head_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the linear heads: by group of streams weight [S, V, D] and bias [S, V]."""
+        """Return the linear heads: by group of streams weight [S, V, D] and bias [S, V].
+
+        In float32 at least: guidance would multiply what a head rounds in bfloat16.
+        """
         final = self.model.final_proj
         shape = (self.streams, self.vocabulary)
         heads = {"backbone": (final.weight.view(*shape, -1), final.bias.view(*shape))}
@@ -283,17 +286,8 @@ class MagpieNetwork(nn.Module):
             projections = list(self.model.local_transformer_out_projections)
             weight = torch.stack([projection.weight for projection in projections])
             heads["local"] = weight, torch.stack([projection.bias for projection in projections])
-        return heads
-
-    def predict(self, hidden: Tensor) -> Tensor:
-        """Logits [..., S, V] of all streams at once from decoder outputs [..., E]."""
-        logits: Tensor = self.model.final_proj(hidden)
-        return logits.view(*hidden.shape[:-1], self.streams, self.vocabulary)
-
-    def predict_local(self, state: Tensor, stream: int) -> Tensor:
-        """Logits [n, V] of one stream of the local transformer from its state [n, W]."""
-        logits: Tensor = self.model.local_transformer_out_projections[stream](state)
-        return logits
+        wide = torch.promote_types(final.weight.dtype, torch.float32)
+        return {group: (x.to(wide), bias.to(wide)) for group, (x, bias) in heads.items()}
 
     # Incremental decoding
 
