@@ -428,19 +428,20 @@ class Magpie:
         unconditional: Tensor | None = None,
         alignment: bool = False,
         linear: bool = False,
+        local: bool = True,
     ) -> Scores:
         """Predict every timestep of `codes` [B, T, C] in one parallel pass.
 
         `lengths` [B]; what lies beyond is never read. `losses` holds `experts`, already weighted,
         where the model has them; there is no alignment loss. With `linear` the heads are left to
-        who reads the scores.
+        who reads the scores; without `local` the local transformer is left alone.
         """
         del alignment
         conditions = self._conditions(samples, unconditional)
         self._check_positions(samples, conditions, codes.shape[1])
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         prediction: Prediction = self.network(
-            codes.to(self.device, torch.int64), lengths.to(self.device), conditions, branches
+            codes.to(self.device, torch.int64), lengths.to(self.device), conditions, branches, local
         )
         weights = self.module.head_weights()
         heads = tuple(LinearOutput(x, *weights[group]) for group, x in prediction.hidden.items())
@@ -448,6 +449,13 @@ class Magpie:
             heads, prediction.hidden, cfg_scale=cfg_scale, branches=branches, linear=linear
         )
         return replace(found, losses=prediction.losses, metrics=prediction.metrics)
+
+    def local_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the local transformer, its projections and heads, where it is trained."""
+        if self.module.local:
+            for name, parameter in self.module.model.named_parameters():
+                if name.startswith("local_transformer"):
+                    yield parameter
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

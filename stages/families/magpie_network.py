@@ -163,13 +163,18 @@ class MagpieNetwork(nn.Module):
     # The parallel pass
 
     def forward(
-        self, codes: Tensor, lengths: Tensor, conditions: Conditions, branches: int = 1
+        self,
+        codes: Tensor,
+        lengths: Tensor,
+        conditions: Conditions,
+        branches: int = 1,
+        local: bool = True,
     ) -> Prediction:
         """Predict every timestep of codes [B, T, C] from those before it.
 
         `lengths` [B] int64; codes beyond them are never read. The first S streams are the history,
         the rest, where there are any, what the local transformer is fed. With two branches all
-        results have 2 B rows.
+        results have 2 B rows. Without `local` the local transformer is left alone.
         """
         encoded = self.encode(conditions, branches)
         codes, lengths = (x.repeat_interleave(branches, 0) for x in (codes, lengths))
@@ -188,7 +193,7 @@ class MagpieNetwork(nn.Module):
         decoder = self.model.decoder
         hidden = decoder.dropout_out(decoder.norm_out(x[:, encoded.prefix.shape[1] :]))
         states = {"backbone": hidden.unsqueeze(-2)}
-        if self.local:
+        if self.local and local:
             states["local"] = self._local_states(hidden, clean[..., self.streams :], valid)
         losses, metrics = self._router_terms(routers, counted)
         return Prediction(states, losses, metrics)
