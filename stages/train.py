@@ -46,7 +46,7 @@ def train(
     """
     loss = config.loss.terms_config
     require_match(family, store.manifest)
-    require_supported(loss, of_groups(store.manifest, _groups(family)))
+    require_supported(config.loss, of_groups(store.manifest, _groups(family)))
     stream_weights(loss.codebook_weights, family)
     require_complete(store)
     networks = Networks(family, config, place)
