@@ -6,7 +6,7 @@ run (`store.order`), so any batch size and any number of processes may continue 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from stages.targets import RestoredTarget, load_heads, read_scales, restore
 from store import PredictionStore, Rollout
 from store.order import Array, Order, rank_share
 from store.plan import Key, Plan
-from store.schema import Manifest
+from store.schema import Hidden, Manifest
 from store.shard import Shard
 
 
@@ -147,6 +147,8 @@ class BatchReader:
     """Where batches are read into."""
     mean: Mean = "predictions"
     """Over what the loss of a batch is a mean."""
+    groups: frozenset[str] | None = None
+    """The groups of streams whose predictions count; None for all."""
 
     def __call__(self, position: int) -> list[HostBatch]:
         """Return the micro-batches of the global batch that starts at `position`."""
@@ -163,17 +165,24 @@ class BatchReader:
         rows, epochs = part[:, 1].tolist(), part[:, 2].tolist()
         spans = [Span.of_shard(held[s], row) for s, row in zip(shards, rows, strict=True)]
         samples = self.store.samples_at(shards, rows)
-        return host_batch(self.store.manifest, spans, samples, epochs, self.memory, self.mean)
+        manifest = of_groups(self.store.manifest, self.groups)
+        return host_batch(manifest, spans, samples, epochs, self.memory, self.mean)
 
 
 class StoreBatches:
     """Micro-batches of a store's rollouts, for this process's share of every global batch.
 
-    They are read ahead as `config.loader` says; `close` ends that.
+    They are read ahead as `config.loader` says; `close` ends that. Only predictions of the streams
+    of `groups` count, where they are given.
     """
 
     def __init__(
-        self, store: PredictionStore, config: TrainConfig, seed: int, place: Place
+        self,
+        store: PredictionStore,
+        config: TrainConfig,
+        seed: int,
+        place: Place,
+        groups: Collection[str] | None = None,
     ) -> None:
         self._manifest, self._device = store.manifest, place.device
         loss = config.loss.terms_config
@@ -200,6 +209,7 @@ class StoreBatches:
             # A process has no device to pin memory for.
             HostMemory(pin=pin and not config.loader.workers),
             loss.mean,
+            None if groups is None else frozenset(groups),
         )
         self._loader = Loader(
             reader, config.loader, config.optimizer.batch_size, _pinned if pin else None
@@ -209,10 +219,13 @@ class StoreBatches:
         """Return this process's micro-batches of the global batch that starts at `position`."""
         return self._loader[position]
 
-    def restored(self, batch: HostBatch) -> TargetBatch:
-        """Move a micro-batch to the device: one at a time, or they would be there together."""
+    def restored(self, batch: HostBatch, groups: Collection[str] | None = None) -> TargetBatch:
+        """Move a micro-batch to the device: one at a time, or they would be there together.
+
+        Of its streams those of `groups` are kept, where they are given.
+        """
         scale = read_scales(self._scale, self._seed, batch.keys, batch.epochs)
-        return restored_batch(batch, self._manifest, self._heads, self._device, scale)
+        return restored_batch(batch, self._manifest, self._heads, self._device, scale, groups)
 
     def close(self) -> None:
         """End the thread or the processes that read ahead."""
@@ -323,14 +336,21 @@ def restored_batch(
     heads: Mapping[str, Tensor] | None,
     device: torch.device,
     scale: float | Tensor | None,
+    groups: Collection[str] | None = None,
 ) -> TargetBatch:
-    """Move a batch to `device` in the types of the store; `restore` says what else."""
-    arrays = batch.arrays.to(device)
+    """Move a batch to `device` in the types of the store; `restore` says what else.
+
+    Of its streams those of `groups` are kept, where they are given.
+    """
+    arrays, kept = batch.arrays.to(device), _places(manifest, groups)
+    manifest = of_groups(manifest, groups)
     prefix = f"{manifest.target.kind}."
     target = {n.removeprefix(prefix): arrays[n] for n in arrays.fields if n.startswith(prefix)}
+    if not isinstance(manifest.target, Hidden):  # whose states lie apart by group
+        target = {name: values[:, :, kept] for name, values in target.items()}
     lengths, streams = arrays["lengths"], torch.ones(len(manifest.streams), device=device)
     if "codes" in arrays.fields:
-        codes = arrays["codes"].long()
+        codes = arrays["codes"][:, :, kept].long()
     else:
         frame = len(batch.keys), max(batch.lengths), len(streams)
         codes = torch.zeros(frame, dtype=torch.int64, device=device)
@@ -346,12 +366,35 @@ def restored_batch(
     )
 
 
+def of_groups(manifest: Manifest, groups: Collection[str] | None) -> Manifest:
+    """Return what the manifest would be without the streams of other groups; None keeps all."""
+    if groups is None:
+        return manifest
+    streams = tuple(stream for stream in manifest.streams if stream.group in groups)
+    heads = tuple(head for head in manifest.heads if head.group in groups)
+    return manifest.model_copy(update={"streams": streams, "heads": heads})
+
+
+def _places(manifest: Manifest, groups: Collection[str] | None) -> slice | list[int]:
+    """Where the streams of `groups` lie on the axis C: a slice, which copies nothing, if it can."""
+    if groups is None:
+        return slice(None)
+    places = [i for i, stream in enumerate(manifest.streams) if stream.group in groups]
+    span = slice(places[0], places[-1] + 1)
+    return span if places == list(range(span.start, span.stop)) else places
+
+
 def rollout_batches(
-    store: PredictionStore, keys: Sequence[Key], size: int, device: torch.device
+    store: PredictionStore,
+    keys: Sequence[Key],
+    size: int,
+    device: torch.device,
+    groups: Collection[str] | None = None,
 ) -> Iterator[TargetBatch]:
     """Yield the rollouts of `keys` in order, `size` at a time.
 
-    Branches that are stored apart are mixed at the scale at which the codes were drawn.
+    Branches that are stored apart are mixed at the scale at which the codes were drawn. Of the
+    streams those of `groups` are kept, where they are given.
     """
     manifest, heads, memory = store.manifest, _heads(store, device), HostMemory()
     scale = manifest.guidance.scale if manifest.branches == "both" else None
@@ -359,5 +402,6 @@ def rollout_batches(
         rollouts = [store[key] for key in keys[start : start + size]]
         samples = store.samples_of([rollout.sample_id for rollout in rollouts])
         spans = [Span.of(rollout) for rollout in rollouts]
-        batch = host_batch(manifest, spans, samples, [0] * len(spans), memory)
-        yield restored_batch(batch, manifest, heads, device, scale)
+        kept = of_groups(manifest, groups)
+        batch = host_batch(kept, spans, samples, [0] * len(spans), memory)
+        yield restored_batch(batch, manifest, heads, device, scale, groups)

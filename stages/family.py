@@ -262,6 +262,7 @@ class Family(Protocol):
         unconditional: Tensor | None = None,
         alignment: bool = False,
         linear: bool = False,
+        local: bool = True,
     ) -> Scores:
         """Predict every timestep of given codes in one parallel pass.
 
@@ -272,7 +273,13 @@ class Family(Protocol):
         one. `linear`, which only families whose heads are all linear are asked for, leaves the
         heads to who reads the scores: `Scores.outputs` and those of the branches are
         `LinearOutput`; guided ones read mixed states, for guidance commutes with a linear head.
+        Without `local` the group of this name, where there is one, is neither computed nor
+        returned, and `codes` need none of it.
         """
+        ...
+
+    def local_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what only the streams of the group `local` train; nothing where there are none."""
         ...
 
 

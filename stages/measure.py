@@ -15,7 +15,7 @@ from tqdm import tqdm
 from stages.architecture import Architecture
 from stages.audio import write_wav
 from stages.audio_codec import AudioCodec
-from stages.data import TargetBatch, rollout_batches
+from stages.data import TargetBatch, of_groups, rollout_batches
 from stages.dataset import Dataset
 from stages.errors import UserError
 from stages.family import Family, Sample, has_linear_heads
@@ -25,7 +25,7 @@ from stages.rollout import policy_for, split
 from stages.sampling import END
 from stages.targets import DenseTarget, Forbidden, SparseTarget
 from store import PredictionStore
-from store.schema import Record
+from store.schema import Latent, Record, Stream
 
 COMPARED_VALUES = 2**24
 """Logits that are compared at once; it bounds memory (64 MiB of float32)."""
@@ -87,10 +87,10 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     family = contender.load()
     family.module.eval()
-    keys = list(reference.keys())
+    keys, groups = list(reference.keys()), _groups(family)
     compared = [
         row
-        for batch in rollout_batches(reference, keys, batch_size, _device(family))
+        for batch in rollout_batches(reference, keys, batch_size, _device(family), groups)
         for row in _compare(family, contender.cfg_scale, reference, batch)
     ]
     spoken, decode_s = _speak(family, contender, reference, samples, batch_size)
@@ -120,6 +120,12 @@ def _device(family: Family) -> torch.device:
     return next(family.module.parameters()).device
 
 
+def _groups(family: Family) -> set[str]:
+    """Groups of its streams: of those that only the reference has, nothing can be compared."""
+    streams: Sequence[Stream | Latent] = family.streams
+    return {stream.group for stream in streams}
+
+
 def _compare(
     family: Family, cfg_scale: float, reference: PredictionStore, batch: TargetBatch
 ) -> Iterator[tuple[float, int, int]]:
@@ -132,7 +138,7 @@ def _compare(
         linear=has_linear_heads(family),
     )
     device = batch.codes.device
-    forbidden = Forbidden.of(reference.manifest, device)
+    forbidden = Forbidden.of(of_groups(reference.manifest, _groups(family)), device)
     steps, streams = batch.codes.shape[1:]
     block = max(COMPARED_VALUES // (streams * reference.manifest.vocabulary), 1)
     for row, length in enumerate(batch.lengths.tolist()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +89,12 @@ def optimize(
     identity: str,
     place: Place,
     stop: StopRequest,
+    prepare: Callable[[int], nn.Module] | None = None,
 ) -> bool:
     """Train `module` to the configured step, from the newest checkpoint in `folder` if any.
 
-    `network` is what `learner` calls: `module` itself or its data-parallel form. `identity` names
+    `network` is what `learner` calls: `module` itself or its data-parallel form; `prepare`, called
+    before every step with its number, may return another from then on. `identity` names
     everything that a checkpoint depends on; another one is refused with `UserError`, and so are
     more processes than sequences of a batch, which would wait for each other. The random state of
     a step is keyed by (seed, step, rank), so that a resumed run ends with the same weights.
@@ -110,6 +112,8 @@ def optimize(
     module.train()
 
     while state.step < config.steps:
+        if prepare is not None:
+            network = prepare(state.step)
         torch.manual_seed(keyed_seed(seed, "step", state.step, place.rank))
         with report.waiting():
             batches = learner.batches(state.position)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.config import DIVERGENCES, LossConfig
+from stages.config import DIVERGENCES, LossConfig, NemoLossConfig
 from stages.errors import UserError
 from stages.targets import (
     BranchedTarget,
@@ -68,24 +68,42 @@ class Held:
                 return cls("distribution", absolute=True)
 
 
-def require_supported(loss: LossConfig, manifest: Manifest) -> None:
+RECIPE = {"joint": "kl", "kl": "alpha", "ce": "alpha", "nrmse": "beta"}
+"""What NeMo's recipe calls a setting, where it has another name there."""
+
+
+def require_supported(form: LossConfig | NemoLossConfig, manifest: Manifest) -> None:
     """Refuse, before training starts, a loss that the targets of a store cannot support.
 
-    Raises `UserError` that names the setting, says why and what to do.
+    Raises `UserError` that names the setting, as the form of the section has it, says why and what
+    to do.
     """
-    require(loss, Held.by_store(manifest))
+    loss = form.terms_config
+    require(loss, Held.by_store(manifest), form)
     if loss.joint and len(set(manifest.vocabularies)) > 1:
-        raise UserError(
-            f"loss.joint={loss.joint}: it is defined for streams of equally many ids, and the "
-            f"store's have {list(manifest.vocabularies)} (manifest.json, streams); set it to false"
+        reason = (
+            "it is defined for streams of equally many ids, and the store's have "
+            f"{list(manifest.vocabularies)} (manifest.json, streams)"
         )
+        raise _refused(form, "joint", reason, "set it to false")
     require_scale(manifest, loss.guidance_scale is not None)
 
 
-def require(loss: LossConfig, held: Held) -> None:
-    """Refuse a loss that a target cannot support; raises `UserError`."""
+def require(loss: LossConfig, held: Held, form: NemoLossConfig | LossConfig | None = None) -> None:
+    """Refuse a loss that a target cannot support; raises `UserError` in the words of `form`."""
     for setting, reason, advice in _refusals(loss, held):
-        raise UserError(f"loss.{setting}={getattr(loss, setting)}: {reason}; {advice}")
+        raise _refused(form or loss, setting, reason, advice)
+
+
+def _refused(
+    form: LossConfig | NemoLossConfig, setting: str, reason: str, advice: str
+) -> UserError:
+    if isinstance(form, NemoLossConfig):
+        if setting == "kl":  # the recipe cannot put another term in its place
+            advice = f"leave recipe: nemo out, then {advice}"
+        setting = RECIPE.get(setting, setting)
+        advice = advice.replace("set it to false", "set it to per_codebook")
+    return UserError(f"loss.{setting}={getattr(form, setting)}: {reason}; {advice}")
 
 
 Refusal = tuple[str, str, str]

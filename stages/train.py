@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from stages.config import TrainConfig
-from stages.data import HostBatch, StoreBatches
+from stages.config import LossConfig, TrainConfig
+from stages.data import HostBatch, StoreBatches, of_groups
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.family import Family, has_linear_heads
@@ -21,6 +22,9 @@ from stages.support import require_supported
 from stages.targets import Forbidden
 from store import PredictionStore
 from store.schema import Latent, Manifest, Stream
+
+LOCAL = "local"
+"""The group of streams of a local transformer."""
 
 
 def train(
@@ -42,14 +46,14 @@ def train(
     """
     loss = config.loss.terms_config
     require_match(family, store.manifest)
-    require_supported(loss, store.manifest)
+    require_supported(config.loss, of_groups(store.manifest, _groups(family)))
     stream_weights(loss.codebook_weights, family)
     require_complete(store)
+    networks = Networks(family, config, place)
     with closing(TargetLearner(family, store, config, seed, place)) as learner:
-        network = attach(family, config.optimizer, place)
         finished = optimize(
             family.module,
-            network,
+            family.module,
             learner,
             config.optimizer,
             folder,
@@ -57,6 +61,7 @@ def train(
             identity=identity,
             place=place,
             stop=stop,
+            prepare=networks.at,
         )
     if finished and place.leads:
         family.save(folder)
@@ -64,7 +69,13 @@ def train(
 
 
 def require_match(family: Family, manifest: Manifest) -> None:
-    """Refuse a student that the store's predictions cannot teach."""
+    """Refuse a student that the store's predictions cannot teach.
+
+    Groups of streams that only the store has, such as a local transformer's, are not read.
+    """
+    common = of_groups(manifest, _groups(family))
+    if common.streams and _streams(common.streams) == _streams(family.streams):
+        manifest = common
     differences = {
         "streams": (_streams(family.streams), _streams(manifest.streams)),
         "forbidden ids": (family.forbidden, manifest.forbidden),
@@ -105,18 +116,65 @@ def ramp(step: int, start: int, steps: int) -> float:
     return min((step - start) / steps, 1.0) if steps else 1.0
 
 
+class Networks:
+    """What a student's `score` calls: built anew when its local transformer begins to learn.
+
+    Until then no gradient reaches the local transformer, and the optimizer leaves it as it is.
+    Data parallel training would wait for these gradients, unless it was built without them.
+    """
+
+    def __init__(self, family: Family, config: TrainConfig, place: Place) -> None:
+        self._family, self._config, self._place = family, config, place
+        self._learned: bool | None = None
+
+    def at(self, step: int) -> nn.Module:
+        """Return the network of an optimizer step; steps must rise."""
+        learned = learns_local(self._family, self._config.loss.terms_config, step)
+        if learned != self._learned:
+            if LOCAL in _groups(self._family):
+                for parameter in self._family.local_parameters():
+                    parameter.requires_grad_(learned)
+            attach(self._family, self._config.optimizer, self._place)
+            self._learned = learned
+        return self._family.network
+
+
+def learns_local(family: Family, loss: LossConfig, step: int) -> bool:
+    """Whether all streams of a student are taught, or not yet those of its local transformer."""
+    return LOCAL not in _groups(family) or step >= loss.local_start_step
+
+
+def _groups(family: Family) -> dict[str, int]:
+    """Streams of each group, in order."""
+    streams: Sequence[Stream | Latent] = family.streams
+    return {name: len(list(s)) for name, s in groupby(stream.group for stream in streams)}
+
+
+class _Taught:
+    """What a loss knows of the streams of some groups of a student."""
+
+    def __init__(self, family: Family, manifest: Manifest, groups: Collection[str], place: Place):
+        sizes = _groups(family)
+        self.groups = [name for name in sizes if name in groups]
+        self.sizes = tuple(sizes[name] for name in self.groups)
+        self.forbidden = Forbidden.of(of_groups(manifest, self.groups), place.device)
+        streams: Sequence[Stream | Latent] = family.streams
+        kept = [i for i, stream in enumerate(streams) if stream.group in groups]
+        self.places = torch.tensor(kept, device=place.device)
+
+
 class TargetLearner:
-    """The distillation loss over stored targets."""
+    """The distillation loss over stored targets, of which the student's streams are read."""
 
     def __init__(
         self, family: Family, store: PredictionStore, config: TrainConfig, seed: int, place: Place
     ) -> None:
         self._family, self._loss = family, config.loss.terms_config
-        self._forbidden = Forbidden.of(store.manifest, place.device)
-        self._device = place.device
-        groups = groupby(stream.group for stream in family.streams)
-        self._groups = tuple(len(list(streams)) for _, streams in groups)
-        self._batches = StoreBatches(store, config, seed, place)
+        self._device, groups = place.device, _groups(family)
+        self._all = _Taught(family, store.manifest, groups, place)
+        early = groups.keys() - {LOCAL}
+        self._early = _Taught(family, store.manifest, early, place)
+        self._batches = StoreBatches(store, config, seed, place, groups)
 
     def batches(self, position: int) -> Sequence[HostBatch]:
         """Return this process's micro-batches of the global batch that starts at `position`."""
@@ -128,15 +186,17 @@ class TargetLearner:
 
     def objective(self, step: int, host_batch: HostBatch) -> Objective:
         """Return the weighted loss terms of a micro-batch and the model's own losses."""
-        batch = self._batches.restored(host_batch)
+        loss, whole = self._loss, learns_local(self._family, self._loss, step)
+        taught = self._all if whole else self._early
+        batch = self._batches.restored(host_batch, taught.groups)
         scores = self._family.score(
-            batch.samples, batch.codes, batch.lengths, linear=has_linear_heads(self._family)
-        )
-        weights = batch.element_weights * self._stream_weights(step)
-        loss = self._loss
+            batch.samples, batch.codes, batch.lengths, linear=has_linear_heads(self._family),
+            local=whole,
+        )  # fmt: skip
+        weights = batch.element_weights * self._stream_weights(step)[taught.places]
         total, terms = distillation_loss(
-            scores.outputs, batch.target, batch.codes, weights, self._forbidden, loss,
-            groups=self._groups,
+            scores.outputs, batch.target, batch.codes, weights, taught.forbidden, loss,
+            groups=taught.sizes,
         )  # fmt: skip
         for name, auxiliary in scores.losses.items():
             terms[name] = auxiliary * batch.weight

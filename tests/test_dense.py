@@ -93,7 +93,8 @@ class Field:
             codes = torch.zeros(len(rows), STREAMS, dtype=torch.int64)
             yield Step(rows, timestep, codes, guided, branches)
 
-    def score(self, samples, codes, lengths, *, cfg_scale=1.0, both_branches=False, linear=False):
+    def score(self, samples, codes, lengths, *, cfg_scale=1.0, both_branches=False, linear=False,
+              local=True):  # fmt: skip
         frame = codes.shape[:2]
         each = [sample for sample in samples for _ in range(frame[1])]
         levels = torch.arange(frame[1]).repeat(frame[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -143,8 +144,9 @@ def test_norms_and_the_width_of_the_local_transformer_may_be_other_ones(models):
         torch.testing.assert_close(logits, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_bfloat16_stays_close_to_float32(models):
-    path, samples = models.archive(frame_stacking=2), samples_of(4)
+@pytest.mark.parametrize("shape", ["stacked by 2", "experts"])
+def test_bfloat16_stays_close_to_float32(models, shape):
+    path, samples = models.archive(**SHAPES[shape]), samples_of(4)
     exact, rounded = models.teacher(path), models.teacher(path)
     rounded.module.to(torch.bfloat16)
     rolled = roll(rounded, samples, 1.0)
@@ -155,6 +157,33 @@ def test_bfloat16_stays_close_to_float32(models):
         for found in (rolled.logits, again):
             difference = (found[row, :length] - expected[row, :length]).abs()
             assert difference.mean() < 0.05 * expected[row, :length].std()
+
+
+def test_heads_of_a_bfloat16_model_multiply_in_float32_for_guidance_amplifies_their_rounding(
+    models,
+):
+    samples, family = samples_of(4), models.teacher(models.archive())
+    family.module.to(torch.bfloat16)
+    heads = {name: torch.from_numpy(x).double() for name, x in family.head_weights().items()}
+    codes = random_codes(family, LENGTHS.tolist())
+    with torch.no_grad():
+        scored = family.score(samples, codes, LENGTHS, cfg_scale=2.5)
+    predictions = [
+        (step.logits, step.branches)
+        for step in family.rollout(samples, policy_of(family, samples), 2.5)
+    ]
+    for logits, branches in [*predictions, (scored.logits, scored.branches)]:
+        parts = []
+        for group in ("backbone", "local"):
+            cond, uncond = (
+                torch.cat(branch.hidden[group], -2) for branch in (branches.cond, branches.uncond)
+            )
+            assert cond.dtype == torch.bfloat16
+            mixed = 2.5 * cond.double() - 1.5 * uncond.double()
+            weight, bias = heads[f"{group}.weight"], heads[f"{group}.bias"]
+            mixed = mixed.expand(*mixed.shape[:-2], len(weight), -1)
+            parts.append(torch.einsum("cvd,...cd->...cv", weight, mixed) + bias)
+        close(logits.double(), torch.cat(parts, -2), 1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -703,6 +732,46 @@ def test_padding_visits_no_expert_and_counts_nothing(models, routing):
     for name, value in one.metrics.items():
         torch.testing.assert_close(two.metrics[name], value, atol=0, rtol=1e-5)
     each_row(two.logits, one.logits, LENGTHS)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "sinkhorn"])
+def test_a_training_step_under_autocast_is_close_to_one_of_float32(models, shape):
+    if shape == "sinkhorn":
+        path = models.archive(settings=SINKHORN, **EXPERTS)
+    else:
+        path = models.archive(**SHAPES[shape])
+    student, samples = models.student(path, like=path), samples_of(4)
+    codes, found = random_codes(student, LENGTHS.tolist()), {}
+    for enabled in (False, True):
+        with training(student.module), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            scores = student.score(samples, codes, LENGTHS)
+            valid = torch.arange(9) < LENGTHS[:, None]
+            likely = scores.logits[valid].float().log_softmax(-1)
+            loss = -likely.gather(-1, codes[valid].unsqueeze(-1)).mean()
+            (loss + sum(scores.losses.values())).backward()
+        found[enabled] = loss.detach(), gradients(student)
+    (exact, expected), (rounded, rough) = found[False], found[True]
+    assert rounded == pytest.approx(float(exact), rel=0.01)
+    assert rough.keys() == expected.keys()
+    size = max(float(x.abs().max()) for x in expected.values())
+    for name, gradient in expected.items():
+        close(rough[name], gradient, 0.1 * size)
+
+
+def test_bfloat16_routes_as_float32_does_on_the_same_states(models):
+    path = models.archive(edit=sharp_routers, **EXPERTS)
+    network = importlib.import_module("stages.families.magpie_network")
+    layer = models.teacher(path).module.model.decoder.layers[0]
+    x = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    counted = torch.ones(2, 50, dtype=torch.bool)
+    layer.pos_ff.router.to(torch.bfloat16)
+    weight = layer.pos_ff.router.router.weight.double()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        fed, router = network._through_experts(layer.pos_ff, x, counted)
+    exact = x.double() @ weight.T
+    close(router.logits.double(), exact, 1e-5)
+    assert torch.equal(router.experts, exact.topk(2).indices)
+    assert fed.dtype == torch.bfloat16
 
 
 def test_a_dense_decoder_reports_nothing_of_experts(models):

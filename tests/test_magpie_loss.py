@@ -18,10 +18,12 @@ from torch import Tensor
 
 from stages.config import RolloutConfig, TrainConfig
 from stages.distributed import Place
+from stages.errors import UserError
 from stages.interruption import StopRequest
+from stages.replay import open_replay
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
-from stages.train import TargetLearner
+from stages.train import TargetLearner, require_match
 from store import PredictionStore
 from tests.magpie_models import VOCABULARY, Models, batch_of, frames_of, quiet, samples_of, training
 
@@ -45,20 +47,23 @@ def models(require, tmp_path_factory) -> Models:
     return Models(tmp_path_factory.mktemp("magpie_loss"))
 
 
+def drawn(limit: int, least: int, target: dict[str, Any]) -> dict[str, Any]:
+    """The section `rollout` of these stores."""
+    return {
+        "guidance": {"scale": 2.5},
+        "sampler": {
+            "temperature": 0.7, "top_k": 40, "min_timesteps": least, "max_timesteps": limit,
+            "reference_multiple": 1.25, "truncated_weight": 0.1, "max_timesteps_weight": 1.0,
+        },
+        "target": target,
+        "batch_size": 4,
+    }  # fmt: skip
+
+
 def store_of(models: Models, teacher: Any, path: Path, target: dict[str, Any]) -> PredictionStore:
     """Rollouts of which some are truncated and so weigh less, and some reach the limit."""
     least, limit = (6, 8) if teacher.layout.frames_per_step == 1 else (4, 5)
-    config = RolloutConfig.model_validate(
-        {
-            "guidance": {"scale": 2.5},
-            "sampler": {
-                "temperature": 0.7, "top_k": 40, "min_timesteps": least, "max_timesteps": limit,
-                "reference_multiple": 1.25, "truncated_weight": 0.1, "max_timesteps_weight": 1.0,
-            },
-            "target": target,
-            "batch_size": 4,
-        }
-    )  # fmt: skip
+    config = RolloutConfig.model_validate(drawn(limit, least, target))
     store = create_store(
         path, config, teacher, SAMPLES, facts=models.facts(), dataset_fingerprint="", seed=3
     )
@@ -170,6 +175,58 @@ def test_the_joint_loss_of_a_batch_and_its_gradient_equal_nemos(
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("target", [LEVELS, {"kind": "hidden", "dtype": "float32"}])
+def test_a_student_of_the_decoders_streams_learns_as_from_a_store_of_these_alone(
+    models, tmp_path, target
+):
+    path = models.archive(dropout=0.0)
+    both = store_of(models, models.teacher(path), tmp_path / "both", target)
+    teacher = models.teacher(path, local_streams=False)
+    replay = open_replay(tmp_path / "both", teacher, "", tmp_path / "alone")
+    source = {"source": "replay", "replay": tmp_path / "both"}
+    config = RolloutConfig.model_validate(drawn(8, 6, target) | source)
+    alone = create_store(
+        tmp_path / "alone", config, teacher, SAMPLES, facts=models.facts(),
+        dataset_fingerprint="", seed=3, replay=replay,
+    )  # fmt: skip
+    by_id = {sample["sample_id"]: sample for sample in SAMPLES}
+    assert rollout(
+        teacher, alone, by_id, alone.missing(), batch_size=4, stop=StopRequest(), draws=replay
+    )
+    found = []
+    for store in (both, PredictionStore.open(tmp_path / "alone")):
+        student = models.student(path, seed=5, local_streams=False)
+        require_match(student, store.manifest)
+        with first_batch(student, store, kl="joint") as (learner, batch):
+            loss = learner.objective(0, batch).total / batch.weight
+            loss.backward()
+        found.append((loss.detach(), gradients(student.module)))
+    (ours, gradient), (theirs, expected) = found
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    assert gradient.keys() == expected.keys()
+    for name, reference in expected.items():
+        torch.testing.assert_close(gradient[name], reference, atol=1e-6, rtol=1e-4, msg=name)
+    with pytest.raises(UserError, match=r"streams \(.*local\.0:72"):
+        require_match(models.student(path), PredictionStore.open(tmp_path / "alone").manifest)
+
+
+@pytest.mark.parametrize("case", ["dense", "experts, stacked by 2"])
+def test_before_its_start_no_gradient_reaches_the_local_transformer_and_nothing_else_lacks_one(
+    models, tmp_path, case
+):
+    path = models.archive(**CASES[case])
+    student = models.student(path, like=path)
+    store = store_of(models, models.teacher(path), tmp_path / "store", LEVELS)
+    with first_batch(student, store, local_start_step=2) as (learner, batch):
+        for step in (1, 2):
+            student.module.zero_grad(set_to_none=True)
+            learner.objective(step, batch).total.backward()
+            named = dict(student.module.named_parameters())
+            alone = {name for name, parameter in named.items() if parameter.grad is None}
+            local = {name for name in named if "local_transformer" in name}
+            assert alone == (local if step == 1 else set())
 
 
 def test_a_student_that_equals_its_teacher_has_no_loss_per_codebook_and_one_with_joint(

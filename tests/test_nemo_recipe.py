@@ -12,7 +12,10 @@ from pipeline.config import RunConfig, load_config
 from stages.config import LossConfig, NemoLossConfig, TrainConfig
 from stages.errors import UserError
 from stages.losses import stream_weights
+from stages.support import require_supported
 from stages.train import ramp
+from store.schema import Full, Sampled, TopK
+from store.synthetic import synthetic_manifest
 from tests.test_train import LOCAL, family_of, learned, store_of
 
 
@@ -142,3 +145,26 @@ def test_training_by_the_recipe_is_training_by_its_terms(tmp_path):
     assert batch.weight == len(batch.keys)
     assert by_name.total == by_terms.total
     assert all((gradient[name] == expected[name]).all() for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "message"),
+    [
+        (Full(), {"kl": "joint"}, r"loss\.kl=joint: .*absolute height.*; set it to per_codebook"),
+        (TopK(k=5), {}, r"loss\.beta=2\.0: .*moments.*; set it to 0"),
+        (Sampled(), {"alpha": 0.4}, r"loss\.alpha=0\.4: .*draws.*; leave recipe: nemo out"),
+    ],
+)
+def test_what_a_store_cannot_teach_is_refused_by_the_names_of_the_recipe(target, changes, message):
+    form = NemoLossConfig.model_validate({"recipe": "nemo"} | changes)
+    with pytest.raises(UserError, match=message):
+        require_supported(form, synthetic_manifest(target))
+
+
+def test_streams_of_unequal_size_are_refused_by_the_name_of_the_recipe():
+    manifest = synthetic_manifest(Full(levels=True))
+    first, *others = manifest.streams
+    streams = (first.model_copy(update={"vocabulary": 20}), *others)
+    form = NemoLossConfig(recipe="nemo", kl="joint")
+    with pytest.raises(UserError, match=r"loss\.kl=joint: .*; set it to per_codebook"):
+        require_supported(form, manifest.model_copy(update={"streams": streams}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +13,14 @@ import torch
 
 from stages.checkpoint import load_latest
 from stages.config import CodecLMConfig, DatasetFacts, FitConfig, RolloutConfig, TrainConfig
+from stages.data import rollout_batches
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.families.codec_lm import CodecLM
 from stages.fit import CodeLearner
 from stages.interruption import StopRequest
 from stages.losses import stream_weights
+from stages.measure import _compare
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
 from stages.sampling import mask_forbidden
@@ -366,10 +368,97 @@ def test_streams_of_the_local_transformer_learn_from_the_step_that_is_set(tmp_pa
     loss = {"kl": 1.0, "local_start_step": 3}
     _, before, _ = learned(store, loss, LOCAL, step=2)
     _, after, _ = learned(store, loss, LOCAL, step=3)
-    heads = [name for name in after if name.startswith("local.")]
+    heads = {name for name in after if name.startswith("local.")}
     assert heads
-    assert all((before[name] == 0).all() for name in heads)
+    assert after.keys() - before.keys() == heads
     assert all((after[name] != 0).any() for name in heads)
+
+
+LATE = {"kl": 1.0, "local_start_step": 3, "local_ramp_steps": 4}
+
+
+def trained(store, folder: Path, stop=None, **optimizer) -> tuple[dict, dict]:
+    """Weights of a student and its newest checkpoint, after decaying steps."""
+    student = family_of(1, LOCAL)
+    config = config_of(LATE, LOCAL, weight_decay=0.5, **optimizer)
+    stop = stop or StopRequest()
+    train(student, store, config, folder, seed=0, identity="", place=HERE, stop=stop)
+    weights = {name: p.detach().clone() for name, p in student.module.named_parameters()}
+    return weights, load_latest(folder / "checkpoints").tensors
+
+
+def test_before_its_start_the_local_transformer_is_left_alone_by_decay_and_moments(tmp_path):
+    store = store_of(tmp_path / "store", "hidden", LOCAL)
+    fresh = dict(family_of(1, LOCAL).module.named_parameters())
+    weights, early = trained(store, tmp_path / "early", steps=3)
+    local = {name for name in weights if name.startswith("local.")}
+    assert local
+    for name, weight in weights.items():
+        assert torch.equal(weight, fresh[name]) or name not in local, name
+        assert (f"optimizer.step.{name}" in early) == (name not in local), name
+    weights, late = trained(store, tmp_path / "late", steps=5)
+    for name in local:
+        assert not torch.equal(weights[name], fresh[name]), name
+        assert late[f"optimizer.step.{name}"] == 2
+    assert late["optimizer.step.head.weight"] == 5
+
+
+@dataclass
+class StopAfter:
+    """A stop request that comes true at the n-th question."""
+
+    questions: int
+
+    @property
+    def requested(self) -> bool:
+        self.questions -= 1
+        return self.questions < 0
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_a_run_resumed_around_the_start_of_the_local_transformer_ends_the_same(tmp_path, steps):
+    store = store_of(tmp_path / "store", "hidden", LOCAL)
+    whole, expected = trained(store, tmp_path / "whole", steps=9)
+    trained(store, tmp_path / "cut", StopAfter(steps), steps=9)
+    resumed, found = trained(store, tmp_path / "cut", steps=9)
+    for one, other in ((resumed, whole), (found, expected)):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+SHARED = {
+    "full": {"kl": 0.7, "ce": 0.3, "nrmse": 2.0, "mean": "rollouts", "local_start_step": 3},
+    "full_both": {"kl": 1.0, "guidance_scale": 2.0, "codebook_weights": [3.0, 1.0]},
+    "full_levels": {"kl": 1.0, "joint": True},
+    "hidden": {"kl": 1.0, "reverse_kl": 1.0, "local_share": 1.0},
+    "hidden_both": {"kl": 1.0, "guidance_scale": [1.0, 4.0]},
+    "top_k": {"kl": 1.0, "tail_share": 0.5, "ce": 0.1, "nrmse": 1.0},
+    "sampled": {"kl": 0.0, "soft_ce": 1.0},
+}
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_a_student_without_a_local_transformer_reads_the_other_streams_of_a_store(tmp_path, kind):
+    both = store_of(tmp_path / "both", kind, LOCAL)
+    alone = store_of(tmp_path / "alone", kind)
+    (ours, gradient, batch), (theirs, expected, other) = (
+        learned(store, SHARED[kind]) for store in (both, alone)
+    )
+    assert batch.weight == other.weight
+    assert ours.terms.keys() == theirs.terms.keys()
+    assert gradient.keys() == expected.keys()
+    for name, term in theirs.terms.items():
+        torch.testing.assert_close(ours.terms[name], term, rtol=1e-6, atol=0, msg=name)
+    for name, reference in expected.items():
+        torch.testing.assert_close(gradient[name], reference, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_student_with_a_local_transformer_is_refused_by_a_store_without(tmp_path):
+    manifest = store_of(tmp_path / "store", "full", MODEL).manifest
+    words = r"streams \(.*local\.0:16.*\) differ from the store's \(backbone\.0:16, backbone\.1:16,"
+    with pytest.raises(UserError, match=words):
+        require_match(family_of(0, LOCAL), manifest)
+    require_match(family_of(0), store_of(tmp_path / "both", "full", LOCAL).manifest)
 
 
 @pytest.mark.slow
@@ -463,3 +552,14 @@ def test_a_student_of_continuous_streams_must_have_their_shape():
 def test_a_student_of_ids_cannot_learn_continuous_streams():
     with pytest.raises(UserError, match=r"backbone\.0:16.*backbone\.0:\(4, 3\)"):
         require_match(family_of(0), synthetic_manifest(Dense(), 2))
+
+
+def test_a_student_without_a_local_transformer_is_compared_in_the_streams_that_it_has(tmp_path):
+    student, found = family_of(1), []
+    student.module.eval()
+    for name, model in (("both", LOCAL), ("alone", MODEL)):
+        reference = store_of(tmp_path / name, "full", model)
+        batches = rollout_batches(reference, list(reference), 6, HERE.device, {"backbone"})
+        with torch.no_grad():
+            found += [list(_compare(student, 1.0, reference, batch)) for batch in batches]
+    assert found[0] == found[1]

@@ -334,13 +334,14 @@ class CodecLM:
         unconditional: Tensor | None = None,
         alignment: bool = False,
         linear: bool = False,
+        local: bool = True,
     ) -> Scores:
         """Predict every timestep of `codes` [B, T, C] in one parallel pass.
 
         `lengths` [B]; what lies beyond is never read. Where both branches are computed they are
         one doubled batch. `losses` holds `experts`, already weighted, where the model has them,
         and with `alignment` the raw diagonal attention loss under that name; `metrics` how the
-        experts are used.
+        experts are used. Without `local` the local transformer is left alone.
         """
         self._check_timesteps(codes.shape[1], "the longest sequence of the batch")
         conditions = self._conditions(samples, unconditional)
@@ -352,6 +353,7 @@ class CodecLM:
             lengths.repeat_interleave(branches, 0),
             conditions.branches(branches),
             alignment,
+            local,
         )
         weights = self.module.head_weights()
         heads = tuple(LinearOutput(x, weights[group]) for group, x in prediction.hidden.items())
@@ -365,6 +367,11 @@ class CodecLM:
         if prediction.alignment is not None:
             losses["alignment"] = prediction.alignment
         return replace(found, losses=losses, metrics=metrics)
+
+    def local_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the local transformer."""
+        if self.module.local is not None:
+            yield from self.module.local.parameters()
 
 
 def _usage(routing: Routing) -> dict[str, Tensor]:

@@ -309,11 +309,17 @@ class CodecLMNetwork(nn.Module):
         return previous
 
     def forward(
-        self, codes: Tensor, lengths: Tensor, conditions: Conditions, alignment: bool = False
+        self,
+        codes: Tensor,
+        lengths: Tensor,
+        conditions: Conditions,
+        alignment: bool = False,
+        local: bool = True,
     ) -> Prediction:
         """Predict every timestep of `codes` [B, T, S] from those before it, up to the heads.
 
         `lengths` [B] int64; codes beyond them are never read, and states beyond them mean nothing.
+        Without `local` the local transformer is left alone.
         """
         timesteps = codes.shape[1]
         valid = torch.arange(timesteps, device=codes.device) < lengths[:, None]
@@ -338,12 +344,14 @@ class CodecLMNetwork(nn.Module):
         hidden = self.norm(x[:, start:])
         aligned = self._alignment(maps, conditions, lengths) if alignment else None
         together = Routing.of_layers(routings) if routings else None
-        return Prediction(self._states(hidden, codes, valid), together, aligned)
+        return Prediction(self._states(hidden, codes, valid, local), together, aligned)
 
-    def _states(self, hidden: Tensor, codes: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def _states(
+        self, hidden: Tensor, codes: Tensor, valid: Tensor, local: bool
+    ) -> dict[str, Tensor]:
         """What each head reads, from decoder outputs [B, T, E]; codes [B, T, S] feed the local."""
         states = {"backbone": hidden.unsqueeze(-2)}
-        if self.local is not None:
+        if self.local is not None and local:
             clean = torch.where(valid.unsqueeze(-1), codes, self.begin_id).flatten(0, 1)
             embedded = self.code_embedding(clean + self._offsets(codes))
             states["local"] = self.local(hidden.flatten(0, 1), embedded).view(*codes.shape, -1)

@@ -374,13 +374,14 @@ class Magpie:
         encoded = self.module.encode(conditions, branches)
         state = self.module.start(encoded, policy.longest)
         del encoded
+        heads = self.module.head_weights()  # once: they may be a copy in another type
         rows = torch.arange(len(samples), device=self.device)
         shape = (len(samples), self.layout.streams)
         previous = torch.full(shape, self.module.begin_id, device=self.device)
         for timestep in range(policy.longest):
             hidden = self.module.step(previous.repeat_interleave(branches, 0), state)
             draw = Draw(policy, rows, timestep, cfg_scale, branches)
-            codes, logits, predicted = self._draw_codes(hidden, draw)
+            codes, logits, predicted = self._draw_codes(hidden, draw, heads)
             previous = codes[:, : self.layout.streams]
             running = ~policy.end(rows, timestep, previous, logits[:, self._leading])
             yield Step(rows, timestep, codes, logits, predicted)
@@ -391,10 +392,12 @@ class Magpie:
             if len(rows) == 0:
                 return
 
-    def _draw_codes(self, hidden: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Branches]:
+    def _draw_codes(
+        self, hidden: Tensor, draw: Draw, heads: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, Branches]:
         """Draw the codes [b, C] of one timestep, with their guided logits and both branches."""
         network, streams = self.module, self.layout.streams
-        parts, states = [network.predict(hidden)], {"backbone": [hidden.unsqueeze(1)]}
+        parts, states = [_logits(hidden, *heads["backbone"])], {"backbone": [hidden.unsqueeze(1)]}
         guided = [draw.guided(parts[0])]
         codes = [draw.codes(guided[0], slice(0, streams))]
         if network.local:
@@ -403,7 +406,8 @@ class Magpie:
             state = next(decoding)
             for stream in range(streams):
                 states["local"].append(state.unsqueeze(1))
-                parts.append(network.predict_local(state, stream).unsqueeze(1))
+                weight, bias = (x[stream : stream + 1] for x in heads["local"])
+                parts.append(_logits(state, weight, bias))
                 guided.append(draw.guided(parts[-1]))
                 codes.append(draw.codes(guided[-1], slice(streams + stream, streams + stream + 1)))
                 if stream + 1 < streams:
@@ -424,19 +428,20 @@ class Magpie:
         unconditional: Tensor | None = None,
         alignment: bool = False,
         linear: bool = False,
+        local: bool = True,
     ) -> Scores:
         """Predict every timestep of `codes` [B, T, C] in one parallel pass.
 
         `lengths` [B]; what lies beyond is never read. `losses` holds `experts`, already weighted,
         where the model has them; there is no alignment loss. With `linear` the heads are left to
-        who reads the scores.
+        who reads the scores; without `local` the local transformer is left alone.
         """
         del alignment
         conditions = self._conditions(samples, unconditional)
         self._check_positions(samples, conditions, codes.shape[1])
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         prediction: Prediction = self.network(
-            codes.to(self.device, torch.int64), lengths.to(self.device), conditions, branches
+            codes.to(self.device, torch.int64), lengths.to(self.device), conditions, branches, local
         )
         weights = self.module.head_weights()
         heads = tuple(LinearOutput(x, *weights[group]) for group, x in prediction.hidden.items())
@@ -444,6 +449,19 @@ class Magpie:
             heads, prediction.hidden, cfg_scale=cfg_scale, branches=branches, linear=linear
         )
         return replace(found, losses=prediction.losses, metrics=prediction.metrics)
+
+    def local_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the local transformer, its projections and heads, where it is trained."""
+        if self.module.local:
+            for name, parameter in self.module.model.named_parameters():
+                if name.startswith("local_transformer"):
+                    yield parameter
+
+
+def _logits(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Logits [n, c, V] of states [n, D] in the type of their head."""
+    flat = nn.functional.linear(states.to(weight.dtype), weight.flatten(0, 1), bias.flatten())
+    return flat.view(-1, *bias.shape)
 
 
 def _network(model: Any, settings: MagpieSettings) -> MagpieNetwork:

@@ -163,13 +163,18 @@ class MagpieNetwork(nn.Module):
     # The parallel pass
 
     def forward(
-        self, codes: Tensor, lengths: Tensor, conditions: Conditions, branches: int = 1
+        self,
+        codes: Tensor,
+        lengths: Tensor,
+        conditions: Conditions,
+        branches: int = 1,
+        local: bool = True,
     ) -> Prediction:
         """Predict every timestep of codes [B, T, C] from those before it.
 
         `lengths` [B] int64; codes beyond them are never read. The first S streams are the history,
         the rest, where there are any, what the local transformer is fed. With two branches all
-        results have 2 B rows.
+        results have 2 B rows. Without `local` the local transformer is left alone.
         """
         encoded = self.encode(conditions, branches)
         codes, lengths = (x.repeat_interleave(branches, 0) for x in (codes, lengths))
@@ -188,7 +193,7 @@ class MagpieNetwork(nn.Module):
         decoder = self.model.decoder
         hidden = decoder.dropout_out(decoder.norm_out(x[:, encoded.prefix.shape[1] :]))
         states = {"backbone": hidden.unsqueeze(-2)}
-        if self.local:
+        if self.local and local:
             states["local"] = self._local_states(hidden, clean[..., self.streams :], valid)
         losses, metrics = self._router_terms(routers, counted)
         return Prediction(states, losses, metrics)
@@ -275,7 +280,10 @@ class MagpieNetwork(nn.Module):
     # Heads
 
     def head_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the linear heads: by group of streams weight [S, V, D] and bias [S, V]."""
+        """Return the linear heads: by group of streams weight [S, V, D] and bias [S, V].
+
+        In float32 at least: guidance would multiply what a head rounds in bfloat16.
+        """
         final = self.model.final_proj
         shape = (self.streams, self.vocabulary)
         heads = {"backbone": (final.weight.view(*shape, -1), final.bias.view(*shape))}
@@ -283,17 +291,8 @@ class MagpieNetwork(nn.Module):
             projections = list(self.model.local_transformer_out_projections)
             weight = torch.stack([projection.weight for projection in projections])
             heads["local"] = weight, torch.stack([projection.bias for projection in projections])
-        return heads
-
-    def predict(self, hidden: Tensor) -> Tensor:
-        """Logits [..., S, V] of all streams at once from decoder outputs [..., E]."""
-        logits: Tensor = self.model.final_proj(hidden)
-        return logits.view(*hidden.shape[:-1], self.streams, self.vocabulary)
-
-    def predict_local(self, state: Tensor, stream: int) -> Tensor:
-        """Logits [n, V] of one stream of the local transformer from its state [n, W]."""
-        logits: Tensor = self.model.local_transformer_out_projections[stream](state)
-        return logits
+        wide = torch.promote_types(final.weight.dtype, torch.float32)
+        return {group: (x.to(wide), bias.to(wide)) for group, (x, bias) in heads.items()}
 
     # Incremental decoding
 
@@ -476,21 +475,56 @@ def _feed_forward(layer: Any, x: Tensor, counted: Tensor) -> tuple[Tensor, Route
     normed = layer.norm_pos_ff(x)
     if not layer.use_moe:
         return layer.pos_ff(normed, counted), None
-    y, logits, probabilities, experts = layer.pos_ff(normed, counted)
-    return y, Router(logits, probabilities, experts)
+    return _through_experts(layer.pos_ff, normed, counted)
+
+
+def _through_experts(feed: Any, x: Tensor, counted: Tensor) -> tuple[Tensor, Router]:
+    """Feed x [n, T, E] through the experts that the router chooses for each position that counts.
+
+    NeMo's own dispatch adds up in the type of x what experts return in that of autocast, which
+    fails; here they multiply in that type, and their sum is taken in float32.
+    """
+    weights, chosen, logits, probabilities = _routed(feed.router, x, counted)
+    flat, active = x.flatten(0, 1), chosen.shape[-1]
+    visits, shares = chosen.flatten(), weights.flatten()
+    # Padded positions visit -1 and so come first; the device is waited for once.
+    padded, *counts = torch.bincount(visits + 1, minlength=len(feed.experts) + 1).tolist()
+    order = visits.argsort(stable=True)[padded:]
+    total = torch.zeros_like(flat, dtype=torch.promote_types(x.dtype, torch.float32))
+    for expert, places in zip(feed.experts, torch.split(order, counts), strict=True):
+        if len(places):
+            rows = places // active
+            y = feed.dropout(_pointwise(expert, feed.non_linearity, flat[rows]))
+            total = total.index_add(0, rows, y.to(total.dtype) * shares[places].unsqueeze(-1))
+    return total.to(x.dtype).view_as(x), Router(logits, probabilities, chosen)
+
+
+def _routed(router: Any, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ask a router in float32: of bfloat16, positions would go to other experts."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = {"router.weight": router.router.weight.to(wide)}
+    with torch.autocast(x.device.type, enabled=False):
+        routed: tuple[Tensor, Tensor, Tensor, Tensor] = torch.func.functional_call(
+            router, weight, (x.to(wide), counted)
+        )
+    return routed
+
+
+def _pointwise(feed: Any, non_linearity: Any, x: Tensor) -> Tensor:
+    """Feed x [..., E] forward as products, several times as fast as convolutions of width 1."""
+    proj, out = (feed[name].conv for name in ("proj", "o_net"))
+    inner = non_linearity(F.linear(x, proj.weight[..., 0], proj.bias))
+    return F.linear(inner, out.weight[..., 0], out.bias)
 
 
 def _feed_step(layer: Any, x: Tensor) -> Tensor:
     """Feed one position x [n, 1, E] forward."""
-    normed = layer.norm_pos_ff(x)
+    normed, feed = layer.norm_pos_ff(x), layer.pos_ff
     if layer.use_moe:
         ones = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        routed: Tensor = layer.pos_ff(normed, ones)[0]
-        return routed
-    feed = layer.pos_ff
-    # A convolution of width 1 is a product, several times as fast on one position.
-    inner = F.linear(normed, feed.proj.conv.weight[..., 0], feed.proj.conv.bias)
-    return F.linear(feed.non_linearity(inner), feed.o_net.conv.weight[..., 0], feed.o_net.conv.bias)
+        return _through_experts(feed, normed, ones)[0]
+    parts = {"proj": feed.proj, "o_net": feed.o_net}
+    return _pointwise(parts, feed.non_linearity, normed)
 
 
 def _valid(lengths: Tensor, size: int) -> Tensor:
