@@ -82,6 +82,7 @@ def link(name: str, kind: bytes) -> tarfile.TarInfo:
         {"soft": link("soft", tarfile.SYMTYPE)},
         {"hard": link("hard", tarfile.LNKTYPE)},
         {"pipe": link("pipe", tarfile.FIFOTYPE)},
+        {"sparse": link("sparse", tarfile.GNUTYPE_SPARSE)},
     ],
 )
 def test_a_member_that_leads_out_of_the_archive_is_refused_before_anything_is_unpacked(
@@ -129,11 +130,63 @@ def test_what_is_no_archive_of_a_model_is_an_error_with_its_name(archive, tmp_pa
     assert str(tmp_path / "m.nemo") in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["${oc.env:HOME}", "${oc.decode:'1'}", "${frame}${oc.env:HOME}", r"\${oc.env:HOME}",
+     "[{deep: '${oc.env:HOME}'}]", "${${oc.env:HOME}}"],
+)  # fmt: skip
+def test_a_configuration_reads_nothing_of_this_machine(archive, tmp_path, value):
+    content = f"{CONFIG}note: {value}\n".encode()
+    with pytest.raises(UserError, match=r"model_config\.yaml in .*m\.nemo"):
+        archive.read_config(pack(tmp_path / "m.nemo", {"model_config.yaml": content}))
+
+
+def test_a_configuration_of_many_bytes_or_levels_is_refused(archive, tmp_path):
+    path = tmp_path / "m.nemo"
+    with pytest.raises(UserError, match=r"has 8388609 bytes, but no more than 8388608"):
+        archive.read_config(pack(path, {"model_config.yaml": b" " * (8 * 2**20 + 1)}, "w:gz"))
+    with pytest.raises(UserError, match="cannot be read"):
+        archive.read_config(pack(path, {"model_config.yaml": b"[" * 9999 + b"]" * 9999}))
+
+
+def bomb_of_members(path: Path) -> Path:
+    return pack(path, {f"{i}": b"" for i in range(40)} | MODEL)
+
+
+def bomb_of_bytes(path: Path) -> Path:
+    return pack(path, {"big": bytes(2**23)} | MODEL, "w:gz")
+
+
+def bomb_of_headers(path: Path) -> Path:
+    """An extended header as large as its writer likes, which tarfile reads at once."""
+    header = tarfile.TarInfo("header")
+    header.type, header.size = tarfile.XHDTYPE, 2**23
+    path.write_bytes(gzip.compress(header.tobuf() + bytes(2**23)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("bomb", "words"),
+    [
+        (bomb_of_members, "more than 20 members"),
+        (bomb_of_bytes, "unpacks to more than"),
+        (bomb_of_headers, "unpacks to more than"),
+    ],
+)
+def test_an_archive_that_hardly_ends_is_refused(archive, tmp_path, monkeypatch, bomb, words):
+    monkeypatch.setattr(archive, "MEMBERS_LIMIT", 20)
+    monkeypatch.setattr(archive, "UNZIPPED_SLACK", 2**20)
+    path = bomb(tmp_path / "m.nemo")
+    for read in (archive.read_config, archive.read_weights, archive.archive_fingerprint):
+        with pytest.raises(UserError, match=words):
+            read(path)
+
+
 def test_another_class_than_the_expected_is_refused(archive, tmp_path):
     config = archive.read_config(pack(tmp_path / "m.nemo", MODEL))
-    archive.check_class(Path("m.nemo"), config, "another.Model", "some.Model")
-    with pytest.raises(UserError, match=r"holds a some\.Model, but a another\.Model"):
-        archive.check_class(Path("m.nemo"), config, "another.Model")
+    archive.check_class(Path("m.nemo"), config, "a model", "another.Model", "some.Model")
+    with pytest.raises(UserError, match=r"holds a some\.Model, but a vocoder is needed"):
+        archive.check_class(Path("m.nemo"), config, "a vocoder", "another.Model", "third.Model")
 
 
 @pytest.mark.parametrize("key", ["_target_: a.B", "cls: a.B", "params: {a: 1}"])
@@ -141,7 +194,7 @@ def test_a_configuration_that_names_another_way_to_build_is_refused(archive, tmp
     members: dict[str, Any] = {"model_config.yaml": f"{CONFIG}{key}\n".encode()}
     config = archive.read_config(pack(tmp_path / "m.nemo", members))
     with pytest.raises(UserError, match=key.split(":", maxsplit=1)[0]):
-        archive.check_class(Path("m.nemo"), config, "some.Model")
+        archive.check_class(Path("m.nemo"), config, "a model", "some.Model")
 
 
 class Payload:
@@ -194,8 +247,12 @@ def test_weights_are_read_by_their_names(archive, tmp_path, mode):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"damaged", saved([1, 2]), saved({"a": torch.ones(9)})[:200]]
-)
+    "content",
+    [
+        b"", b"damaged", saved([1, 2]), saved({"a": torch.ones(9)})[:200], saved(None),
+        saved({0: torch.ones(9)}),
+    ],
+)  # fmt: skip
 def test_weights_that_are_damaged_or_no_dictionary_are_an_error(archive, tmp_path, content):
     path = pack(tmp_path / "m.nemo", MODEL | {"./model_weights.ckpt": content})
     with pytest.raises(UserError, match=r"m\.nemo"):

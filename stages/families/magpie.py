@@ -27,6 +27,7 @@ from stages.families.magpie_network import (
     MagpieNetwork,
     Prediction,
 )
+from stages.families.magpie_tokenizers import described_tokenizers
 from stages.families.nemo_archive import archive_fingerprint, quiet
 from stages.family import Branches, LinearOutput, Sample, Scores, Step
 from stages.layout import FrameStacking
@@ -48,6 +49,15 @@ NEMO_KEYS = (
     "local_transformer_n_heads",
 )  # fmt: skip
 """Settings of NeMo's that say how weights are computed with, beside their shapes."""
+
+TRAINING_KEYS = ("p_dropout", "p_dropout_out", "router_jitter_noise")
+"""Settings of a part that play no role in evaluation mode, where a model tells its targets."""
+
+SPECIAL_IDS = (
+    "audio_bos_id", "audio_eos_id", "context_audio_bos_id", "context_audio_eos_id", "mask_token_id",
+    "bos_id", "eos_id",
+)  # fmt: skip
+"""Ids that NeMo places among those of codes and texts, or where a configuration forces them."""
 
 UNUSED = ("alignment_encoder.", "_codec_model.")
 """Parts that neither decode nor learn here."""
@@ -209,15 +219,15 @@ class Magpie:
         """Keep the embeddings of codes as NeMo draws them, whatever the codes mean."""
 
     def fingerprint(self) -> str:
-        """Sha256 over settings, NeMo's configuration and weights (in the order of their names)."""
+        """Sha256 over what predictions depend on: settings, special ids and weights by name."""
         model = self.module.model
-        nemo: dict[str, Any] = OmegaConf.to_container(model.cfg, resolve=True)
         known = {
             "settings": self.config.model_dump(
-                mode="json", exclude={"path", "nemo", "audio_codec"}
+                mode="json", include=set(MagpieSettings.model_fields)
             ),
             "facts": self.facts.model_dump(mode="json"),
-            "nemo": {key: nemo.get(key) for key in NEMO_KEYS},
+            "nemo": _computing(model.cfg),
+            "ids": {name: getattr(model, name) for name in SPECIAL_IDS},
         }
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
         for name, tensor in sorted(checkpoint.state_of(model).items()):
@@ -231,12 +241,14 @@ class Magpie:
     def tokenizer_fingerprint(self) -> str:
         """Sha256 over all tokenizers, the one in use, and the baked speakers.
 
-        Of a tokenizer count its tokens, and how it pronounces words.
+        Of a tokenizer count its tokens, its settings, and how it pronounces words; of files only
+        what they say, not where they are.
         """
         tokenizer = self.module.model.tokenizer
         tokens = [str(token) for token in tokenizer.tokens]
         sounds = [_pronunciations(tokenizer.tokenizers[n]) for n in tokenizer.tokenizer_names]
-        known = [tokens, sounds, self._tokenizer, list(self.config.speakers)]
+        settings = described_tokenizers(self.module.model.cfg)
+        known = [tokens, settings, sounds, self._tokenizer, list(self.config.speakers)]
         text = json.dumps(known, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -499,6 +511,15 @@ def _tokenizer(settings: MagpieSettings, names: Sequence[str]) -> str:
             f"tokenizer={settings.tokenizer!r} is none of the model's, {', '.join(names)}: name one"
         )
     return settings.tokenizer
+
+
+def _computing(config: DictConfig) -> dict[str, Any]:
+    """Settings of NeMo's that predictions depend on."""
+    nemo: dict[str, Any] = OmegaConf.to_container(config, resolve=True)
+    known = {key: nemo.get(key) for key in NEMO_KEYS}
+    for part in ("encoder", "decoder", "context_encoder"):
+        known[part] = {key: x for key, x in nemo[part].items() if key not in TRAINING_KEYS}
+    return known
 
 
 def _pronunciations(tokenizer: Any) -> list[Any]:

@@ -145,7 +145,7 @@ def read_model_config(path: Path) -> DictConfig:
     """
     if path.suffix == ".nemo":
         config = read_config(path)
-        check_class(path, config, *MODEL_CLASSES)
+        check_class(path, config, "a MagpieTTS model", *MODEL_CLASSES)
     else:
         config = _read_yaml(path)
     for key in (*DATA_KEYS, *DISTILLATION_KEYS, "target"):

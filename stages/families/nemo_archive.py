@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import logging
@@ -14,9 +15,12 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from yaml import YAMLError
@@ -30,6 +34,19 @@ FORCE_TENSORS, FORCE_OBJECTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_
 
 REROUTES = ("_target_", "cls", "params")
 """Keys of a configuration by which NeMo would build something else than the class it is asked."""
+
+CONFIGURATION_LIMIT = 8 * 2**20
+"""Most bytes of a configuration; NeMo's have a few thousand."""
+MEMBERS_LIMIT = 10_000
+"""Most members of an archive; NeMo's have a dozen."""
+UNZIPPED_SHARE, UNZIPPED_SLACK = 64, 64 * 2**20
+"""Most bytes that a gzipped archive unpacks to: so many times its size, and so many more."""
+
+REFUSALS = (
+    ValueError, TypeError, KeyError, AttributeError, AssertionError, OmegaConfBaseException,
+    InstantiationException,
+)  # fmt: skip
+"""What NeMo raises for a configuration that is not as it should be."""
 
 NOT_TENSORS = (
     "the weights hold more than tensors, and reading them would run code of whoever made the file"
@@ -70,26 +87,62 @@ logging.getLogger("nemo_logger").propagate = True
 def read_config(path: Path) -> DictConfig:
     """Read the configuration of an archive's model, resolved, without its weights.
 
-    Raises UserError when the file is missing, no archive, damaged, or holds no configuration.
+    Raises UserError when the file is missing, no archive, damaged, or holds no configuration, and
+    for a configuration that asks for more than its own values, such as an environment variable.
     """
     with _open(path) as archive:
-        content = _file(archive, path, CONFIGURATION).read()
+        content = _configuration(archive, path)
     try:
-        config = OmegaConf.create(content.decode("utf-8"))
-        resolved = OmegaConf.to_container(config, resolve=True)
-    except (UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{CONFIGURATION} in {path} cannot be read: {error}") from error
+        # What is read here is saved with a student: nothing of this machine may get into it.
+        with patch.dict(BaseContainer._resolvers, clear=True):
+            config = OmegaConf.create(content.decode("utf-8"))
+            resolved = OmegaConf.to_container(config, resolve=True)
+    except (UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise UserError(
+            f"{CONFIGURATION} in {path} cannot be read: {error}. Save the model again with NeMo, "
+            "which writes values, no references to anything else"
+        ) from error
     if isinstance(resolved, dict) and "model" in resolved:
         resolved = resolved["model"]  # as NeMo reads a training's configuration
     if not isinstance(resolved, dict):
         raise UserError(f"{CONFIGURATION} in {path} holds no settings of a model")
+    _check_literal(path, resolved)
     return OmegaConf.create(resolved)
 
 
-def check_class(path: Path, config: DictConfig, *expected: str) -> None:
+def _configuration(archive: tarfile.TarFile, path: Path) -> bytes:
+    file, size = _file(archive, path, CONFIGURATION)
+    if size > CONFIGURATION_LIMIT:
+        raise UserError(
+            f"{CONFIGURATION} in {path} has {size} bytes, but no more than {CONFIGURATION_LIMIT} "
+            "are read: give the file that NeMo saved"
+        )
+    content: bytes = file.read()
+    return content
+
+
+def _check_literal(path: Path, value: Any) -> None:
+    """Refuse references that an escape kept from being resolved: they would be the next time."""
+    if isinstance(value, str) and "${" in value:
+        raise UserError(
+            f"{CONFIGURATION} in {path} holds the reference {value!r}, which is not resolved: "
+            "write its value there"
+        )
+    values = value.values() if isinstance(value, dict) else value
+    for inner in values if isinstance(value, dict | list) else ():
+        _check_literal(path, inner)
+
+
+def archive_names(path: Path) -> frozenset[str]:
+    """Names of the files in an archive; raises UserError as `read_config` does."""
+    with _open(path) as archive:
+        return frozenset(_files(archive, path))
+
+
+def check_class(path: Path, config: DictConfig, kind: str, *expected: str) -> None:
     """Check that a configuration is of one of the expected classes, given by their full names.
 
-    NeMo builds whatever class `target` names. Raises UserError naming both.
+    NeMo builds whatever class `target` names. Raises UserError naming it and the `kind` expected.
     """
     rerouted = [key for key in REROUTES if key in config]
     if rerouted:
@@ -99,10 +152,7 @@ def check_class(path: Path, config: DictConfig, *expected: str) -> None:
         )
     found = config.get("target")
     if found not in expected:
-        raise UserError(
-            f"{path} holds a {found}, but a {' or a '.join(expected)} is needed here: give "
-            "another file"
-        )
+        raise UserError(f"{path} holds a {found}, but {kind} is needed here: give another file")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -111,7 +161,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises UserError when the file is no archive, damaged, or holds more than tensors.
     """
     with _open(path) as archive:
-        return _load_tensors(_file(archive, path, WEIGHTS), str(path), "cpu")
+        file, _ = _file(archive, path, WEIGHTS)
+        return _load_tensors(file, str(path), "cpu")
 
 
 def archive_fingerprint(path: Path) -> str:
@@ -175,9 +226,34 @@ def _load_tensors(file: Any, name: str, map_location: Any) -> dict[str, Tensor]:
         raise UserError(f"{name} is refused: {NOT_TENSORS} ({error})") from error
     except (RuntimeError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"the weights in {name} are damaged ({error}); get it again") from error
-    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise UserError(f"{name} is refused: its weights are no dictionary of tensors")
-    return weights
+    named = isinstance(weights, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
+    )
+    if not named:
+        raise UserError(f"{name} is refused: its weights are no dictionary of tensors by name")
+    return dict(weights)
+
+
+class _Unzipped(gzip.GzipFile):
+    """A gzipped archive as plain bytes, which end in an error where they would hardly end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "rb")
+        self._limit = UNZIPPED_SHARE * path.stat().st_size + UNZIPPED_SLACK
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read as any file; tarfile asks for what a header announces, however much it is."""
+        self._check(self.tell() + (size or 0))
+        return super().read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move as any file does, which unpacks all that is between."""
+        self._check(offset)
+        return super().seek(offset, whence)
+
+    def _check(self, end: int) -> None:
+        if end > self._limit:
+            raise tarfile.ReadError(f"it unpacks to more than {self._limit} bytes")
 
 
 @contextmanager
@@ -186,7 +262,10 @@ def _open(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with path.open("rb") as file:
             gzipped = file.read(2) == b"\x1f\x8b"
-        with tarfile.open(path, "r:gz" if gzipped else "r:") as archive:
+        with (
+            _Unzipped(path) if gzipped else path.open("rb") as plain,
+            tarfile.open(fileobj=plain, mode="r:") as archive,
+        ):
             yield archive
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(
@@ -197,9 +276,14 @@ def _open(path: Path) -> Iterator[tarfile.TarFile]:
 def _files(archive: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
     """Members by their names; raises UserError for any that NeMo would not have written."""
     files: dict[str, tarfile.TarInfo] = {}
-    for member in archive.getmembers():
+    for number, member in enumerate(archive, start=1):
         name = PurePosixPath(member.name)
-        if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
+        if number > MEMBERS_LIMIT:
+            raise UserError(
+                f"{path} holds more than {MEMBERS_LIMIT} members: give the file that NeMo saved"
+            )
+        plain = member.isdir() or (member.isfile() and not member.issparse())
+        if name.is_absolute() or ".." in name.parts or not plain:
             raise UserError(
                 f"{path} holds {member.name!r}, which is a link or leads out of the archive; such "
                 "a file is not opened"
@@ -211,14 +295,14 @@ def _files(archive: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
     return files
 
 
-def _file(archive: tarfile.TarFile, path: Path, name: str) -> Any:
-    """Open a member for reading; raises UserError when there is none of this name."""
+def _file(archive: tarfile.TarFile, path: Path, name: str) -> tuple[Any, int]:
+    """Open a member for reading and tell its size; raises UserError when there is none such."""
     files = _files(archive, path)
     if name not in files:
         raise UserError(
             f"{path} is no model of NeMo's: it holds {sorted(files)[:5]}, but no {name}"
         )
-    return _extracted(archive, files[name])
+    return _extracted(archive, files[name]), files[name].size
 
 
 def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:

@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from stages.audio_codec import HEADER, check_codes
 from stages.config import Positive
 from stages.errors import UserError
 from stages.families.nemo_archive import (
+    REFUSALS,
     archive_fingerprint,
     check_class,
     quiet,
@@ -58,12 +57,6 @@ NO_TRAINING = {
     "discriminator_loss": {"_target_": f"{LOSSES}.DiscriminatorSquaredLoss"},
 }
 """Settings that NeMo insists on, such that no discriminator or judge is built or downloaded."""
-
-REFUSALS = (
-    ValueError, TypeError, KeyError, AttributeError, AssertionError, OmegaConfBaseException,
-    InstantiationException,
-)  # fmt: skip
-"""What NeMo raises for a configuration that is not as it should be."""
 
 LEAST_FRAMES = 4
 """Frames that convolutions which mirror the ends need; MagpieTTS pads to as many."""
@@ -222,7 +215,7 @@ def _exact() -> Iterator[None]:
 def _audio_codec_config(path: Path) -> DictConfig:
     """Read the configuration of an audio codec; raises UserError when it is another model's."""
     config = read_config(path)
-    check_class(path, config, *AUDIO_CODEC_CLASSES)
+    check_class(path, config, "an audio codec", *AUDIO_CODEC_CLASSES)
     missing = [key for key in KEPT if key not in config and key != "output_sample_rate"]
     if missing:
         raise UserError(
