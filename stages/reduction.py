@@ -67,7 +67,7 @@ def _both(target: Full | Hidden | Dense) -> bool:
     return target.branches == "both"
 
 
-def mixed(branches: Branches, scale: float) -> Tensor:
+def guided_logits(branches: Branches, scale: float) -> Tensor:
     """Guide the logits [n, C, V] of both branches; the conditional ones where there are no others.
 
     Heads that were not applied yet are, here and for these timesteps.

@@ -23,7 +23,7 @@ from stages.background_writer import BackgroundWriter, Drawn
 from stages.capture import Capture
 from stages.family import Branches, Family, Sample, Scores, has_linear_heads
 from stages.interruption import StopRequest
-from stages.reduction import mixed, of_branches
+from stages.reduction import guided_logits, of_branches
 from stages.sampling import RolloutPolicy, keyed_seed
 from store import PredictionStore
 from store.schema import Manifest
@@ -256,4 +256,4 @@ def _guided(
     """
     if isinstance(scores.outputs, Tensor) or branches is None:
         return scores.logits[place]
-    return mixed(branches, scale)
+    return guided_logits(branches, scale)

@@ -342,3 +342,8 @@ def test_a_stage_is_stale_exactly_when_something_it_depends_on_has_changed(load,
 def test_what_never_makes_a_stage_stale_is_what_changes_only_its_speed():
     fast = {"processes", "device", "log_every", "checkpoint_every", "micro_batch_size", "loader"}
     assert fast == VOLATILE
+
+
+def test_the_configuration_of_published_models_keeps_the_capitals_that_their_tokenizers_know():
+    (path,) = (path for path in CONFIGS if path.stem == "magpie_cfg")
+    assert not load_config(path).prepare.lower_case
