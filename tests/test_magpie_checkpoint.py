@@ -24,6 +24,7 @@ from tests.magpie_models import (
     VOCABULARY,
     Models,
     batch_of,
+    guided,
     nemo,
     policy_of,
     quiet,
@@ -566,6 +567,223 @@ def test_a_configuration_that_is_none_is_refused(models, tmp_path):
             models.student(path)
     with pytest.raises(UserError, match=r"absent\.yaml"):
         models.student(tmp_path / "absent.yaml")
+
+
+# Hostile and broken configurations
+
+TOKENIZERS = "nemo.collections.common.tokenizers.text_to_speech.tts_tokenizers"
+
+
+def refused(models: Models, path: Path, words: str) -> None:
+    """A teacher and a student of this file are both refused, and nothing of it is built."""
+    with pytest.raises(UserError, match=words):
+        models.teacher(path)
+    with pytest.raises(UserError, match=words):
+        models.student(path)
+
+
+def hub_with_code(folder: Path) -> Path:
+    """A folder that AutoTokenizer loads by running the code in it; returns the code's trace."""
+    trace = folder / "trace"
+    code = "import pathlib\nfrom transformers import PreTrainedTokenizer\n"
+    code += f"pathlib.Path({str(trace)!r}).touch()\nclass Tok(PreTrainedTokenizer):\n    pass\n"
+    (folder / "tok.py").write_text(code)
+    auto = {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["tok.Tok", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(auto))
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    return trace
+
+
+@pytest.mark.parametrize("place", ["text_tokenizers.evil", "text_tokenizer"])
+def test_a_tokenizer_of_a_hub_runs_no_code(models, tmp_path, place):
+    trace = hub_with_code(tmp_path)
+    evil = {"_target_": "AutoTokenizer", "pretrained_model": str(tmp_path)}
+    path = edited(models.archive(), tmp_path / "evil.nemo", **{place: evil})
+    refused(models, path, r"evil\.nemo: .*AutoTokenizer, which is not built")
+    (tmp_path / "evil.yaml").write_bytes(members(path)["model_config.yaml"])
+    with pytest.raises(UserError, match=r"evil\.yaml: .*AutoTokenizer, which is not built"):
+        models.student(tmp_path / "evil.yaml")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        {"_target_": "AutoTokenizer", "pretrained_model": "google/byt5-small/../evil"},
+        {"_target_": "T5Tokenizer", "pretrained_model": "google-t5/t5-small"},
+        {"_target_": "nemo.collections.tts.models.FastPitchModel.restore_from"},
+        {"_target_": "os.system", "command": "true"},
+        {"_target_": f"{TOKENIZERS}.EnglishCharsTokenizer", "_args_": [1]},
+        {"_target_": f"{TOKENIZERS}.IPATokenizer", "g2p": {"_target_": "builtins.eval"}},
+        {"_target_": f"{TOKENIZERS}.IPATokenizer", "g2p": {"deep": [{"_target_": "os.system"}]}},
+        {"_target_": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_tokenizers_of_other_classes_are_refused(models, tmp_path, tokenizer):
+    settings = {"text_tokenizers.other": tokenizer}
+    path = edited(models.archive(), tmp_path / "other.nemo", **settings)
+    refused(models, path, r"other\.nemo: text_tokenizers\.other .* is not built")
+    if isinstance(tokenizer["_target_"], str):
+        key = f"text_tokenizers.{TOKENIZER}"
+        with pytest.raises(UserError, match="is not built"):
+            models.student(models.archive(), overrides={key: tokenizer})
+
+
+def test_legacy_text_conditioning_is_refused(models, tmp_path):
+    path = edited(models.archive(), tmp_path / "old.nemo", legacy_text_conditioning=True)
+    refused(models, path, r"old\.nemo .*legacy_text_conditioning")
+
+
+def test_the_tokenizer_of_bytes_needs_no_hub_and_gives_the_ids_of_one(models, tmp_path):
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path / "hub")
+    hub = AutoTokenizer.from_pretrained(tmp_path / "hub", local_files_only=True)
+    settings = models.config()
+    french = {"_target_": "AutoTokenizer", "pretrained_model": "google/byt5-small"}
+    settings["text_tokenizers"]["french"] = french
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    student = models.student(tmp_path / "model.yaml", tokenizer="french")
+    tokenizer = student.module.model.tokenizer
+    offset = tokenizer.tokenizer_offsets["french"]
+    assert tokenizer.encode("déjà vu", "french") == [offset + i for i in hub.encode("déjà vu")]
+    student.save(tmp_path / "student")
+    assert settings_of(tmp_path / "student" / "model.nemo")["text_tokenizers"]["french"] == french
+    assert loaded(tmp_path / "student").tokenizer_fingerprint() == student.tokenizer_fingerprint()
+
+
+@pytest.mark.parametrize("key", ["heteronyms", "phoneme_dict", "mapping_file"])
+@pytest.mark.parametrize("value", ["{secret}", "nemo:{secret}", "nemo:../secret.txt", "secret.txt"])
+def test_an_archive_reads_no_file_of_this_machine(models, tmp_path, monkeypatch, key, value):
+    monkeypatch.chdir(tmp_path)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("SECRET\n")
+    settings = {f"text_tokenizers.english_phoneme.g2p.{key}": value.format(secret=secret)}
+    path = edited(with_dictionary(models, tmp_path), tmp_path / "thief.nemo", **settings)
+    refused(models, path, rf"thief\.nemo read {key}=.*no file of the archive")
+
+
+def test_what_only_training_reads_is_not_opened(models, tmp_path):
+    settings = {"text_context_remapping_json": "/nowhere.json", "text_context_remapping_prob": 0.5}
+    path = edited(models.archive(), tmp_path / "model.nemo", **settings)
+    student = models.student(path)
+    student.save(tmp_path)
+    assert not settings.keys() & settings_of(tmp_path / "model.nemo").keys()
+
+
+def test_an_environment_variable_gets_into_no_student(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cret")
+    contents = members(models.archive())
+    contents["model_config.yaml"] += b"note: ${oc.env:SECRET}\n"
+    refused(models, packed(tmp_path / "env.nemo", contents), r"env\.nemo cannot be read")
+
+
+@pytest.mark.parametrize("key", ["text_tokenizers", "decoder", "encoder", "context_encoder"])
+@pytest.mark.parametrize("value", [None, "x", [1], 3, {}], ids=str)
+def test_a_section_that_is_none_is_refused(models, tmp_path, key, value):
+    path = edited(models.archive(), tmp_path / "m.nemo", **{key: value})
+    refused(models, path, rf"m\.nemo .*{key}")
+
+
+@pytest.mark.parametrize("value", ["x", [1], {"punct": True}, None], ids=str)
+def test_a_tokenizer_without_a_class_is_refused(models, tmp_path, value):
+    path = edited(models.archive(), tmp_path / "m.nemo", **{"text_tokenizers.wordless": value})
+    refused(models, path, r"m\.nemo: text_tokenizers\.wordless names no class in _target_")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"decoder": 3}, "decoder=3, but it must be a section"),
+        ({"decoder.n_layers": 0}, r"decoder\.n_layers=0, but it must be a whole number from 1"),
+        ({"decoder.n_layers": 1.5}, r"decoder\.n_layers=1\.5"),
+        ({"decoder.n_layers": True}, r"decoder\.n_layers=True"),
+        ({"encoder.d_ffn": -4}, r"encoder\.d_ffn=-4"),
+        ({"local_transformer_n_layers": 0}, "local_transformer_n_layers=0"),
+        ({"decoder.num_experts": 0}, r"decoder\.num_experts=0"),
+        ({"cfg_unconditional_prob": "abc"}, "cfg_unconditional_prob=abc, but it must be a number"),
+        ({"cfg_unconditional_prob": 1.5}, r"cfg_unconditional_prob=1\.5"),
+        ({"decoder.p_dropout": "x"}, r"decoder\.p_dropout=x"),
+        ({"embedding_dim": "${nothing}"}, "model.overrides does not fit"),
+        ({"decoder.d_ffn": 10**15}, "NeMo builds no model"),
+    ],
+    ids=str,
+)
+def test_overrides_that_make_no_model_are_refused(models, overrides, words):
+    with pytest.raises(UserError, match=words):
+        models.student(models.archive(), overrides=overrides)
+
+
+@pytest.mark.parametrize("stacking", [2, 4])
+def test_text_as_context_is_refused_where_frames_are_stacked(models, tmp_path, stacking):
+    path = edited(
+        models.archive(frame_stacking=stacking),
+        tmp_path / "text.nemo",
+        use_text_conditioning_encoder=True,
+        context_duration_max=20.0,
+    )
+    refused(models, path, "use_text_conditioning_encoder with stacked frames=True")
+
+
+def test_a_model_that_could_read_text_as_context_reads_audio_as_nemo_does(models, tmp_path):
+    settings = {"use_text_conditioning_encoder": True}
+    path = edited(models.archive(), tmp_path / "text.nemo", **settings)
+    family, stock, samples = models.teacher(path), restored(path), samples_of(1)
+    codes, lengths = random_codes(family, [6]), torch.tensor([6])
+    batch = batch_of(stock, samples) | {
+        "context_text_tokens": torch.tensor([[1, 2]]),
+        "context_text_tokens_lens": torch.tensor([2]),
+        "has_text_context": torch.tensor([False]),
+    }
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.magpie_models.batch_of", lambda *_: batch)
+        theirs = guided(stock, samples, codes, 2.5)
+        ours = family.score(samples, codes, lengths, cfg_scale=2.5).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"state_dict": [1]}, {"state_dict": None}, {"state_dict": {0: torch.zeros(1)}}, [1], None,
+     {0: torch.zeros(1)}],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_without_named_weights_is_refused(models, tmp_path, content):
+    torch.save(content, tmp_path / "odd.ckpt")
+    with pytest.raises(UserError, match=r"odd\.ckpt (is refused|holds no weights)"):
+        models.teacher(tmp_path / "odd.ckpt", nemo=models.archive())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("audio_embeddings.0.weight", lambda x: x.sum(), "holds no audio embeddings"),
+        ("final_proj.weight", lambda x: x.to(torch.int64), r"final_proj\.weight is torch\.int64"),
+        ("final_proj.bias", lambda x: x.sum(), r"final_proj\.bias has shape \(\)"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(models, tmp_path, name, change, words):
+    weights = weights_of(models.archive())
+    weights[name] = change(weights[name])
+    path = lightning(models, tmp_path / "last.ckpt", weights)
+    with pytest.raises(UserError, match=words):
+        models.teacher(path, nemo=models.archive())
+    if "embeddings" not in name:
+        with pytest.raises(UserError, match=words):
+            models.student(models.archive()).inherit(path, None)
+
+
+def test_a_checkpoint_takes_the_files_of_its_tokenizers_from_the_archive(models, tmp_path):
+    archive = with_dictionary(models, tmp_path)
+    path = lightning(models, tmp_path / "last.ckpt", weights_of(archive))
+    teacher, same = models.teacher(path, nemo=archive), models.teacher(archive)
+    assert teacher.fingerprint() == same.fingerprint()
+    assert teacher.tokenizer_fingerprint() == same.tokenizer_fingerprint()
+    settings = tmp_path / "model.yaml"
+    settings.write_bytes(members(archive)["model_config.yaml"])
+    with pytest.raises(UserError, match=r"read files: name the model's \.nemo"):
+        models.teacher(path, nemo=settings)
 
 
 # Conditions that do not fit

@@ -27,19 +27,29 @@ from yaml import YAMLError
 
 from stages.config import DatasetFacts, MagpieConfig, MagpieTeacher
 from stages.errors import UserError
+from stages.families.magpie_tokenizers import (
+    check_files,
+    check_tokenizers,
+    name_tokenizers,
+    names_files,
+    nothing_downloaded,
+)
 from stages.families.nemo_archive import (
+    REFUSALS,
     WEIGHTS,
     SafeConnector,
+    archive_names,
     check_class,
     quiet,
     read_config,
     read_weights,
 )
-from stages.families.weights import check_tensors, kept_layers
+from stages.families.weights import check_floating, check_tensors, kept_layers
 from stages.publish import publish_file
 
 with quiet():
     from nemo.collections.tts.models import MagpieTTSModel
+    from nemo.utils.exceptions import NeMoBaseException
 
 MODULE = "nemo.collections.tts.models.magpietts"
 MODEL_CLASSES = (
@@ -53,7 +63,10 @@ MODEL_FILE = "model.nemo"
 SPECIAL_TOKENS = 8
 """Ids that NeMo appends to the codes of every codebook."""
 
-DATA_KEYS = ("train_ds", "validation_ds", "test_ds")
+DATA_KEYS = (
+    "train_ds", "validation_ds", "test_ds", "text_context_remapping_json",
+    "text_context_remapping_prob",
+)  # fmt: skip
 DISTILLATION_KEYS = (
     "teacher_model_path", "max_decoder_steps", "rollout_temperature", "rollout_topk",
     "use_kv_cache_during_rollout", "distillation_cfg_scale", "distillation_temperature", "alpha",
@@ -70,6 +83,25 @@ OPTIONAL_KEYS = (
     "codecmodel_path", "cfg_unconditional_prob",
 )  # fmt: skip
 """Keys that NeMo has defaults for, so that a configuration may lack what `overrides` sets."""
+
+PARTS = ("encoder", "context_encoder", "decoder")
+SIZES = (
+    "embedding_dim", "frame_stacking_factor", "local_transformer_n_layers",
+    "local_transformer_n_heads", "local_transformer_hidden_dim", "decoder.xa_d_memory",
+    "decoder.xa_n_heads", "decoder.xa_d_head", "decoder.num_experts", "decoder.top_k_experts",
+    *(
+        f"{part}.{size}"
+        for part in PARTS
+        for size in (
+            "n_layers", "d_model", "d_ffn", "sa_n_heads", "kernel_size", "max_length_causal_mask"
+        )
+    ),
+)  # fmt: skip
+"""Settings that count something of which there must be one at least."""
+SHARES = (
+    "cfg_unconditional_prob",
+    *(f"{part}.{rate}" for part in PARTS for rate in ("p_dropout", "p_dropout_out")),
+)
 
 DECODER_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 FEED_FORWARD = re.compile(r"pos_ff\.experts\.\d+\.(.+)")
@@ -141,13 +173,14 @@ def read_model_config(path: Path) -> DictConfig:
     """Read NeMo's configuration of a MagpieTTS model from a .nemo, or from a .yaml.
 
     What belongs to its training data and to online distillation is left out. Raises UserError when
-    it cannot be read or is another model's.
+    it cannot be read, is another model's, or would run code or read files of others.
     """
     if path.suffix == ".nemo":
         config = read_config(path)
         check_class(path, config, "a MagpieTTS model", *MODEL_CLASSES)
     else:
         config = _read_yaml(path)
+    name_tokenizers(config)
     for key in (*DATA_KEYS, *DISTILLATION_KEYS, "target"):
         config.pop(key, None)
     config.train_ds = config.validation_ds = None
@@ -156,6 +189,8 @@ def read_model_config(path: Path) -> DictConfig:
         config.setdefault(key, value)
     config.setdefault("prior_scaledown_start_step", 0)
     _check_supported(path, config)
+    if path.suffix == ".nemo":
+        check_files(path, config, archive_names(path))
     return config
 
 
@@ -180,21 +215,29 @@ def overridden(config: DictConfig, settings: MagpieConfig) -> DictConfig:
     Raises UserError for a key that neither the configuration nor NeMo knows.
     """
     changed = config.copy()
-    for key, value in settings.overrides.items():
-        missing = OmegaConf.select(config, key, default=OPTIONAL_KEYS) is OPTIONAL_KEYS
-        if missing and key not in OPTIONAL_KEYS:
-            raise UserError(
-                f"model.overrides names {key!r}, which {settings.nemo} does not have: correct it, "
-                "or add the key to that configuration"
-            )
-        OmegaConf.update(changed, key, value, force_add=True)
+    try:
+        for key, value in settings.overrides.items():
+            missing = OmegaConf.select(config, key, default=OPTIONAL_KEYS) is OPTIONAL_KEYS
+            if missing and key not in OPTIONAL_KEYS:
+                raise UserError(
+                    f"model.overrides names {key!r}, which {settings.nemo} does not have: correct "
+                    "it, or add the key to that configuration"
+                )
+            OmegaConf.update(changed, key, value, force_add=True)
+        OmegaConf.resolve(changed)
+    except REFUSALS as error:
+        raise UserError(
+            f"model.overrides does not fit the configuration in {settings.nemo}: {error}"
+        ) from error
     _check_supported(settings.nemo, changed)
     return changed
 
 
 def _check_supported(path: Path, config: DictConfig) -> None:
     """Refuse models that this family does not decode as NeMo would."""
-    decoder = config.get("decoder") or {}
+    _check_sections(path, config)
+    check_tokenizers(path, config)
+    decoder = config.decoder
     wanted = {
         "model_type": (config.get("model_type"), ("decoder_ce",)),
         "decoder.kernel_size": (decoder.get("kernel_size"), (1,)),
@@ -203,6 +246,10 @@ def _check_supported(path: Path, config: DictConfig) -> None:
         "frame_stacking_factor": (config.get("frame_stacking_factor", 1), (1, 2, 4)),
         "vector_quantizer": (config.get("vector_quantizer"), (None,)),
     }
+    if config.get("frame_stacking_factor", 1) != 1:
+        # NeMo then takes a context for as long as it was before its frames were stacked.
+        reads_text = config.get("use_text_conditioning_encoder", False)
+        wanted["use_text_conditioning_encoder with stacked frames"] = (reads_text, (False, None))
     for key, (found, known) in wanted.items():
         if found not in known:
             listed = " or ".join(str(value) for value in known)
@@ -210,7 +257,34 @@ def _check_supported(path: Path, config: DictConfig) -> None:
                 f"{path} is a MagpieTTS model with {key}={found}, but the family magpie takes "
                 f"{key}={listed}: use another checkpoint"
             )
+    _check_values(path, config)
     _check_widths(path, config)
+
+
+def _check_sections(path: Path, config: DictConfig) -> None:
+    """Refuse a configuration whose parts are no sections."""
+    for part in PARTS:
+        found = config.get(part)
+        if not isinstance(found, DictConfig):
+            raise UserError(
+                f"{path} describes a MagpieTTS model with {part}={found}, but it must be a section "
+                "with the settings of that part"
+            )
+
+
+def _check_values(path: Path, config: DictConfig) -> None:
+    """Refuse numbers that make no model."""
+    for key in (*SIZES, *SHARES):
+        value = OmegaConf.select(config, key)
+        size = key in SIZES
+        number = isinstance(value, int if size else int | float) and not isinstance(value, bool)
+        if value is None or (number and (value >= 1 if size else 0 <= value <= 1)):
+            continue
+        raise UserError(
+            f"{path} describes a MagpieTTS model with {key}={value}, but it must be "
+            f"{'a whole number from 1 on' if size else 'a number from 0 to 1'}: correct it in "
+            "the configuration or in model.overrides"
+        )
 
 
 def _check_widths(path: Path, config: DictConfig) -> None:
@@ -246,6 +320,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError) as error:
         raise UserError(f"{path} cannot be read as a checkpoint ({error}): get it again") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise UserError(
+            f"{path} is refused: its weights are no dictionary of tensors by name; give a "
+            "checkpoint of NeMo's training"
+        )
     tensors = {n: x for n, x in weights.items() if isinstance(x, Tensor) and not _foreign(n)}
     if not tensors:
         raise UserError(f"{path} holds no weights: give a checkpoint of NeMo's training")
@@ -274,7 +353,7 @@ def build(config: DictConfig, facts: AudioCodecFacts, archive: Path | None) -> M
     Raises UserError when NeMo refuses the configuration.
     """
     try:
-        with quiet(), absent_codec(facts):
+        with quiet(), absent_codec(facts), nothing_downloaded():
             if archive is None:
                 return MagpieTTSModel(config)
             return MagpieTTSModel.restore_from(
@@ -283,8 +362,14 @@ def build(config: DictConfig, facts: AudioCodecFacts, archive: Path | None) -> M
                 map_location="cpu",
                 save_restore_connector=_Unweighted(),
             )
-    except (ValueError, TypeError, AssertionError, KeyError, OSError) as error:
-        raise UserError(f"NeMo builds no model from this configuration: {error}") from error
+    except (*REFUSALS, NeMoBaseException, OSError, RuntimeError) as error:
+        advice = ""
+        if archive is None and names_files(config):
+            advice = (
+                ". Its tokenizers read files: name the model's .nemo in nemo, which has them, or "
+                "give their absolute paths"
+            )
+        raise UserError(f"NeMo builds no model from this configuration: {error}{advice}") from error
 
 
 def load_teacher(settings: MagpieTeacher, facts: AudioCodecFacts) -> MagpieTTSModel:
@@ -295,7 +380,8 @@ def load_teacher(settings: MagpieTeacher, facts: AudioCodecFacts) -> MagpieTTSMo
     config = read_model_config(settings.nemo or settings.path)
     weights = read_checkpoint(settings.path)
     check_codes(settings.path, config, weights, facts)
-    archive = settings.path if settings.path.suffix == ".nemo" else None
+    named = (path for path in (settings.path, settings.nemo) if path is not None)
+    archive = next((path for path in named if path.suffix == ".nemo"), None)
     model = build(config, facts, archive)
     load_weights(model, weights, settings.path)
     return model
@@ -306,7 +392,7 @@ def check_codes(
 ) -> None:
     """Refuse a checkpoint whose codes are not the dataset's; raises UserError."""
     tables = [x for name, x in weights.items() if name.startswith("audio_embeddings.")]
-    if not tables:
+    if not tables or tables[0].dim() != 2:
         raise UserError(f"{path} holds no audio embeddings, so it is no MagpieTTS checkpoint")
     codebooks = len(tables) // config.get("frame_stacking_factor", 1)
     codes = tables[0].shape[0] - SPECIAL_TOKENS
@@ -320,7 +406,8 @@ def check_codes(
 
 def load_weights(model: MagpieTTSModel, weights: Mapping[str, Tensor], path: Path) -> None:
     """Copy all weights into a model; raises UserError that lists every name that does not fit."""
-    expected = {name: tuple(x.shape) for name, x in state_of(model).items()}
+    ours = state_of(model)
+    expected = {name: tuple(x.shape) for name, x in ours.items()}
     found = {name: tuple(x.shape) for name, x in weights.items()}
     if "baked_context_embedding.weight" in weights:
         # NeMo makes the table when it loads it, and leaves the context encoder out.
@@ -329,8 +416,14 @@ def load_weights(model: MagpieTTSModel, weights: Mapping[str, Tensor], path: Pat
         found = {n: s for n, s in found.items() if not n.startswith("context_encoder.")}
         expected |= baked
     check_tensors(path, expected, found)
-    with quiet():
-        model.load_state_dict(dict(weights))
+    check_floating(
+        path, {"baked_context_embedding.weight": model.final_proj.weight} | ours, weights
+    )
+    try:
+        with quiet():
+            model.load_state_dict(dict(weights))
+    except (*REFUSALS, IndexError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit the model: {error}") from error
 
 
 def state_of(model: MagpieTTSModel) -> dict[str, Tensor]:
@@ -364,6 +457,7 @@ def inherit(model: MagpieTTSModel, path: Path, layers: Sequence[int] | None) -> 
         {name: tuple(ours[name].shape) for name in wanted},
         {name: tuple(x.shape) for name, x in found.items()},
     )
+    check_floating(path, ours, found)
     with torch.no_grad():
         for name in wanted:
             ours[name].copy_(found[name])

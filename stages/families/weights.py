@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from stages.errors import UserError
 
@@ -25,6 +26,20 @@ def check_tensors(file: Path, expected: Shapes, found: Shapes) -> None:
         raise UserError(
             f"{file} does not fit the model: {'; '.join(faults)}. Use the configuration that the "
             "weights were trained with"
+        )
+
+
+def check_floating(file: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Refuse whole numbers where a model has fractions, and the reverse; raises UserError."""
+    faults = [
+        f"{name} is {found[name].dtype}, not {expected[name].dtype}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].is_floating_point() != expected[name].is_floating_point()
+    ]
+    if faults:
+        raise UserError(
+            f"{file} does not fit the model: {'; '.join(faults)}. Save the weights as they were "
+            "trained"
         )
 
 
