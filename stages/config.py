@@ -518,7 +518,7 @@ class LossConfig(Record):
     temperature: float = Field(1.0, gt=0)
     """Temperature of the divergences, times its square; a `top_k` manifest must list it."""
     joint: bool = False
-    """NeMo 3.0.0's `kl`, `ce` and `nrmse` to the letter, for comparison: codebooks compete."""
+    """NeMo 3.0.0's own `kl`, `ce` and `nrmse`, for comparison: codebooks compete."""
     guidance_scale: GuidanceScale | None = None
     """Scale, or (low, high) to draw it from per rollout and epoch, of a store of both branches."""
     codebook_weights: tuple[Weight, ...] = ()

@@ -1,4 +1,4 @@
-"""The losses of NeMo 3.0.0's online distillation to the letter, for comparison with it.
+"""The losses of NeMo 3.0.0's online distillation of the same arrays, for comparison with it.
 
 They differ from those of `stages.losses` in what they normalise: one softmax runs over the ids of
 all streams of a group at a timestep, so that streams compete for probability; the student's

@@ -1,13 +1,16 @@
 """The loss of a batch of MagpieTTS rollouts equals what NeMo's online distillation computes.
 
 Stage one writes a store, stage two reads it; NeMo's own `_process_batch_distillation` is given the
-stored rollouts in place of those that it would draw.
+stored rollouts in place of those that it would draw: first with our masks, then as NeMo's own
+teacher returns them for the same codes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +230,91 @@ def test_before_its_start_no_gradient_reaches_the_local_transformer_and_nothing_
             alone = {name for name, parameter in named.items() if parameter.grad is None}
             local = {name for name in named if "local_transformer" in name}
             assert alone == (local if step == 1 else set())
+
+
+def forced(monkeypatch: Any, codes: Tensor, streams: int) -> None:
+    """Let whatever draws get these codes [B, T, C]; NeMo draws one stream of the batch at a time.
+
+    At every step it draws all streams of the decoder, the likeliest of each, which stay, and then
+    those of the local transformer, with a second row for each without conditions.
+    """
+    calls, local = itertools.count(), codes.shape[-1] > streams
+    multinomial = torch.multinomial
+
+    def drawn_codes(probabilities: Tensor, count: int, **named: Any) -> Tensor:
+        step, place = divmod(next(calls), streams * (3 if local else 2))
+        if streams <= place < 2 * streams:
+            return multinomial(probabilities, count, **named)
+        stream = place if place < streams else place - streams
+        given = codes[:, step, stream].unsqueeze(-1)
+        return given.repeat(len(probabilities) // len(given), 1)
+
+    monkeypatch.setattr(torch, "multinomial", drawn_codes)
+
+
+def nemo_teacher(stock: Any, chosen: Any, output: Any, least: int, **settings: Any) -> Any:
+    """What NeMo's teacher returns when it draws the codes of `output`, of these lengths.
+
+    `least` frames have no end: NeMo's is 4.
+    """
+    from nemo.collections.tts.models import magpietts_cfg_distillation as distillation
+
+    stacking, local = stock.frame_stacking_factor, output.codes_lt is not None
+    parts = [output.codes, output.codes_lt] if local else [output.codes]
+    codes = torch.cat([part.mT.reshape(len(part), -1, 4 * stacking) for part in parts], -1)
+    with pytest.MonkeyPatch.context() as monkeypatch, quiet():
+        forced(monkeypatch, codes, 4 * stacking)
+        monkeypatch.setattr(stock, "detect_eos", lambda **_: float("inf"))
+        found = distillation._infer_batch_teacher(
+            model=stock, batch=chosen, use_lt=local, cfg_scale=2.5, topk=40,
+            max_decoder_steps=codes.shape[1] * stacking, min_generated_frames=least,
+        )  # fmt: skip
+    assert torch.equal(found.codes, output.codes)
+    assert not local or torch.equal(found.codes_lt, output.codes_lt)
+    return replace(output, logits=found.logits, logits_lt=found.logits_lt)
+
+
+def masked(output: Any, forbidden: tuple[int, ...]) -> Any:
+    """The same with the ids that nobody may draw masked for the local transformer too."""
+    if output.logits_lt is None:
+        return output
+    by_stream = output.logits_lt.unflatten(-1, (-1, VOCABULARY)).clone()
+    by_stream[..., list(forbidden)] = float("-inf")
+    return replace(output, logits_lt=by_stream.flatten(2))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_nemos_own_teacher_returns_differs_by_its_masks_alone(
+    models, tmp_path, monkeypatch, case
+):
+    """NeMo keeps the local transformer's forbidden ids and masks the end in its first frames."""
+    shape = CASES[case] | {"dropout": 0.0}
+    path, stacking = models.archive(**shape), shape.get("frame_stacking", 1)
+    student, stock = models.student(path, seed=5), models.stock(path)
+    store = store_of(models, models.teacher(path), tmp_path / "store", LEVELS)
+    samples = {sample["sample_id"]: sample for sample in SAMPLES}
+    with first_batch(student, store, kl="joint") as (learner, batch), training(student.module):
+        ours = float(learner.objective(0, batch).total.detach() / batch.weight)
+        output = teacher_output(store, batch, stacking)
+
+        def batch_for(model: Any) -> dict[str, Any]:
+            given = batch_of(model, [samples[sample_id] for sample_id, _ in batch.keys])
+            given |= {"audio_codes": torch.zeros(4, 4, 3, dtype=torch.int64)}
+            return given | {"audio_codes_lens": torch.full((4,), 3)}
+
+        stock_batch = batch_for(stock)
+        early, plain = (nemo_teacher(stock, stock_batch, output, least) for least in (4, 0))
+        nemo = online(models, student, path, shape)
+        losses = []
+        for given in (early, masked(early, student.forbidden), masked(plain, student.forbidden)):
+            injected(monkeypatch, given)
+            with training(nemo), quiet(), torch.no_grad():
+                losses.append(float(nemo._process_batch_distillation(batch_for(nemo))["loss"]))
+    assert losses[2] == pytest.approx(ours, rel=1e-5)
+    assert losses[0] == pytest.approx(ours, rel=2e-3)
+    assert abs(losses[1] / ours - 1) > 2e-5, "the end in the first frames is part of the gap"
+    if student.module.local:
+        assert abs(losses[0] / losses[1] - 1) > 5e-5, "so are the ids of the local transformer"
 
 
 def test_a_student_that_equals_its_teacher_has_no_loss_per_codebook_and_one_with_joint(
