@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from stages.sampling import RolloutPolicy
-    from store.schema import Head, Latent, Stream
+    from store.schema import Head, Latent, Sampler, Stream
 
 Sample = Mapping[str, Any]
 """One row of samples.parquet: `sample_id` and the conditioning columns that a family reads."""
@@ -212,6 +212,14 @@ class Family(Protocol):
 
     def tokenizer_fingerprint(self) -> str:
         """Sha256 over whatever turns conditions into ids, hexadecimal."""
+        ...
+
+    def check(self, samples: Sequence[Sample], sampler: Sampler) -> None:
+        """Refuse samples that a rollout of theirs would fail on; raises `UserError`.
+
+        It is asked once, before the first shard, so that nothing fails hours into a run; what takes
+        long to find out is left to the rollout.
+        """
         ...
 
     def timesteps(self, sample: Sample) -> int:

@@ -63,6 +63,8 @@ def create_store(
             f"the split {config.split!r} of the dataset is empty, so there is nothing to roll "
             "out: choose another rollout.split, or prepare a dataset that has it"
         )
+    if config.source == "teacher":
+        family.check(chosen, config.sampler)
     fingerprints = Fingerprints(
         teacher=family.fingerprint(),
         tokenizer=family.tokenizer_fingerprint(),

@@ -117,6 +117,18 @@ def _beyond(streams: Sequence[Stream | Latent], device: torch.device) -> Tensor 
     return (torch.arange(max(sizes)) >= torch.tensor(sizes).unsqueeze(-1)).to(device)
 
 
+def most_timesteps(sampler: Sampler, reference_timesteps: int) -> int:
+    """Return how many timesteps a rollout may have whose recording has `reference_timesteps`."""
+    return min(_truncation(sampler, reference_timesteps), sampler.max_timesteps)
+
+
+def _truncation(sampler: Sampler, reference: int) -> int:
+    multiple = sampler.reference_multiple
+    if multiple is None:
+        return sampler.max_timesteps
+    return max(round(multiple * reference), sampler.min_timesteps)
+
+
 class RolloutPolicy:
     """Draws the codes of one batch of rollouts and decides when each of them ends.
 
@@ -147,18 +159,12 @@ class RolloutPolicy:
         shape = (sampler.max_timesteps, len(streams))
         tables = [keyed_generator(seed, *key).random(shape, dtype=np.float32) for key in keys]
         self._uniforms = torch.from_numpy(np.stack(tables)).to(device)
-        last = [self._truncation(reference) for reference in reference_timesteps]
+        self.limits = [most_timesteps(sampler, each) for each in reference_timesteps]
+        """Timesteps that each rollout of the batch may have."""
+        last = [_truncation(sampler, reference) for reference in reference_timesteps]
         self._last_timestep = torch.tensor(last, device=device)
-        self.longest = min(max(last), sampler.max_timesteps)
-        """Timesteps that the longest rollout of the batch may have."""
         self.stop = torch.full((len(keys),), RUNNING, dtype=torch.int8, device=device)
         """[B] why each rollout ended; 0 while it runs."""
-
-    def _truncation(self, reference: int) -> int:
-        multiple = self.sampler.reference_multiple
-        if multiple is None:
-            return self.sampler.max_timesteps
-        return max(round(multiple * reference), self.sampler.min_timesteps)
 
     def _masked(self, logits: Tensor, ids: Sequence[int], streams: slice = slice(None)) -> Tensor:
         """Return logits [b, c, V] with -inf at `ids` and beyond each stream's own vocabulary."""

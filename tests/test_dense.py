@@ -62,6 +62,9 @@ class Field:
     def save(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
+    def check(self, samples, sampler) -> None:
+        pass
+
     def timesteps(self, sample) -> int:
         return sample["timesteps"]
 

@@ -613,6 +613,11 @@ def test_a_tokenizer_of_a_hub_runs_no_code(models, tmp_path, place):
         {"_target_": "T5Tokenizer", "pretrained_model": "google-t5/t5-small"},
         {"_target_": "nemo.collections.tts.models.FastPitchModel.restore_from"},
         {"_target_": "os.system", "command": "true"},
+        {
+            "_target_": f"{TOKENIZERS}.os.system",
+            "command": "true",
+        },  # what a module there imports is not its own
+        {"_target_": f"{TOKENIZERS}.EnglishCharsTokenizer.__init__"},
         {"_target_": f"{TOKENIZERS}.EnglishCharsTokenizer", "_args_": [1]},
         {"_target_": f"{TOKENIZERS}.IPATokenizer", "g2p": {"_target_": "builtins.eval"}},
         {"_target_": f"{TOKENIZERS}.IPATokenizer", "g2p": {"deep": [{"_target_": "os.system"}]}},
@@ -806,8 +811,8 @@ def test_texts_and_lengths_that_the_model_cannot_take_are_refused_by_name(models
 @pytest.mark.parametrize(
     ("frames", "steps", "words"),
     [
-        (3, 36, r"a context of 5 positions and 36 timesteps.*'s0', exceed the 40 positions"),
-        (40, 9, r"a context of 42 positions.*'s0', exceeds the 40 positions of the context enc"),
+        (3, 36, r"'s0': a context of 5 positions and 36 timesteps exceed the 40 positions"),
+        (40, 9, r"'s0': a context of 42 positions exceeds the 40 positions of the context enc"),
     ],
     ids=["context and timesteps", "context alone"],
 )
@@ -820,6 +825,24 @@ def test_positions_beyond_the_models_are_refused(models, frames, steps, words):
     policy = policy_of(family, [sample], max_timesteps=steps, reference_multiple=None)
     with pytest.raises(UserError, match=words):
         next(family.rollout([sample], policy, 2.5))
+    with pytest.raises(UserError, match=words):
+        family.check([sample], policy.sampler)
+
+
+def test_rows_that_fit_alone_fit_together(models):
+    """The longest context and the longest rollout of a batch may be of different samples."""
+    family, samples = models.teacher(models.archive(positions=40)), samples_of(2)
+    for sample, frames in zip(samples, (25, 3), strict=True):
+        sample["context_codes"] = sample["context_codes"][:1].repeat(frames * CODEBOOKS)
+    lengths = torch.tensor([8, 30])
+    codes = random_codes(family, lengths.tolist())
+    together = family.score(samples, codes, lengths, cfg_scale=2.5).logits
+    for row, length in enumerate(lengths.tolist()):
+        alone = family.score(
+            samples[row : row + 1], codes[row : row + 1, :length], lengths[row : row + 1],
+            cfg_scale=2.5,
+        )  # fmt: skip
+        torch.testing.assert_close(together[row, :length], alone.logits[0], atol=1e-4, rtol=1e-4)
 
 
 def test_positions_beyond_a_baked_context_are_refused(models):
@@ -856,7 +879,7 @@ def test_a_context_encoder_of_fewer_positions_than_the_decoder_says_so(models):
     family, (sample,) = models.student(path), samples_of(1)
     sample |= {"context_codes": sample["context_codes"][:1].repeat(20 * CODEBOOKS)}
     with pytest.raises(
-        UserError, match=r"context of 22 positions, .* 8 positions of the context encoder"
+        UserError, match=r"context of 22 positions exceeds the 8 positions of the context encoder"
     ):
         family.score([sample], random_codes(family, [3]), torch.tensor([3]))
 

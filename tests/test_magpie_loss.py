@@ -314,7 +314,7 @@ def test_what_nemos_own_teacher_returns_differs_by_its_masks_alone(
     assert losses[0] == pytest.approx(ours, rel=2e-3)
     assert abs(losses[1] / ours - 1) > 2e-5, "the end in the first frames is part of the gap"
     if student.module.local:
-        assert abs(losses[0] / losses[1] - 1) > 5e-5, "so are the ids of the local transformer"
+        assert abs(losses[0] / losses[1] - 1) > 2e-5, "so are the ids of the local transformer"
 
 
 def test_a_student_that_equals_its_teacher_has_no_loss_per_codebook_and_one_with_joint(

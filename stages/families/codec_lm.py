@@ -37,7 +37,7 @@ from stages.modules.attention import Departure
 from stages.modules.feed_forward import Routing
 from stages.modules.guided import Draw, scores, split_branches
 from stages.sampling import RolloutPolicy
-from store.schema import Head, Stream
+from store.schema import Head, Sampler, Stream
 
 
 class CodecLM:
@@ -242,6 +242,13 @@ class CodecLM:
         padded = nn.utils.rnn.pad_sequence(contexts, batch_first=True, padding_side="left")
         lengths = torch.tensor([len(context) for context in contexts])
         return padded.to(self.device), lengths.to(self.device)
+
+    def check(self, samples: Sequence[Sample], sampler: Sampler) -> None:
+        """Refuse texts, speakers and lengths that the model does not take; raises UserError."""
+        self._check_timesteps(sampler.max_timesteps, "sampler.max_timesteps: a rollout")
+        for sample in samples:
+            self._text_ids(sample)
+            self._speaker_id(sample)
 
     def _check_timesteps(self, timesteps: int, what: str) -> None:
         limit = self.config.max_timesteps

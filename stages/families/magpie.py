@@ -34,8 +34,8 @@ from stages.layout import FrameStacking
 from stages.modules.attention import Departure
 from stages.modules.guided import Draw, scores, split_branches
 from stages.publish import replace_file
-from stages.sampling import RolloutPolicy
-from store.schema import Head, Stream
+from stages.sampling import RolloutPolicy, most_timesteps
+from store.schema import Head, Sampler, Stream
 
 with quiet():
     from nemo.collections.tts.modules.magpietts_modules import LocalTransformerType
@@ -335,21 +335,39 @@ class Magpie:
                 "or name it in the setting speakers"
             ) from None
 
-    def _check_positions(
-        self, samples: Sequence[Sample], conditions: Conditions, timesteps: int
+    def check(self, samples: Sequence[Sample], sampler: Sampler) -> None:
+        """Refuse samples whose context and rollout the model has no positions for.
+
+        Raises UserError that names the first.
+        """
+        for sample in samples:
+            if self.baked:
+                lengths = self.module.model.baked_context_embedding_len
+                context = int(lengths[self._speaker(sample)])
+            else:
+                context = len(self._context(sample))
+            timesteps = most_timesteps(sampler, self.timesteps(sample))
+            self._check_positions(sample, context, timesteps)
+
+    def _check_batch(
+        self, samples: Sequence[Sample], conditions: Conditions, timesteps: Sequence[int]
     ) -> None:
-        """Refuse what the model has no positions for; raises UserError."""
-        context, limits = self.module.context_positions(conditions), self.module.positions
-        batch = f"the longest of the batch that begins with sample {samples[0]['sample_id']!r}"
-        if conditions.context is not None and context > limits.context:
+        """Refuse a batch with a sample that the model has no positions for; raises UserError."""
+        contexts = self.module.context_positions(conditions).tolist()
+        for sample, context, count in zip(samples, contexts, timesteps, strict=True):
+            self._check_positions(sample, context, count)
+
+    def _check_positions(self, sample: Sample, context: int, timesteps: int) -> None:
+        limits, name = self.module.positions, f"sample {sample['sample_id']!r}"
+        if not self.baked and context > limits.context:
             raise UserError(
-                f"a context of {context} positions, {batch}, exceeds the {limits.context} "
-                "positions of the context encoder (context_encoder.max_length_causal_mask): lower "
+                f"{name}: a context of {context} positions exceeds the {limits.context} positions "
+                "of the context encoder (context_encoder.max_length_causal_mask): lower "
                 "prepare.context_s"
             )
         if context + timesteps > limits.decoder:
             raise UserError(
-                f"a context of {context} positions and {timesteps} timesteps, {batch}, exceed the "
+                f"{name}: a context of {context} positions and {timesteps} timesteps exceed the "
                 f"{limits.decoder} positions of the model (decoder.max_length_causal_mask): lower "
                 "prepare.context_s or sampler.max_timesteps"
             )
@@ -382,15 +400,15 @@ class Magpie:
         self.module.eval()
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         conditions = self._conditions(samples)
-        self._check_positions(samples, conditions, policy.longest)
+        self._check_batch(samples, conditions, policy.limits)
         encoded = self.module.encode(conditions, branches)
-        state = self.module.start(encoded, policy.longest)
+        state = self.module.start(encoded, max(policy.limits))
         del encoded
         heads = self.module.head_weights()  # once: they may be a copy in another type
         rows = torch.arange(len(samples), device=self.device)
         shape = (len(samples), self.layout.streams)
         previous = torch.full(shape, self.module.begin_id, device=self.device)
-        for timestep in range(policy.longest):
+        for timestep in range(max(policy.limits)):
             hidden = self.module.step(previous.repeat_interleave(branches, 0), state)
             draw = Draw(policy, rows, timestep, cfg_scale, branches)
             codes, logits, predicted = self._draw_codes(hidden, draw, heads)
@@ -450,7 +468,7 @@ class Magpie:
         """
         del alignment
         conditions = self._conditions(samples, unconditional)
-        self._check_positions(samples, conditions, codes.shape[1])
+        self._check_batch(samples, conditions, lengths.tolist())
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         prediction: Prediction = self.network(
             codes.to(self.device, torch.int64), lengths.to(self.device), conditions, branches, local

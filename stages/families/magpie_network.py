@@ -129,12 +129,12 @@ class MagpieNetwork(nn.Module):
             memory * keep, torch.where(dropped[:, None], first, valid), prefix * keep, prefix_valid
         )
 
-    def context_positions(self, conditions: Conditions) -> int:
-        """Positions of the longest context of a batch."""
-        if conditions.context is not None:
-            return conditions.context.shape[1]
-        lengths = self.model.baked_context_embedding_len
-        return int(lengths.to(self.model.final_proj.weight.device)[conditions.speakers].max())
+    def context_positions(self, conditions: Conditions) -> Tensor:
+        """Positions of the context of every row, [B] int64."""
+        if conditions.context_lengths is not None:
+            return conditions.context_lengths
+        lengths: Tensor = self.model.baked_context_embedding_len
+        return lengths.to(self.model.final_proj.weight.device)[conditions.speakers]
 
     def _context(self, conditions: Conditions) -> tuple[Tensor, Tensor]:
         """Return the context [B, P, E] and which of it counts [B, P]."""
@@ -142,8 +142,8 @@ class MagpieNetwork(nn.Module):
         if conditions.speakers is not None:
             flat = model.baked_context_embedding(conditions.speakers)
             baked = flat.unflatten(-1, (-1, model.cfg.decoder.d_model))
-            lengths = model.baked_context_embedding_len.to(flat.device)[conditions.speakers]
-            width = self.context_positions(conditions)
+            lengths = self.context_positions(conditions)
+            width = int(lengths.max())
             return baked[:, :width], _valid(lengths, width)
         assert conditions.context is not None
         assert conditions.context_lengths is not None

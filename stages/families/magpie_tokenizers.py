@@ -5,6 +5,7 @@ NeMo's own check of a tokenizer's class leaves out what it loads from a hub, wit
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -87,14 +88,25 @@ def _check_classes(path: Path, place: str, section: Any) -> None:
     """Refuse classes of other namespaces, and other words that hydra would act upon."""
     for key, value in _settings(section):
         special = key.startswith("_") and key.endswith("_")
-        known = key == "_target_" and isinstance(value, str) and value.startswith(NAMESPACES)
-        if special and not known:
+        if special and not (key == "_target_" and _is_known_class(value)):
             raise UserError(
                 f"{path}: {place} has {key}={value}, which is not built, for it could run code of "
                 f"whoever made the file. Allowed are classes below {' and '.join(NAMESPACES)} and "
                 f"{HUB} with pretrained_model google/byt5-small and its sizes: use another "
                 "tokenizer or checkpoint"
             )
+
+
+def _is_known_class(target: Any) -> bool:
+    """Whether a name is that of a class of the namespaces, and of nothing that they import."""
+    if not isinstance(target, str) or not target.startswith(NAMESPACES):
+        return False
+    try:
+        with quiet():
+            found = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError):
+        return False
+    return isinstance(found, type) and found.__module__.startswith(NAMESPACES)
 
 
 def _settings(section: Any) -> Iterator[tuple[str, Any]]:
