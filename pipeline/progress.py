@@ -9,6 +9,7 @@ from typing import Literal
 from pipeline.config import RunConfig
 from pipeline.folders import RunFolders
 from pipeline.identity import identity
+from pipeline.inputs import contents
 from pipeline.record import read_record
 from stages.config import RolloutConfig
 from stages.errors import UserError
@@ -94,16 +95,27 @@ def stage_identity(config: RunConfig, stage: str) -> str:
     name, _, student = stage.partition(":")
     match name:
         case "prepare":
-            return identity("prepare", config.prepare)
+            return identity("prepare", config.prepare, _inputs(config, config.prepare))
         case "fit":
-            return identity("fit", _dataset(config), config.teacher, config.fit, config.seed)
+            inputs = _inputs(config, config.teacher)
+            return identity(
+                "fit", _dataset(config), config.teacher, inputs, config.fit, config.seed
+            )
         case "rollout":
-            return identity("rollout", _teacher(config), *_rollout(config), config.seed)
+            inputs = _inputs(config, config.rollout)
+            return identity("rollout", _teacher(config), *_rollout(config), inputs, config.seed)
         case "train":
-            return identity("train", _store(config), config.students[student], config.seed)
+            settings = config.students[student]
+            inputs = _inputs(config, settings)
+            return identity("train", _store(config), settings, inputs, config.seed)
         case _:
             students = [stage_identity(config, f"train:{name}") for name in config.students]
             return identity("evaluate", _teacher(config), config.evaluate, *students)
+
+
+def _inputs(config: RunConfig, section: Record | None) -> dict[str, str]:
+    """Return what the files hold that a section names."""
+    return contents(section, RunFolders(config).stages)
 
 
 def _dataset(config: RunConfig) -> str:
@@ -120,7 +132,8 @@ def _dataset(config: RunConfig) -> str:
 def _teacher(config: RunConfig) -> str:
     if config.fit is not None:
         return stage_identity(config, "fit")
-    return identity("checkpoint", _dataset(config), config.teacher)
+    inputs = _inputs(config, config.teacher)
+    return identity("checkpoint", _dataset(config), config.teacher, inputs)
 
 
 def _rollout(config: RunConfig) -> tuple[RolloutConfig | str | None, ...]:
