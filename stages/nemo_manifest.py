@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from stages.errors import UserError
 
@@ -41,45 +43,64 @@ class ManifestRow(BaseModel):
     """Seconds of it that may be used, from its start; null takes all."""
 
 
-def manifest_rows(table: Path, root: Path) -> Iterator[tuple[str, ManifestRow]]:
-    """Read the lines of a manifest in order, each with its sample id.
+class NamedRow(NamedTuple):
+    """A line of a manifest with the id of its sample."""
+
+    sample_id: str
+    row: ManifestRow
+    fault: str | None
+    """What is wrong with a value of the line, whose `row` then says which audio it is and no more;
+    None where nothing is."""
+
+
+def manifest_rows(table: Path, root: Path) -> Iterator[NamedRow]:
+    """Read the lines of a manifest in order.
 
     An id is the path of the audio below `root` without its ending, with the offset where there is
     one, and #2, #3, … where the same clip stands again, such as with another context. Raises
-    UserError with the number of a line that is no JSON object or has a value of another type.
+    UserError with the number of a line that is no JSON object.
     """
     times: Counter[str] = Counter()
-    for number, row in _rows(table):
+    for number, row, fault in _rows(table):
         name = _name(row, root.absolute()) or f"line {number}"
         times[name] += 1
-        yield name if times[name] == 1 else f"{name}#{times[name]}", row
+        yield NamedRow(name if times[name] == 1 else f"{name}#{times[name]}", row, fault)
 
 
 def names_speakers(table: Path) -> bool:
     """Whether any line of a manifest names a speaker."""
-    return any(row.speaker is not None for _, row in _rows(table))
+    return any(row.speaker is not None for _, row, _ in _rows(table))
 
 
-def _rows(table: Path) -> Iterator[tuple[int, ManifestRow]]:
+def _rows(table: Path) -> Iterator[tuple[int, ManifestRow, str | None]]:
     with table.open(encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield number, _parse(table, number, line)
+                    yield number, *_parse(table, number, line)
         except UnicodeDecodeError as error:
             raise UserError(f"{table} is not UTF-8 ({error}); convert it with iconv") from error
 
 
-def _parse(table: Path, number: int, line: str) -> ManifestRow:
+def _parse(table: Path, number: int, line: str) -> tuple[ManifestRow, str | None]:
     try:
-        return ManifestRow.model_validate_json(line)
+        return ManifestRow.model_validate_json(line), None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "it"
+        faults = {str(fault["loc"][0]): fault["msg"] for fault in error.errors() if fault["loc"]}
+        if faults:
+            found = "; ".join(f"{key}: {message}" for key, message in faults.items())
+            return _audio_alone(line, faults), f"unreadable row: line {number}: {found}"
         raise UserError(
-            f"{table} line {number} is no row of a manifest: {place}: {first['msg']}; one JSON "
+            f"{table} line {number} is no row of a manifest: {error.errors()[0]['msg']}; one JSON "
             "object a line is needed, as docs/data.md shows"
         ) from error
+
+
+def _audio_alone(line: str, faults: Container[str]) -> ManifestRow:
+    """Return what is sound of a faulty line and names its sample."""
+    keys = [key for key in ("audio_filepath", "offset") if key not in faults]
+    given = from_json(line)
+    return ManifestRow.model_validate({key: given.get(key) for key in keys})
 
 
 def _name(row: ManifestRow, root: Path) -> str:

@@ -41,6 +41,8 @@ class Recording:
     """Whether an absent speaker is a gap in this row only."""
     context: Audio | None = None
     """What shows the voice, where the row names it."""
+    fault: str | None = None
+    """Why the row cannot be used: a kind, a colon, and what was found."""
 
 
 def find_table(source: Path) -> Path:
@@ -69,7 +71,7 @@ def read_ids(table: Path, root: Path) -> list[str]:
     if table.suffix == ".csv":
         ids = [row.sample_id for row in _csv_rows(table)]
     elif table.suffix in MANIFESTS:
-        ids = [sample_id for sample_id, _ in manifest_rows(table, root)]
+        ids = [row.sample_id for row in manifest_rows(table, root)]
     else:
         column = _open_parquet(table).read(columns=["clip_id"]).column("clip_id")
         ids = [each or "" for each in column.to_pylist()]
@@ -156,10 +158,10 @@ def _parquet_rows(table: Path) -> Iterator[Recording]:
 def _manifest_rows(table: Path, root: Path) -> Iterator[Recording]:
     """NeMo's form: one JSON object a line."""
     spoken = names_speakers(table)
-    for sample_id, row in manifest_rows(table, root):
+    for sample_id, row, fault in manifest_rows(table, root):
         speaker = None if row.speaker is None else str(row.speaker)
         text = row.normalized_text or row.text
-        yield Recording(sample_id, text, speaker, _clip(row), spoken, _context(row))
+        yield Recording(sample_id, text, speaker, _clip(row), spoken, _context(row), fault)
 
 
 def _clip(row: ManifestRow) -> Audio | None:

@@ -166,6 +166,8 @@ def _accept(
     recording: Recording, times: Counter[str], config: PrepareConfig, listener: _Listener
 ) -> Clip:
     _check_id(recording.sample_id, times)
+    if recording.fault is not None:
+        raise Rejection(recording.fault)
     text = _check_text(recording.text, config)
     if not recording.speaker:
         raise Rejection("no speaker: the row's cell is empty")
