@@ -149,7 +149,7 @@ class RolloutPolicy:
         reference_timesteps: Sequence[int],
         device: torch.device | str = "cpu",
     ) -> None:
-        self.sampler = sampler
+        self.sampler, self._keys = sampler, list(keys)
         self._stop_weights = {
             END: 1.0, TRUNCATED: sampler.truncated_weight, LIMIT: sampler.max_timesteps_weight
         }  # fmt: skip
@@ -198,9 +198,14 @@ class RolloutPolicy:
         FloatingPointError when the largest logit of a row is not finite.
         """
         largest, likeliest = self._masked(logits, self.forbidden).max(-1)
-        if not bool(largest.isfinite().all()):
+        finite = largest.isfinite().all(-1)
+        if not bool(finite.all()):
+            faulty = ", ".join(
+                f"{sample_id!r} variation {variation}"
+                for sample_id, variation in (self._keys[row] for row in rows[~finite].tolist())
+            )
             raise FloatingPointError(
-                f"the guided logits of timestep {timestep} hold NaN or infinity"
+                f"the guided logits of timestep {timestep} hold NaN or infinity in {faulty}"
             )
         reason = torch.full_like(self.stop[rows], RUNNING)
         reason[self._last_timestep[rows] <= timestep + 1] = TRUNCATED

@@ -305,10 +305,12 @@ def test_lengths_are_judged_only_where_a_multiple_is_given():
 
 @pytest.mark.parametrize("top_k", [None, 4])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_an_error_that_says_so(bad, top_k):
-    policy, rows, logits = policy_of(keys_of(2), top_k=top_k), torch.arange(2), logits_of(2)
+def test_logits_that_are_not_finite_are_an_error_that_says_of_which_rollout(bad, top_k):
+    keys = keys_of(3)
+    policy, rows, logits = policy_of(keys, top_k=top_k), torch.tensor([0, 2]), logits_of(2)
     logits[1, 0, 3] = bad
     codes = policy.draw(rows, 3, logits)
     assert (codes < VOCABULARY).all(), "an index beyond the vocabulary would end a CUDA process"
-    with pytest.raises(FloatingPointError, match="timestep 3 hold NaN or infinity"):
+    words = rf"timestep 3 hold NaN or infinity in '{keys[2][0]}' variation {keys[2][1]}$"
+    with pytest.raises(FloatingPointError, match=words):
         policy.end(rows, 3, codes, logits)
