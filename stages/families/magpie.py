@@ -350,11 +350,23 @@ class Magpie:
             self._check_positions(sample, context, timesteps)
 
     def _check_batch(
-        self, samples: Sequence[Sample], conditions: Conditions, timesteps: Sequence[int]
+        self, samples: Sequence[Sample], conditions: Conditions, timesteps: Tensor, most: int
     ) -> None:
-        """Refuse a batch with a sample that the model has no positions for; raises UserError."""
+        """Refuse a batch with a sample that the model has no positions for; raises UserError.
+
+        `timesteps` [B] are at most `most`. Only where the widest rows would not fit together is the
+        device asked for the length of each.
+        """
+        limits, model = self.module.positions, self.module.model
+        known = conditions.context
+        if known is None:
+            widest = model.baked_context_embedding.embedding_dim // model.cfg.decoder.d_model
+        else:
+            widest = known.shape[1]
+        if widest + most <= limits.decoder and (known is None or widest <= limits.context):
+            return
         contexts = self.module.context_positions(conditions).tolist()
-        for sample, context, count in zip(samples, contexts, timesteps, strict=True):
+        for sample, context, count in zip(samples, contexts, timesteps.tolist(), strict=True):
             self._check_positions(sample, context, count)
 
     def _check_positions(self, sample: Sample, context: int, timesteps: int) -> None:
@@ -400,7 +412,7 @@ class Magpie:
         self.module.eval()
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         conditions = self._conditions(samples)
-        self._check_batch(samples, conditions, policy.limits)
+        self._check_batch(samples, conditions, torch.tensor(policy.limits), max(policy.limits))
         encoded = self.module.encode(conditions, branches)
         state = self.module.start(encoded, max(policy.limits))
         del encoded
@@ -468,7 +480,7 @@ class Magpie:
         """
         del alignment
         conditions = self._conditions(samples, unconditional)
-        self._check_batch(samples, conditions, lengths.tolist())
+        self._check_batch(samples, conditions, lengths, codes.shape[1])
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         prediction: Prediction = self.network(
             codes.to(self.device, torch.int64), lengths.to(self.device), conditions, branches, local
