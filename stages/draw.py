@@ -23,7 +23,7 @@ from stages.errors import UserError
 from stages.family import Family, Sample
 from stages.interruption import StopRequest
 from stages.publish import replace_file
-from stages.rollout import GivenCodes, split
+from stages.rollout import GivenCodes, finite_steps, refuse_not_finite, split
 from stages.rollout_plan import plan
 from stages.sampling import RolloutPolicy
 
@@ -63,6 +63,7 @@ def draw_codes(
             if stop.requested:
                 return False
             draws |= _draw_batch(student, config, keys, [by_id[key[0]] for key in keys], seed)
+        refuse_not_finite([draw.stop_reason for draw in draws.values()], len(draws))
         _write(_path(folder, shard), draws, origin)
     return True
 
@@ -113,7 +114,7 @@ def _draw_batch(
         device=next(student.module.parameters()).device,
     )
     drawn: list[list[Tensor]] = [[] for _ in keys]
-    for step in student.rollout(batch, policy, 1.0):
+    for step in finite_steps(student.rollout(batch, policy, 1.0), policy, keys):
         for row, codes in zip(step.rows.tolist(), step.codes.cpu(), strict=True):
             drawn[row].append(codes)
     return {

@@ -108,6 +108,11 @@ class Step:
     branches: Branches | None = None
     """What `logits` were mixed from, [b, ...]."""
 
+    def of_rows(self, kept: Tensor) -> Step:
+        """Return what was predicted for the rows that are marked in `kept` [b] bool."""
+        branches = self.branches and self.branches.at(kept)
+        return Step(self.rows[kept], self.timestep, self.codes[kept], self.logits[kept], branches)
+
 
 @dataclass(frozen=True)
 class Scores:

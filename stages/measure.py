@@ -21,7 +21,7 @@ from stages.errors import UserError
 from stages.family import Family, Sample, has_linear_heads
 from stages.losses import kl_divergence
 from stages.publish import replace_file
-from stages.rollout import policy_for, split
+from stages.rollout import finite_steps, policy_for, split
 from stages.sampling import END
 from stages.targets import DenseTarget, Forbidden, SparseTarget
 from store import PredictionStore
@@ -203,7 +203,7 @@ def _generate(
     batch = [samples[sample_id] for sample_id, _ in keys]
     policy = policy_for(family, reference.manifest, keys, [family.timesteps(s) for s in batch])
     drawn: list[list[Tensor]] = [[] for _ in keys]
-    for step in family.rollout(batch, policy, contender.cfg_scale):
+    for step in finite_steps(family.rollout(batch, policy, contender.cfg_scale), policy, keys):
         for row, codes in zip(step.rows.tolist(), step.codes.cpu(), strict=True):
             drawn[row].append(codes)
     return [torch.stack(codes) for codes in drawn], (policy.stop == END).tolist()

@@ -8,7 +8,8 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +22,14 @@ from tqdm import tqdm
 
 from stages.background_writer import BackgroundWriter, Drawn
 from stages.capture import Capture
-from stages.family import Branches, Family, Sample, Scores, has_linear_heads
+from stages.family import Branches, Family, Sample, Scores, Step, has_linear_heads
 from stages.interruption import StopRequest
 from stages.reduction import guided_logits, of_branches
-from stages.sampling import RolloutPolicy, keyed_seed
+from stages.sampling import NOT_FINITE, STOP_REASONS, RolloutPolicy, keyed_seed
 from store import PredictionStore
 from store.schema import Manifest
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[str, int]
 Collect = Callable[[], list[Drawn]]
@@ -35,6 +38,16 @@ SCORED_TIMESTEPS = 4096
 """Timesteps whose scores are copied out of a padded batch at once, at most."""
 SCORED_VALUES = 2**23
 """Logits of those timesteps, at most: of each branch 32 MiB in float32."""
+NOT_FINITE_SHARE = 0.1
+"""Rollouts of a shard that may end because the teacher predicts NaN or infinity; one always may,
+unless the shard has no other. With more of them it is the teacher that is broken."""
+LISTED = 5
+"""Rollouts that a message names, at most."""
+ADVICE = "Check the model's weights, or set rollout.precision: fp32"
+
+
+class NotFinite(FloatingPointError):
+    """A model predicted NaN or infinity; says for which rollouts."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +77,9 @@ def rollout(
     from the store's manifest. With source `student` or `replay`, `draws` holds the codes to be
     scored, by key. A shard is encoded and committed in a thread of its own while the next one is
     generated; the thread has ended when this returns, and a shard that was generated whole is
-    committed. A shard that another worker commits first is left to it. Raises FloatingPointError,
-    naming the batch, when the teacher predicts NaN, and what the store raises.
+    committed. A shard that another worker commits first is left to it. A rollout of the teacher's
+    whose logits become NaN or infinite ends before them, with a weight of 0. Raises NotFinite where
+    that happens at once or too often, or to codes that are given, and what the store raises.
     """
     manifest = store.manifest
     family.module.eval()
@@ -79,13 +93,36 @@ def rollout(
                 # By another worker, since the store was opened.
                 bar.update(len(store.plan[shard]))
                 continue
+            reasons: list[str] = []
             for keys in split(store.plan[shard], batch_size):
                 if stop.requested:
                     return False
-                writer.append(shard, begin(family, manifest, keys, samples, draws, writer))
+                collect = begin(family, manifest, keys, samples, draws, writer)
+                if manifest.source == "teacher":
+                    collect = partial(_counted, collect, reasons, len(store.plan[shard]))
+                writer.append(shard, collect)
                 bar.update(len(keys))
             writer.commit(shard)
     return True
+
+
+def _counted(collect: Collect, reasons: list[str], planned: int) -> list[Drawn]:
+    """Collect rollouts of a shard; raises NotFinite when too many of it are not finite."""
+    drawn = collect()
+    reasons += [each.stop_reason for each in drawn]
+    refuse_not_finite(reasons, planned)
+    return drawn
+
+
+def refuse_not_finite(reasons: Sequence[str], planned: int) -> None:
+    """Raise NotFinite when too many of a shard's `planned` rollouts have ended for that reason."""
+    count = list(reasons).count(STOP_REASONS[NOT_FINITE])
+    if count == planned or count > max(1, NOT_FINITE_SHARE * planned):
+        raise NotFinite(
+            f"{count} of the {planned} rollouts of a shard came to logits that hold NaN or "
+            f"infinity, and at most {NOT_FINITE_SHARE:.0%} may; nothing of this shard was stored. "
+            f"{ADVICE}"
+        )
 
 
 def split(keys: Sequence[Key], size: int) -> Iterator[Sequence[Key]]:
@@ -115,8 +152,8 @@ def begin(
 ) -> Collect:
     """Let the teacher predict one batch of keys; return what waits for its targets.
 
-    What is returned may be called once, in the thread of the `writer`. Both raise
-    FloatingPointError, naming the batch, when the teacher predicts NaN.
+    What is returned may be called once, in the thread of the `writer`. Both raise NotFinite when
+    the teacher predicts NaN or infinity of what cannot be left out.
     """
     batch = [samples[sample_id] for sample_id, _ in keys]
     device = next(family.module.parameters()).device
@@ -143,14 +180,45 @@ def _collect(keys: Sequence[Key], collect: Collect) -> list[Drawn]:
 def _naming(keys: Sequence[Key]) -> Iterator[None]:
     try:
         yield
+    except NotFinite:
+        raise  # it names its rollouts, of an earlier batch where the writer's thread tells of it
     except FloatingPointError as error:
-        if isinstance(error.__cause__, FloatingPointError):
-            raise  # the writer's thread tells of an earlier batch, which is named
-        raise FloatingPointError(
+        raise NotFinite(
             f"{error} while scoring {keys[0][0]!r} variation {keys[0][1]} and the "
-            f"{len(keys) - 1} rollouts batched with it; nothing of this shard was stored. Check "
-            "the teacher's weights, or set rollout.precision: fp32"
+            f"{len(keys) - 1} rollouts batched with it; nothing of this shard was stored. {ADVICE}"
         ) from error
+
+
+def finite_steps(
+    steps: Iterable[Step], policy: RolloutPolicy, keys: Sequence[Key]
+) -> Iterator[Step]:
+    """Yield a batch's steps without the timestep at which a row is not finite.
+
+    Raises NotFinite, naming the rollouts, when it is their first: none is without a timestep.
+    """
+    for step in steps:
+        if policy.all_finite:
+            yield step
+            continue
+        finite = policy.stop[step.rows] != NOT_FINITE
+        lost = [keys[row] for row in step.rows[~finite].tolist()]
+        if lost and step.timestep == 0:
+            raise NotFinite(
+                "the guided logits of the first timestep hold NaN or infinity while generating "
+                f"{_listed(lost)}, of which nothing is left. {ADVICE}"
+            )
+        if lost:
+            logger.warning(
+                "the guided logits of timestep %d hold NaN or infinity: %s ends before it, with a "
+                "weight of 0", step.timestep, _listed(lost),
+            )  # fmt: skip
+        if len(lost) < len(finite):
+            yield step.of_rows(finite)
+
+
+def _listed(keys: Sequence[Key]) -> str:
+    shown = ", ".join(f"{name!r} variation {variation}" for name, variation in keys[:LISTED])
+    return shown if len(keys) <= LISTED else f"{shown} and {len(keys) - LISTED} more"
 
 
 def _generate(
@@ -163,7 +231,8 @@ def _generate(
     references = [family.timesteps(sample) for sample in batch]
     policy = policy_for(family, manifest, keys, references)
     both = manifest.branches == "both"
-    for step in family.rollout(batch, policy, manifest.guidance.scale, both_branches=both):
+    steps = family.rollout(batch, policy, manifest.guidance.scale, both_branches=both)
+    for step in finite_steps(steps, policy, keys):
         capture.add(step.rows, step.timestep, step.codes, step.logits, step.branches)
     # Decoding has just waited for the device, so that this copy waits for nothing.
     policy.stop = policy.stop.cpu()

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from store.schema import Latent, Sampler, Stream
 
-RUNNING, END, TRUNCATED, LIMIT = range(4)
-STOP_REASONS = {END: "end", TRUNCATED: "truncated", LIMIT: "max_timesteps"}
-"""`end`: the end id; `truncated`: a multiple of the reference; `max_timesteps`: the limit."""
+RUNNING, END, TRUNCATED, LIMIT, NOT_FINITE = range(5)
+STOP_REASONS = {
+    END: "end", TRUNCATED: "truncated", LIMIT: "max_timesteps", NOT_FINITE: "not_finite"
+}  # fmt: skip
+"""`end`: the end id; `truncated`: a multiple of the reference; `max_timesteps`: the limit;
+`not_finite`: the timestep after the last would have been NaN or infinite."""
 
 
 def keyed_generator(*key: object) -> np.random.Generator:
@@ -149,9 +152,10 @@ class RolloutPolicy:
         reference_timesteps: Sequence[int],
         device: torch.device | str = "cpu",
     ) -> None:
-        self.sampler, self._keys = sampler, list(keys)
+        self.sampler = sampler
         self._stop_weights = {
-            END: 1.0, TRUNCATED: sampler.truncated_weight, LIMIT: sampler.max_timesteps_weight
+            END: 1.0, TRUNCATED: sampler.truncated_weight, LIMIT: sampler.max_timesteps_weight,
+            NOT_FINITE: 0.0,
         }  # fmt: skip
         self.forbidden = tuple(forbidden)
         self.end_id = end_id
@@ -165,6 +169,8 @@ class RolloutPolicy:
         self._last_timestep = torch.tensor(last, device=device)
         self.stop = torch.full((len(keys),), RUNNING, dtype=torch.int8, device=device)
         """[B] why each rollout ended; 0 while it runs."""
+        self.all_finite = True
+        """Whether none of them is NOT_FINITE; known without waiting for the device."""
 
     def _masked(self, logits: Tensor, ids: Sequence[int], streams: slice = slice(None)) -> Tensor:
         """Return logits [b, c, V] with -inf at `ids` and beyond each stream's own vocabulary."""
@@ -189,30 +195,35 @@ class RolloutPolicy:
         places = draw(probabilities, self._uniforms[rows, timestep, streams])
         return places if ids is None else ids.gather(-1, places.unsqueeze(-1)).squeeze(-1)
 
-    def end(self, rows: Tensor, timestep: int, codes: Tensor, logits: Tensor) -> Tensor:
+    def end(
+        self,
+        rows: Tensor,
+        timestep: int,
+        codes: Tensor,
+        logits: Tensor,
+        others: Tensor | None = None,
+    ) -> Tensor:
         """Return which of `rows` end with this timestep, as [b] bool, and note why.
 
         `codes` [b, C] are the drawn ones and `logits` [b, C, V] what they were drawn from. The
         end id counts where it was drawn and where it is the most likely one, as NeMo's MagpieTTS
-        does (`argmax_or_multinomial_any`); `end_on` says in how many streams it must stand. Raises
-        FloatingPointError when the largest logit of a row is not finite.
+        does (`argmax_or_multinomial_any`); `end_on` says in how many streams it must stand. A row
+        whose largest logit is not finite ends before this timestep, which is not to be kept;
+        `others` [b, c, V] are logits of streams that have no other say, all of one vocabulary.
         """
         largest, likeliest = self._masked(logits, self.forbidden).max(-1)
         finite = largest.isfinite().all(-1)
-        if not bool(finite.all()):
-            faulty = ", ".join(
-                f"{sample_id!r} variation {variation}"
-                for sample_id, variation in (self._keys[row] for row in rows[~finite].tolist())
-            )
-            raise FloatingPointError(
-                f"the guided logits of timestep {timestep} hold NaN or infinity in {faulty}"
-            )
+        if others is not None:
+            finite &= mask_forbidden(others, self.forbidden).amax(-1).isfinite().all(-1)
         reason = torch.full_like(self.stop[rows], RUNNING)
         reason[self._last_timestep[rows] <= timestep + 1] = TRUNCATED
         if timestep + 1 >= self.sampler.max_timesteps:
             reason[:] = LIMIT
         if self.end_id is not None and timestep >= self.sampler.min_timesteps:
             reason[self._ended(codes, likeliest, self.end_id)] = END
+        if not bool(finite.all()):
+            self.all_finite = False
+            reason[~finite] = NOT_FINITE
         self.stop[rows] = reason
         return reason != RUNNING
 
@@ -231,7 +242,7 @@ class RolloutPolicy:
                 return votes.sum(-1) * 2 > votes.shape[-1]
 
     def stop_reason(self, row: int) -> str:
-        """Why rollout `row` ended: `end`, `truncated` or `max_timesteps`."""
+        """Why rollout `row` ended, one of `STOP_REASONS`."""
         return STOP_REASONS[int(self.stop[row])]
 
     def weight(self, row: int, timesteps: int, reference_timesteps: int) -> float:

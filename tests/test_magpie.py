@@ -15,7 +15,7 @@ from stages.config import LossConfig
 from stages.errors import UserError
 from stages.family import LinearOutput, has_linear_heads
 from stages.losses import distillation_loss
-from stages.sampling import END, TRUNCATED, RolloutPolicy
+from stages.sampling import END, NOT_FINITE, TRUNCATED, RolloutPolicy
 from stages.sampling import LIMIT as AT_LIMIT
 from stages.targets import Forbidden, SparseTarget
 from tests.magpie_models import (
@@ -533,11 +533,29 @@ def test_no_special_id_but_the_end_is_ever_drawn(models):
         assert ((codes < CODES) | (codes == EOS)).all()
 
 
-def test_logits_that_are_not_finite_stop_the_rollout(models):
-    family, samples = models.teacher(models.archive()), samples_of(2)
-    family.module.model.final_proj.bias.data[5] = float("nan")
-    with pytest.raises(FloatingPointError, match="timestep 0"):
-        roll(family, samples, 2.5)
+@pytest.mark.parametrize("history", ["backbone", "local"])
+@pytest.mark.parametrize("shape", ["dense", "experts"])
+def test_rollouts_that_become_nan_leave_the_batch_and_the_others_do_not_notice(
+    models, shape, history
+):
+    """A code is spoiled as an input: it is NaN one timestep later, or in the local streams now."""
+    path, samples = models.archive(**SHAPES[shape]), samples_of(6)
+    healthy = roll(models.teacher(path, history=history), samples, 2.5)
+    drawn = healthy.codes[..., CODEBOOKS if history == "local" else 0]
+    code, row = int(drawn[2, 2]), 2
+    family = models.teacher(path, history=history)
+    family.module.model.audio_embeddings[0].weight.data[code] = float("nan")
+    rolled = roll(family, samples, 2.5)
+    lost = [i for i in range(6) if rolled.policy.stop[i] == NOT_FINITE]
+    assert row in lost
+    assert len(lost) < 6
+    for i in range(6):
+        (codes, logits), (before, expected) = rolled.row(i), healthy.row(i)
+        kept = len(codes) - (i in lost)
+        assert (i in lost) or kept == len(before)
+        assert torch.equal(codes[:kept], before[:kept])
+        close(logits[:kept], expected[:kept])
+        assert (i in lost) == (not logits.isfinite().all())
 
 
 @pytest.mark.parametrize("stacking", [1, 2, 4])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from stages.families.codec_lm import CodecLM
 from stages.family import load_family
 from stages.interruption import StopRequest
 from stages.philox import uniforms
-from stages.rollout import predict, rollout
+from stages.rollout import predict, refuse_not_finite, rollout
 from stages.rollout_plan import create_store
 from stages.sampling import keyed_seed
 from stages.targets import load_heads, restore
@@ -539,9 +540,85 @@ def test_nan_from_the_teacher_is_refused_by_name_and_nothing_is_committed(tmp_pa
     sample_id, variation = store.plan[0][0]
     assert "NaN" in str(caught.value)
     assert f"{sample_id!r} variation {variation}" in str(caught.value)
-    assert "nothing of this shard was stored" in str(caught.value)
+    if source == "dataset":
+        assert "nothing of this shard was stored" in str(caught.value)
     assert PredictionStore.open(tmp_path / "store").committed == []
     assert list((tmp_path / "store" / "tmp").iterdir()) == []
+
+
+def spoiled_by_a_code(store: PredictionStore, family: CodecLM) -> tuple[CodecLM, dict]:
+    """A teacher that predicts NaN after a code that few draw, and where each rollout then ends."""
+
+    def ends(code: int) -> dict:
+        drawn = {key: np.flatnonzero(store[key].codes[:-1, 0] == code) for key in store}
+        return {key: int(places[0]) + 1 for key, places in drawn.items() if len(places)}
+
+    code = min((c for c in range(14) if ends(c)), key=lambda c: len(ends(c)))
+    with torch.no_grad():
+        family.module.code_embedding.weight[code] = torch.nan
+    return family, ends(code)
+
+
+@pytest.mark.parametrize("target", ["full", "hidden"])
+def test_a_rollout_ends_before_the_timestep_that_is_not_finite_and_harms_no_other(
+    tmp_path, monkeypatch, caplog, target
+):
+    monkeypatch.setattr("stages.rollout.NOT_FINITE_SHARE", 0.9)
+    changes = {"target": {"kind": target, "dtype": "float32"}}
+    healthy = written(tmp_path / "healthy", teacher_of(), samples_of(), **changes)
+    family, ends = spoiled_by_a_code(healthy, teacher_of())
+    store = written(tmp_path / "store", family, samples_of(), **changes)
+    assert 0 < len(ends) < len(healthy)
+    for key in healthy:
+        one, other = store[key], healthy[key]
+        if key in ends:
+            assert (one.stop_reason, one.weight, len(one)) == ("not_finite", 0.0, ends[key])
+        else:
+            assert (one.stop_reason, one.weight) == (other.stop_reason, other.weight)
+            assert len(one) == len(other)
+        assert np.array_equal(one.codes, other.codes[: len(one)])
+        for name, array in one.arrays.items():
+            np.testing.assert_allclose(array, other.arrays[name][: len(one)], atol=1e-5)
+    assert verify(store.path).ok
+    for sample_id, variation in ends:
+        assert f"{sample_id!r} variation {variation}" in caplog.text
+
+
+def test_a_shard_with_too_many_rollouts_that_are_not_finite_is_refused(tmp_path):
+    family = teacher_of()
+    with torch.no_grad():
+        family.module.code_embedding.weight[:14] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"of the 14 rollouts .* at most 10% may"):
+        written(tmp_path / "store", family, samples_of(), rollouts_per_shard=14)
+    assert PredictionStore.open(tmp_path / "store").committed == []
+
+
+@pytest.mark.parametrize(
+    ("count", "planned", "refused"),
+    [(0, 1, False), (1, 1, True), (1, 2, False), (2, 2, True), (2, 20, False), (3, 20, True)],
+)
+def test_a_tenth_of_a_shard_may_be_not_finite_and_one_always_unless_it_is_all(
+    count, planned, refused
+):
+    reasons = ["not_finite"] * count + ["end"] * (planned - count)
+    with pytest.raises(FloatingPointError) if refused else nullcontext():
+        refuse_not_finite(reasons, planned)
+
+
+def test_a_rollout_that_is_nan_from_the_first_timestep_is_named_and_its_neighbours_are_not(
+    tmp_path,
+):
+    family, samples = teacher_of(), samples_of()
+    store, _ = store_of(tmp_path / "store", family, samples)
+    with torch.no_grad():
+        family.module.text_embedding.weight[family.facts.alphabet.index("g")] = torch.nan
+    for number, sample in enumerate(samples):
+        sample["text"] = "gag" if number == 2 else "abc"
+    by_id = {sample["sample_id"]: sample for sample in samples}
+    with pytest.raises(FloatingPointError) as caught:
+        rollout(family, store, by_id, store.missing(), batch_size=99, stop=StopRequest())
+    named = {sample["sample_id"] for sample in samples if sample["sample_id"] in str(caught.value)}
+    assert named == {"clip/2"}
 
 
 def test_nan_in_one_branch_only_is_noticed_too(tmp_path):

@@ -305,12 +305,26 @@ def test_lengths_are_judged_only_where_a_multiple_is_given():
 
 @pytest.mark.parametrize("top_k", [None, 4])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_an_error_that_says_of_which_rollout(bad, top_k):
-    keys = keys_of(3)
-    policy, rows, logits = policy_of(keys, top_k=top_k), torch.tensor([0, 2]), logits_of(2)
+def test_a_row_whose_logits_are_not_finite_ends_and_no_other(bad, top_k):
+    policy, rows, logits = policy_of(keys_of(2), top_k=top_k), torch.arange(2), logits_of(2)
+    logits[..., END] = -9.0
+    assert not policy.end(rows, 1, policy.draw(rows, 1, logits), logits).any()
+    healthy = policy.draw(rows, 1, logits)
     logits[1, 0, 3] = bad
-    codes = policy.draw(rows, 3, logits)
+    codes = policy.draw(rows, 1, logits)
+    assert torch.equal(codes[0], healthy[0])
     assert (codes < VOCABULARY).all(), "an index beyond the vocabulary would end a CUDA process"
-    words = rf"timestep 3 hold NaN or infinity in '{keys[2][0]}' variation {keys[2][1]}$"
-    with pytest.raises(FloatingPointError, match=words):
-        policy.end(rows, 3, codes, logits)
+    assert policy.all_finite
+    assert policy.end(rows, 1, codes, logits).tolist() == [False, True]
+    assert not policy.all_finite
+    assert (policy.stop_reason(1), policy.weight(1, 5, 5)) == ("not_finite", 0.0)
+
+
+def test_streams_that_have_no_say_in_the_end_are_to_be_finite_too():
+    policy, rows, logits = policy_of(keys_of(2)), torch.arange(2), logits_of(2)
+    logits[..., END] = -9.0
+    others = logits.clone()
+    others[1, 1, 3] = torch.nan
+    others[0, 0, FORBIDDEN] = torch.nan
+    codes = torch.zeros(2, 2, dtype=torch.int64)
+    assert policy.end(rows, 1, codes, logits, others).tolist() == [False, True]

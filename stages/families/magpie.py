@@ -104,8 +104,9 @@ class Magpie:
             for group, (weight, _) in network.head_weights().items()
         )
         streams = network.streams
-        self._leading = slice(streams, None) if settings.history == "local" else slice(0, streams)
-        """The streams whose draws are the history, and end it."""
+        halves: list[slice] = [slice(0, streams), slice(streams, None)]
+        self._leading, self._led = halves[::-1] if settings.history == "local" else halves
+        """The streams whose draws are the history, and end it, and those that follow it."""
         self._tokenizer = _tokenizer(settings, list(model.tokenizer.tokenizer_names))
         for tokenizer in model.tokenizer.tokenizers.values():
             g2p: Any = getattr(tokenizer, "g2p", None)
@@ -425,7 +426,9 @@ class Magpie:
             draw = Draw(policy, rows, timestep, cfg_scale, branches)
             codes, logits, predicted = self._draw_codes(hidden, draw, heads)
             previous = codes[:, : self.layout.streams]
-            running = ~policy.end(rows, timestep, previous, logits[:, self._leading])
+            others = logits[:, self._led] if self.module.local else None
+            leading = logits[:, self._leading]
+            running = ~policy.end(rows, timestep, previous, leading, others)
             yield Step(rows, timestep, codes, logits, predicted)
             if not running.all():
                 departure = Departure.of(running)
