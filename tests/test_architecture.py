@@ -22,7 +22,7 @@ def counted(family: CodecLM) -> int:
     state = network.start(family._conditions(samples_of(1)))
     codes = torch.zeros(1, network.streams, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        hidden = network.step(codes, 0, state)
+        hidden = network.step(codes, state)
         network.predict_parallel(hidden)
         if network.local is not None:
             local, caches = network.local.start(hidden)

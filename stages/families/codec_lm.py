@@ -31,11 +31,11 @@ from stages.families.codec_lm_network import (
     Prediction,
     architecture_of,
 )
-from stages.family import Branches, LinearOutput, Sample, Scores, Step
+from stages.families.weights import digest_tensors
+from stages.family import LinearOutput, Sample, Scores, Step
 from stages.layout import FrameStacking
-from stages.modules.attention import Departure
 from stages.modules.feed_forward import Routing
-from stages.modules.guided import Draw, scores, split_branches
+from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
 from stages.sampling import RolloutPolicy
 from store.schema import Head, Sampler, Stream
 
@@ -162,10 +162,7 @@ class CodecLM:
     def fingerprint(self) -> str:
         """Sha256 over configuration, facts and weights (in the order of their names)."""
         digest = hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode())
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
+        digest_tensors(digest, self.module.state_dict())
         return digest.hexdigest()
 
     def tokenizer_fingerprint(self) -> str:
@@ -285,35 +282,28 @@ class CodecLM:
         self.module.eval()
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         state = self.module.start(self._conditions(samples).branches(branches))
-        rows = torch.arange(len(samples), device=self.device)
         shape = (len(samples), self.layout.streams)
-        previous = torch.full(shape, self.module.begin_id, device=self.device)
-        for timestep in range(policy.sampler.max_timesteps):
-            hidden = self.module.step(previous.repeat_interleave(branches, 0), timestep, state)
-            draw = Draw(policy, rows, timestep, cfg_scale, branches)
-            codes, logits, predicted = self._draw_codes(hidden, draw)
-            running = ~policy.end(rows, timestep, codes, logits)
-            yield Step(rows, timestep, codes, logits, predicted)
-            previous = codes[:, : self.layout.streams]
-            if not running.all():
-                departure = Departure.of(running)
-                state.drop(departure.of_branches(branches))
-                rows, previous = departure.kept(rows), departure.kept(previous)
-            if len(rows) == 0:
-                return
+        yield from decode(
+            torch.full(shape, self.module.begin_id, device=self.device),
+            state,
+            policy,
+            cfg_scale,
+            branches,
+            timesteps=policy.sampler.max_timesteps,
+            step=self.module.step,
+            draw=self._draw_codes,
+            end=policy.end,
+        )
 
-    def _draw_codes(self, hidden: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Branches]:
-        """Draw the codes [b, C] of one timestep.
-
-        Returns their guided logits [b, C, V] and what these were mixed from, too.
-        """
+    def _draw_codes(self, hidden: Tensor, draw: Draw) -> Drawn:
+        """Draw the codes of one timestep after the decoder's output [b × branches, E]."""
         network, local = self.module, self.module.local
         parts, states = [network.predict_parallel(hidden)], {"backbone": [hidden.unsqueeze(1)]}
         guided = [draw.guided(parts[0])]
         streams = self.layout.streams
         if local is None:
             branches = split_branches(parts, states, draw.branches)
-            return draw.codes(guided[0], slice(0, streams)), guided[0], branches
+            return Drawn(draw.codes(guided[0], slice(0, streams)), guided[0], branches)
         state, caches = local.start(hidden)
         codes: list[Tensor] = []
         states["local"] = [state.unsqueeze(1)]
@@ -328,7 +318,7 @@ class CodecLM:
             place = slice(streams + stream, streams + stream + 1)
             codes.append(draw.codes(guided[-1], place))
         branches = split_branches(parts, states, draw.branches)
-        return torch.cat(codes, 1).repeat(1, 2), torch.cat(guided, 1), branches
+        return Drawn(torch.cat(codes, 1).repeat(1, 2), torch.cat(guided, 1), branches)
 
     def score(
         self,

@@ -19,12 +19,12 @@ from stages.architecture import (
 from stages.config import CodecLMConfig, DatasetFacts
 from stages.errors import UserError
 from stages.modules.alignment import diagonal_loss
-from stages.modules.attention import Departure, additive, causal_mask
+from stages.modules.attention import additive, causal_mask
 from stages.modules.feed_forward import Experts, FeedForward, Routing
 from stages.modules.local_transformer import LocalTransformer
 from stages.modules.transformer import (
     DecoderLayer,
-    LayerState,
+    DecoderState,
     Memory,
     TransformerLayer,
     stack,
@@ -82,34 +82,6 @@ class Prediction:
     """Of all layers together; None without experts."""
     alignment: Tensor | None
     """Diagonal attention loss, float32 scalar, where it was asked for."""
-
-
-class DecoderState:
-    """What decoding remembers: one state per layer, and the masks of text and prefix."""
-
-    def __init__(
-        self, layers: list[LayerState], memory_mask: Tensor, prefix_mask: Tensor | None
-    ) -> None:
-        self.layers = layers
-        self.memory_mask = memory_mask
-        """[n, 1, 1, L] additive."""
-        self.prefix_mask = prefix_mask
-        """[n, 1, 1, P] additive, None where no prefix is padded."""
-
-    def self_mask(self) -> Tensor | None:
-        """Additive mask [n, 1, 1, length + 1] of the next position."""
-        if self.prefix_mask is None:
-            return None
-        length = self.layers[0].cache.length + 1
-        return F.pad(self.prefix_mask, (0, length - self.prefix_mask.shape[-1]))
-
-    def drop(self, departure: Departure) -> None:
-        """Keep the rows that still run."""
-        for layer in self.layers:
-            layer.drop(departure)
-        self.memory_mask = departure.kept(self.memory_mask)
-        if self.prefix_mask is not None:
-            self.prefix_mask = departure.kept(self.prefix_mask)
 
 
 class CodecLMNetwork(nn.Module):
@@ -374,14 +346,16 @@ class CodecLMNetwork(nn.Module):
             x, state = layer.prefill(x, mask, memory)
             states.append(state)
         prefix_mask = None if valid is None else additive(valid[:, None, None, :], x.dtype)
-        return DecoderState(states, additive(memory.mask, x.dtype), prefix_mask)
+        first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return DecoderState(states, additive(memory.mask, x.dtype), prefix_mask, first)
 
-    def step(self, previous: Tensor, timestep: int, state: DecoderState) -> Tensor:
+    def step(self, previous: Tensor, state: DecoderState) -> Tensor:
         """Decode one timestep after codes `previous` [n, S]: the decoder's output [n, E]."""
-        x = (self.embed(previous) + self.timestep_position[timestep]).unsqueeze(1)
+        x = (self.embed(previous) + self.timestep_position[state.next_position]).unsqueeze(1)
         mask = state.self_mask()
         for layer, layer_state in zip(self.decoder, state.layers, strict=True):
             x = layer.step(x, layer_state, mask, state.memory_mask)
+        state.next_position = state.next_position + 1
         hidden: Tensor = self.norm(x[:, 0])
         return hidden
 

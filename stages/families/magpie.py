@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,10 +30,10 @@ from stages.families.magpie_network import (
 )
 from stages.families.magpie_tokenizers import described_tokenizers
 from stages.families.nemo_archive import archive_fingerprint, quiet
-from stages.family import Branches, LinearOutput, Sample, Scores, Step
+from stages.families.weights import digest_tensors
+from stages.family import LinearOutput, Sample, Scores, Step
 from stages.layout import FrameStacking
-from stages.modules.attention import Departure
-from stages.modules.guided import Draw, scores, split_branches
+from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
 from stages.publish import replace_file
 from stages.sampling import RolloutPolicy, most_timesteps
 from store.schema import Head, Sampler, Stream
@@ -231,12 +232,8 @@ class Magpie:
             "ids": {name: getattr(model, name) for name in SPECIAL_IDS},
         }
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-        for name, tensor in sorted(checkpoint.state_of(model).items()):
-            if name.endswith("causal_mask"):
-                continue
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
+        weights = checkpoint.state_of(model)
+        digest_tensors(digest, {n: x for n, x in weights.items() if not n.endswith("causal_mask")})
         return digest.hexdigest()
 
     def tokenizer_fingerprint(self) -> str:
@@ -418,29 +415,29 @@ class Magpie:
         state = self.module.start(encoded, max(policy.limits))
         del encoded
         heads = self.module.head_weights()  # once: they may be a copy in another type
-        rows = torch.arange(len(samples), device=self.device)
         shape = (len(samples), self.layout.streams)
-        previous = torch.full(shape, self.module.begin_id, device=self.device)
-        for timestep in range(max(policy.limits)):
-            hidden = self.module.step(previous.repeat_interleave(branches, 0), state)
-            draw = Draw(policy, rows, timestep, cfg_scale, branches)
-            codes, logits, predicted = self._draw_codes(hidden, draw, heads)
-            previous = codes[:, : self.layout.streams]
+
+        def end(rows: Tensor, timestep: int, codes: Tensor, logits: Tensor) -> Tensor:
             others = logits[:, self._led] if self.module.local else None
-            leading = logits[:, self._leading]
-            running = ~policy.end(rows, timestep, previous, leading, others)
-            yield Step(rows, timestep, codes, logits, predicted)
-            if not running.all():
-                departure = Departure.of(running)
-                state.drop(departure.of_branches(branches))
-                rows, previous = departure.kept(rows), departure.kept(previous)
-            if len(rows) == 0:
-                return
+            leading = codes[:, : self.layout.streams], logits[:, self._leading]
+            return policy.end(rows, timestep, *leading, others)
+
+        yield from decode(
+            torch.full(shape, self.module.begin_id, device=self.device),
+            state,
+            policy,
+            cfg_scale,
+            branches,
+            timesteps=max(policy.limits),
+            step=self.module.step,
+            draw=partial(self._draw_codes, heads),
+            end=end,
+        )
 
     def _draw_codes(
-        self, hidden: Tensor, draw: Draw, heads: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor, Branches]:
-        """Draw the codes [b, C] of one timestep, with their guided logits and both branches."""
+        self, heads: Mapping[str, tuple[Tensor, Tensor]], hidden: Tensor, draw: Draw
+    ) -> Drawn:
+        """Draw the codes of one timestep after the decoder's output [b × branches, E]."""
         network, streams = self.module, self.layout.streams
         parts, states = [_logits(hidden, *heads["backbone"])], {"backbone": [hidden.unsqueeze(1)]}
         guided = [draw.guided(parts[0])]
@@ -460,7 +457,7 @@ class Magpie:
         if self.config.history == "local":
             codes = [*codes[1:], *codes[1:]]
         branches = split_branches(parts, states, draw.branches)
-        return torch.cat(codes, 1), torch.cat(guided, 1), branches
+        return Drawn(torch.cat(codes, 1), torch.cat(guided, 1), branches)
 
     def score(
         self,

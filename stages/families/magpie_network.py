@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.families.nemo_archive import quiet
-from stages.modules.attention import Departure, KVCache, additive, attend, merge
-from stages.modules.transformer import LayerState
+from stages.modules.attention import KVCache, additive, attend, causal_mask, merge
+from stages.modules.transformer import DecoderState, LayerState
 
 with quiet():
     from nemo.collections.tts.models import MagpieTTSModel
@@ -211,11 +211,7 @@ class MagpieNetwork(nn.Module):
         x = torch.cat([encoded.prefix, embedded], 1)
         if decoder.position_embeddings is not None:
             x = x + decoder.position_embeddings(place)
-        size = counted.shape[1]
-        columns = torch.ones(size, size, dtype=torch.bool, device=x.device)
-        # Every position sees itself, so that padded rows stay finite; nobody reads them.
-        allowed = (columns.tril() & counted[:, None, :]) | columns.tril().triu()
-        return decoder.dropout(x), allowed.unsqueeze(1), counted
+        return decoder.dropout(x), causal_mask(counted), counted
 
     def _local_states(self, hidden: Tensor, codes: Tensor, valid: Tensor) -> Tensor:
         """States [n, T, S, W] of the local transformer from [n, T, E] and its codes [n, T, S].
@@ -301,9 +297,8 @@ class MagpieNetwork(nn.Module):
         decoder, x = self.model.decoder, encoded.prefix
         if decoder.position_embeddings is not None:
             x = x + decoder.position_embeddings.weight[: x.shape[1]]
-        size, valid = x.shape[1], encoded.prefix_valid
-        columns = torch.ones(size, size, dtype=torch.bool, device=x.device)
-        mask = ((columns.tril() & valid[:, None, :]) | columns.tril().triu()).unsqueeze(1)
+        valid = encoded.prefix_valid
+        mask = causal_mask(valid)
         memory_mask = encoded.memory_valid[:, None, None, :]
         states = []
         for layer in decoder.layers:
@@ -358,41 +353,6 @@ class MagpieNetwork(nn.Module):
             state = model.local_transformer_audio_out_projection(transformer.norm_out(x[:, 0]))
             codes = yield state
             embedded = self._embed_stream(codes, stream)
-
-
-class DecoderState:
-    """What decoding remembers: one state per layer, the masks, and every row's next position."""
-
-    def __init__(
-        self,
-        layers: list[LayerState],
-        memory_mask: Tensor,
-        prefix_mask: Tensor | None,
-        next_position: Tensor,
-    ) -> None:
-        self.layers = layers
-        self.memory_mask = memory_mask
-        """[n, 1, 1, L] additive."""
-        self.prefix_mask = prefix_mask
-        """[n, 1, 1, P] additive; None where all contexts are equally long."""
-        self.next_position = next_position
-        """[n] int64."""
-
-    def self_mask(self) -> Tensor | None:
-        """Additive mask [n, 1, 1, length + 1] of the next position."""
-        if self.prefix_mask is None:
-            return None
-        length = self.layers[0].cache.length + 1
-        return F.pad(self.prefix_mask, (0, length - self.prefix_mask.shape[-1]))
-
-    def drop(self, departure: Departure) -> None:
-        """Keep the rows that still run."""
-        for layer in self.layers:
-            layer.drop(departure)
-        self.memory_mask = departure.kept(self.memory_mask)
-        self.next_position = departure.kept(self.next_position)
-        if self.prefix_mask is not None:
-            self.prefix_mask = departure.kept(self.prefix_mask)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from stages.errors import UserError
@@ -41,6 +43,14 @@ def check_floating(file: Path, expected: Mapping[str, Tensor], found: Mapping[st
             f"{file} does not fit the model: {'; '.join(faults)}. Save the weights as they were "
             "trained"
         )
+
+
+def digest_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Let a hash depend on tensors: names in their order, types, shapes and every byte."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
 
 
 def kept_layers(

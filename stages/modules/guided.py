@@ -5,14 +5,30 @@ With 2 branches row 2i is conditional and row 2i + 1 unconditional; with 1 all a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from stages.family import Branch, Branches, LinearOutput, Scores
+from stages.family import Branch, Branches, LinearOutput, Scores, Step
 from stages.guidance import guide
+from stages.modules.attention import Departure
+from stages.modules.transformer import DecoderState
 from stages.sampling import RolloutPolicy
+
+
+class Drawn(NamedTuple):
+    """What was drawn at one timestep."""
+
+    codes: Tensor
+    """[b, C] int64."""
+    logits: Tensor
+    """[b, C, V] float32, guided."""
+    branches: Branches
+    """What they were mixed from."""
+
 
 Outputs = Tensor | tuple[LinearOutput, ...]
 """All logits [n, ..., C, V], or the heads that would give them."""
@@ -38,6 +54,41 @@ class Draw:
     def codes(self, logits: Tensor, streams: slice) -> Tensor:
         """Draw codes [b, c] from guided logits [b, c, V] of the streams given."""
         return self.policy.draw(self.rows, self.timestep, logits, streams)
+
+
+def decode(
+    begin: Tensor,
+    state: DecoderState,
+    policy: RolloutPolicy,
+    cfg_scale: float,
+    branches: int,
+    *,
+    timesteps: int,
+    step: Callable[[Tensor, DecoderState], Tensor],
+    draw: Callable[[Tensor, Draw], Drawn],
+    end: Callable[[Tensor, int, Tensor, Tensor], Tensor],
+) -> Iterator[Step]:
+    """Generate one timestep after the other; rows that end leave the batch and the caches.
+
+    `begin` [b, S] stands before the first timestep. `step` decodes the output [b × branches, E] of
+    a timestep from the codes before it, [b × branches, S]; `draw` draws its codes [b, C], of which
+    the first S go on; `end` is given rows, timestep, codes and guided logits and says which rows
+    end there, [b] bool. The order of `Step.rows` changes as rows end.
+    """
+    rows = torch.arange(len(begin), device=begin.device)
+    previous = begin
+    for timestep in range(timesteps):
+        hidden = step(previous.repeat_interleave(branches, 0), state)
+        drawn = draw(hidden, Draw(policy, rows, timestep, cfg_scale, branches))
+        running = ~end(rows, timestep, drawn.codes, drawn.logits)
+        yield Step(rows, timestep, drawn.codes, drawn.logits, drawn.branches)
+        previous = drawn.codes[:, : begin.shape[1]]
+        if not running.all():
+            departure = Departure.of(running)
+            state.drop(departure.of_branches(branches))
+            rows, previous = departure.kept(rows), departure.kept(previous)
+        if len(rows) == 0:
+            return
 
 
 def split_branches(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar, cast
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stages.modules.attention import CrossAttention, Departure, KVCache, SelfAttention
 from stages.modules.feed_forward import FeedForward, Routing
@@ -72,6 +73,41 @@ class LayerState:
         """Keep the rows that still run."""
         self.cache.drop(departure)
         self.memory.drop(departure)
+
+
+class DecoderState:
+    """What decoding remembers: one state per layer, the masks, and every row's next position."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerState],
+        memory_mask: Tensor,
+        prefix_mask: Tensor | None,
+        next_position: Tensor,
+    ) -> None:
+        self.layers = layers
+        self.memory_mask = memory_mask
+        """[n, 1, 1, L] additive."""
+        self.prefix_mask = prefix_mask
+        """[n, 1, 1, P] additive; None where no prefix is padded."""
+        self.next_position = next_position
+        """[n] int64: the place of the next timestep."""
+
+    def self_mask(self) -> Tensor | None:
+        """Additive mask [n, 1, 1, length + 1] of the next position."""
+        if self.prefix_mask is None:
+            return None
+        length = self.layers[0].cache.length + 1
+        return functional.pad(self.prefix_mask, (0, length - self.prefix_mask.shape[-1]))
+
+    def drop(self, departure: Departure) -> None:
+        """Keep the rows that still run."""
+        for layer in self.layers:
+            layer.drop(departure)
+        self.memory_mask = departure.kept(self.memory_mask)
+        self.next_position = departure.kept(self.next_position)
+        if self.prefix_mask is not None:
+            self.prefix_mask = departure.kept(self.prefix_mask)
 
 
 class DecoderLayer(nn.Module):
