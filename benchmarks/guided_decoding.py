@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 from measure import report
 
-from stages.config import CodecLMConfig, DatasetFacts
+from stages.config import DatasetFacts
 from stages.families.codec_lm import CodecLM
 from stages.family import Sample
+from stages.model_config import CodecLMConfig
 from stages.sampling import RolloutPolicy
 from store.schema import Sampler
 

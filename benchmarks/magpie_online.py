@@ -29,13 +29,14 @@ import torch
 from measure import report
 from omegaconf import OmegaConf
 
-from stages.config import DatasetFacts, MagpieConfig, MagpieTeacher, RolloutConfig, TrainConfig
+from stages.config import DatasetFacts, RolloutConfig, TrainConfig
 from stages.distributed import Place
 from stages.families.magpie import Magpie
 from stages.families.magpie_tiny import build_codec, build_model, model_config
 from stages.families.nemo_archive import archive_fingerprint, quiet
 from stages.interruption import StopRequest
 from stages.losses import kl_divergence
+from stages.model_config import MagpieConfig, MagpieTeacher
 from stages.optimization import TrainingState
 from stages.rollout import rollout
 from stages.rollout_plan import create_store

@@ -12,17 +12,11 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from stages.config import (
-    LOSS_FORMS,
-    EvaluateConfig,
-    FitConfig,
-    ModelConfig,
-    PrepareConfig,
-    PretrainedConfig,
-    RolloutConfig,
-    TrainConfig,
-)
+from stages.config import EvaluateConfig, FitConfig, RolloutConfig, TrainConfig
 from stages.errors import UserError
+from stages.loss_config import LOSS_FORMS
+from stages.model_config import ModelConfig, PretrainedConfig
+from stages.prepare_config import PrepareConfig
 from store.schema import Record
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -16,9 +16,9 @@ from torch import Tensor
 from torchaudio.functional import griffinlim
 from torchaudio.transforms import MelSpectrogram
 
-from stages.config import FitAudioCodecConfig
 from stages.errors import UserError
 from stages.family import load_audio_codec_class
+from stages.prepare_config import FitAudioCodecConfig
 from stages.residual_kmeans import fit_codebooks, quantise
 from stages.spectrum_decoder import SpectrumDecoder, dequantise, fit_decoder, new_decoder
 

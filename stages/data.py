@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from stages.config import Mean, OptimizerConfig, TrainConfig
+from stages.config import OptimizerConfig, TrainConfig
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.family import Family, Sample
 from stages.host_memory import HostMemory
 from stages.loader import Loader
+from stages.loss_config import Mean
 from stages.losses import element_weights
 from stages.packed import Packed
 from stages.targets import RestoredTarget, load_heads, read_scales, restore

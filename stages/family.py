@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.architecture import Architecture
-from stages.config import DatasetFacts, FamilyName, ModelConfig
+from stages.config import DatasetFacts
 from stages.errors import UserError
+from stages.model_config import FamilyName, ModelConfig
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stages.config import LossConfig
+from stages.loss_config import LossConfig
 
 LEAST_STD = 1e-8
 """Below it the spread of a teacher's logits is taken for this."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from stages.config import LossConfig
 from stages.divergences import (
     AllIds,
     Distribution,
@@ -35,6 +34,7 @@ from stages.divergences import (
 from stages.errors import UserError
 from stages.family import Family, LinearOutput
 from stages.joint_losses import joint_losses
+from stages.loss_config import LossConfig
 from stages.student_logits import HeadedLogits, StudentLogits, WholeLogits
 from stages.support import Held, require
 from stages.targets import (

@@ -17,14 +17,7 @@ from tqdm import trange
 
 from stages.audio import encode_wav
 from stages.audio_codec import BATCH_CLIPS, AudioCodec, ResidualMel, load_audio_codec
-from stages.config import (
-    AudioCodecConfig,
-    DatasetFacts,
-    FitAudioCodecConfig,
-    NemoAudioCodecConfig,
-    PrepareConfig,
-    VoicesConfig,
-)
+from stages.config import DatasetFacts
 from stages.dataset import (
     DATASET_VERSION,
     REFERENCE,
@@ -39,6 +32,13 @@ from stages.dataset import (
 from stages.distributed import choose_device
 from stages.errors import UserError
 from stages.family import load_audio_codec_class
+from stages.prepare_config import (
+    AudioCodecConfig,
+    FitAudioCodecConfig,
+    NemoAudioCodecConfig,
+    PrepareConfig,
+    VoicesConfig,
+)
 from stages.publish import publish_folder
 from stages.recordings import find_table
 from stages.screening import (

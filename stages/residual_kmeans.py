@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from stages.config import FitAudioCodecConfig
+from stages.prepare_config import FitAudioCodecConfig
 
 SEED_POINTS = 16384
 """Points that the first centroids are chosen from."""

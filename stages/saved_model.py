@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import BaseModel, Field, JsonValue
 
 from stages.architecture import Architecture
-from stages.config import FamilyName, ModelConfig
 from stages.errors import UserError
+from stages.model_config import FamilyName, ModelConfig
 
 WEIGHTS_FILES = ("model.safetensors", "model.nemo")
 """What the families call the weights that they save."""

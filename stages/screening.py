@@ -24,7 +24,7 @@ from stages.audio import (
     to_pcm16,
     trim_silence,
 )
-from stages.config import PrepareConfig
+from stages.prepare_config import PrepareConfig
 from stages.recordings import Audio, Recording, load_audio, read_ids, read_recordings
 
 MAX_SAMPLE_ID_BYTES = 512

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import trange
 
-from stages.config import FitAudioCodecConfig, SpectrumDecoderConfig
+from stages.prepare_config import FitAudioCodecConfig, SpectrumDecoderConfig
 
 COMPRESSION = 0.3
 """Exponent that magnitudes are compared under: about as loud parts are heard."""

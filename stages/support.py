@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.config import DIVERGENCES, LossConfig, NemoLossConfig
 from stages.errors import UserError
+from stages.loss_config import DIVERGENCES, LossConfig, NemoLossConfig
 from stages.targets import (
     BranchedTarget,
     ContinuousTarget,

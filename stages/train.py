@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stages.config import LossConfig, TrainConfig
+from stages.config import TrainConfig
 from stages.data import HostBatch, StoreBatches, of_groups
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.family import Family, has_linear_heads
 from stages.interruption import StopRequest
+from stages.loss_config import LossConfig
 from stages.losses import distillation_loss, stream_weights
 from stages.optimization import Objective, attach, optimize
 from stages.support import require_supported

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.audio import AudioError, encode_wav, read_audio, resample
-from stages.config import VoiceConfig, VoicesConfig
 from stages.errors import UserError
+from stages.prepare_config import VoiceConfig, VoicesConfig
 from stages.publish import replace_file
 
 SLOTS: dict[str, tuple[str, ...]] = {

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.config import MagpieConfig, MagpieTeacher
 from stages.family import load_family
+from stages.model_config import MagpieConfig, MagpieTeacher
 from stages.sampling import RolloutPolicy
 from store.schema import Sampler
 

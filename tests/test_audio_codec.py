@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stages.audio import resample, trim_silence
 from stages.audio_codec import ResidualMel, load_audio_codec
-from stages.config import FitAudioCodecConfig, SpectrumDecoderConfig
 from stages.errors import UserError
+from stages.prepare_config import FitAudioCodecConfig, SpectrumDecoderConfig
 from stages.residual_kmeans import fit_codebooks, nearest, quantise
 
 RATE_HZ = 8000

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.config import CodecLMConfig, ExpertsConfig, LocalTransformerConfig
 from stages.errors import UserError
 from stages.families.codec_lm import CodecLM
 from stages.family import Branch, LinearOutput, has_linear_heads, load_family
+from stages.model_config import CodecLMConfig, ExpertsConfig, LocalTransformerConfig
 from stages.sampling import RolloutPolicy
 from store.schema import Sampler
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from stages.config import CodecLMConfig, DatasetFacts, RolloutConfig, TrainConfig
+from stages.config import DatasetFacts, RolloutConfig, TrainConfig
 from stages.distributed import Place
 from stages.families.codec_lm import CodecLM
 from stages.interruption import StopRequest
 from stages.losses import kl_divergence
+from stages.model_config import CodecLMConfig
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
 from stages.sampling import mask_forbidden

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from stages.config import ExpertsConfig
+from stages.model_config import ExpertsConfig
 from stages.modules.feed_forward import Experts, Routing, dispatch, load_balance, sinkhorn
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.config import LossConfig
+from stages.loss_config import LossConfig
 from stages.losses import distillation_loss
 from stages.targets import Forbidden, RestoredTarget, SampledTarget, restore
 from store.schema import Full, Sampled, Target, TopK

@@ -12,7 +12,8 @@ import yaml
 from pipeline.config import load_config
 from pipeline.inputs import CACHE_FILE, contents
 from pipeline.progress import stage_identity
-from stages.config import InitConfig, MagpieTeacher
+from stages.config import InitConfig
+from stages.model_config import MagpieTeacher
 
 RUN = {
     "name": "run",

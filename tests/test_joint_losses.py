@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.config import LossConfig
 from stages.family import LinearOutput
 from stages.joint_losses import joint_losses
+from stages.loss_config import LossConfig
 from stages.losses import distillation_loss
 from stages.targets import DenseTarget, Forbidden
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages import losses
-from stages.config import LossConfig
 from stages.distributed import Place
 from stages.families.codec_lm import CodecLM
 from stages.family import LinearOutput
+from stages.loss_config import LossConfig
 from stages.losses import distillation_loss
 from stages.targets import RestoredTarget
 from stages.train import Networks, TargetLearner

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.config import LossConfig
+from stages.loss_config import LossConfig
 from stages.losses import cross_entropy, distillation_loss, element_weights, kl_divergence
 from stages.targets import DenseTarget, Forbidden, SparseTarget
 from tests.stored_targets import ALLOWED, FORBIDDEN, TARGETS, B, C, Scene, T, V, scene, softmax

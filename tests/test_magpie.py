@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.config import LossConfig
 from stages.errors import UserError
 from stages.family import LinearOutput, has_linear_heads
+from stages.loss_config import LossConfig
 from stages.losses import distillation_loss
 from stages.sampling import END, NOT_FINITE, TRUNCATED, RolloutPolicy
 from stages.sampling import LIMIT as AT_LIMIT

@@ -15,9 +15,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from stages.config import MagpieConfig, MagpieTeacher
 from stages.errors import UserError
 from stages.family import load_family
+from stages.model_config import MagpieConfig, MagpieTeacher
 from tests.magpie_models import (
     CODEBOOKS,
     TOKENIZER,

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from stages.audio_codec import load_audio_codec
-from stages.config import NemoAudioCodecConfig, PrepareConfig
 from stages.errors import UserError
 from stages.prepare import prepare
+from stages.prepare_config import NemoAudioCodecConfig, PrepareConfig
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import RunConfig, load_config
-from stages.config import LossConfig, NemoLossConfig, TrainConfig
+from stages.config import TrainConfig
 from stages.errors import UserError
+from stages.loss_config import LossConfig, NemoLossConfig
 from stages.losses import stream_weights
 from stages.support import require_supported
 from stages.train import ramp

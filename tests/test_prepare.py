@@ -15,10 +15,15 @@ import pytest
 import soundfile
 
 from stages.audio import level_dbfs
-from stages.config import FitAudioCodecConfig, LoadAudioCodecConfig, PrepareConfig, VoicesConfig
 from stages.dataset import Dataset
 from stages.errors import UserError
 from stages.prepare import prepare
+from stages.prepare_config import (
+    FitAudioCodecConfig,
+    LoadAudioCodecConfig,
+    PrepareConfig,
+    VoicesConfig,
+)
 from stages.screening import choose_splits, normalise
 
 AUDIO_CODEC = FitAudioCodecConfig(

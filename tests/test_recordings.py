@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from stages.config import FitAudioCodecConfig, PrepareConfig
 from stages.dataset import Dataset
 from stages.errors import UserError
 from stages.prepare import prepare
+from stages.prepare_config import FitAudioCodecConfig, PrepareConfig
 from stages.recordings import Audio, read_ids, read_recordings
 
 RATE_HZ = 8000

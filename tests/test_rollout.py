@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from stages.config import CodecLMConfig, DatasetFacts, RolloutConfig
+from stages.config import DatasetFacts, RolloutConfig
 from stages.dataset import Dataset
 from stages.errors import UserError
 from stages.families.codec_lm import CodecLM
 from stages.family import load_family
 from stages.interruption import StopRequest
+from stages.model_config import CodecLMConfig
 from stages.philox import uniforms
 from stages.rollout import predict, refuse_not_finite, rollout
 from stages.rollout_plan import create_store

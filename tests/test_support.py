@@ -8,8 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.config import LossConfig
 from stages.errors import UserError
+from stages.loss_config import LossConfig
 from stages.losses import distillation_loss
 from stages.support import require_supported
 from store.schema import Full, Hidden

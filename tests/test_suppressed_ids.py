@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from stages.capture import Capture
-from stages.config import LossConfig
 from stages.family import Branch, Branches
+from stages.loss_config import LossConfig
 from stages.losses import distillation_loss
 from stages.targets import Forbidden, restore
 from store.encoding import array_specs, find_fault

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stages.checkpoint import load_latest
-from stages.config import CodecLMConfig, DatasetFacts, FitConfig, RolloutConfig, TrainConfig
+from stages.config import DatasetFacts, FitConfig, RolloutConfig, TrainConfig
 from stages.data import rollout_batches
 from stages.distributed import Place
 from stages.errors import UserError
@@ -21,6 +21,7 @@ from stages.fit import CodeLearner
 from stages.interruption import StopRequest
 from stages.losses import stream_weights
 from stages.measure import _compare
+from stages.model_config import CodecLMConfig
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
 from stages.sampling import mask_forbidden

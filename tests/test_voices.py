@@ -10,8 +10,8 @@ import pytest
 
 from stages import voices
 from stages.audio import read_audio
-from stages.config import VoiceConfig, VoicesConfig
 from stages.errors import UserError
+from stages.prepare_config import VoiceConfig, VoicesConfig
 from stages.voices import PATTERNS, SLOTS, make_corpus, sentences
 
 HIBARI = ("hibari", "pip install 'foretell[voices]'")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.architecture import Architecture
-from stages.config import CodecLMConfig, DatasetFacts, FamilyName
+from stages.config import DatasetFacts
 from stages.errors import UserError
 from stages.families.codec_lm_checkpoint import (
     inherited_tensors,
@@ -34,6 +34,7 @@ from stages.families.codec_lm_network import (
 from stages.families.weights import digest_tensors
 from stages.family import LinearOutput, Sample, Scores, Step
 from stages.layout import FrameStacking
+from stages.model_config import CodecLMConfig, FamilyName
 from stages.modules.feed_forward import Routing
 from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
 from stages.sampling import RolloutPolicy

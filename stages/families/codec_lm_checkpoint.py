@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stages.config import CodecLMConfig, DatasetFacts
+from stages.config import DatasetFacts
 from stages.errors import UserError
 from stages.families.weights import check_tensors, kept_layers
+from stages.model_config import CodecLMConfig
 from stages.publish import publish_file, replace_file
 
 CONFIG_FILE = "config.json"

@@ -16,8 +16,9 @@ from stages.architecture import (
     parameters_by_part,
     product_flops,
 )
-from stages.config import CodecLMConfig, DatasetFacts
+from stages.config import DatasetFacts
 from stages.errors import UserError
+from stages.model_config import CodecLMConfig
 from stages.modules.alignment import diagonal_loss
 from stages.modules.attention import additive, causal_mask
 from stages.modules.feed_forward import Experts, FeedForward, Routing

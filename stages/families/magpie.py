@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.architecture import Architecture
-from stages.config import DatasetFacts, FamilyName, MagpieConfig, MagpieSettings, MagpieTeacher
+from stages.config import DatasetFacts
 from stages.errors import UserError
 from stages.families import magpie_checkpoint as checkpoint
 from stages.families.magpie_architecture import architecture_of
@@ -33,6 +33,7 @@ from stages.families.nemo_archive import archive_fingerprint, quiet
 from stages.families.weights import digest_tensors
 from stages.family import LinearOutput, Sample, Scores, Step
 from stages.layout import FrameStacking
+from stages.model_config import FamilyName, MagpieConfig, MagpieSettings, MagpieTeacher
 from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
 from stages.publish import replace_file
 from stages.sampling import RolloutPolicy, most_timesteps

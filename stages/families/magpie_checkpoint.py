@@ -25,7 +25,7 @@ from omegaconf.nodes import AnyNode
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from stages.config import DatasetFacts, MagpieConfig, MagpieTeacher
+from stages.config import DatasetFacts
 from stages.errors import UserError
 from stages.families.magpie_tokenizers import (
     check_files,
@@ -45,6 +45,7 @@ from stages.families.nemo_archive import (
     read_weights,
 )
 from stages.families.weights import check_floating, check_tensors, kept_layers
+from stages.model_config import MagpieConfig, MagpieTeacher
 from stages.publish import publish_file
 
 with quiet():

@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from stages.audio_codec import HEADER, check_codes
-from stages.config import Positive
 from stages.errors import UserError
 from stages.families.nemo_archive import (
     REFUSALS,
@@ -26,6 +25,7 @@ from stages.families.nemo_archive import (
     read_weights,
     tensors_only,
 )
+from stages.ranges import Positive
 from store.schema import Record
 
 with quiet():

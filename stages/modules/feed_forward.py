@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.config import ExpertsConfig
+from stages.model_config import ExpertsConfig
 from stages.modules.grouped_matmul import grouped_matmul
 
 SINKHORN_ITERATIONS = 8

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.architecture import feed_forward_flops, product_flops
-from stages.config import LocalTransformerConfig
+from stages.model_config import LocalTransformerConfig
 from stages.modules.attention import KVCache
 from stages.modules.transformer import TransformerLayer, stack
 
