@@ -778,14 +778,14 @@ def test_a_training_step_under_autocast_is_close_to_one_of_float32(models, shape
 
 def test_bfloat16_routes_as_float32_does_on_the_same_states(models):
     path = models.archive(edit=sharp_routers, **EXPERTS)
-    network = importlib.import_module("stages.families.magpie_network")
+    layers = importlib.import_module("stages.families.magpie_layers")
     layer = models.teacher(path).module.model.decoder.layers[0]
     x = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     counted = torch.ones(2, 50, dtype=torch.bool)
     layer.pos_ff.router.to(torch.bfloat16)
     weight = layer.pos_ff.router.router.weight.double()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        fed, router = network._through_experts(layer.pos_ff, x, counted)
+        fed, router = layers._through_experts(layer.pos_ff, x, counted)
     exact = x.double() @ weight.T
     close(router.logits.double(), exact, 1e-5)
     assert torch.equal(router.experts, exact.topk(2).indices)
@@ -889,7 +889,7 @@ def test_speakers_are_refused_where_nothing_is_baked(models):
 def test_what_baking_replaced_is_not_trained(models):
     path = models.archive(baked=baked_contexts(), seed=3)
     teacher = models.teacher(path, speakers=SPEAKERS)
-    assert teacher.baked == 3
+    assert teacher.module.model.num_baked_speakers == 3
     names = {
         name
         for name, parameter in models.student(path).module.named_parameters()

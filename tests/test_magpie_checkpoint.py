@@ -46,7 +46,7 @@ def models(require, tmp_path_factory) -> Models:
 
 
 def predicted(family: Any) -> Tensor:
-    samples = samples_of(2, speakers=bool(family.baked))
+    samples = samples_of(2, speakers="speaker" in family.conditions)
     family.module.eval()
     with torch.no_grad():
         scores = family.score(samples, random_codes(family, [5, 3]), LENGTHS, cfg_scale=2.5)

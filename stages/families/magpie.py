@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from stages.architecture import Architecture
 from stages.config import DatasetFacts
@@ -23,12 +22,9 @@ from stages.errors import UserError
 from stages.families import magpie_checkpoint as checkpoint
 from stages.families.magpie_architecture import architecture_of
 from stages.families.magpie_checkpoint import MODEL_FILE, AudioCodecFacts
-from stages.families.magpie_network import (
-    Conditions,
-    MagpieNetwork,
-    Prediction,
-)
-from stages.families.magpie_tokenizers import described_tokenizers
+from stages.families.magpie_conditions import ConditionReader
+from stages.families.magpie_network import MagpieNetwork, Prediction
+from stages.families.magpie_settings import overridden, read_model_config
 from stages.families.nemo_archive import archive_fingerprint, quiet
 from stages.families.weights import digest_tensors
 from stages.family import LinearOutput, Sample, Scores, Step
@@ -92,8 +88,8 @@ class Magpie:
         special = range(model.codebook_size, network.vocabulary)
         self.forbidden = tuple(i for i in special if i != model.audio_eos_id)
         self.timestep_s = model.frame_stacking_factor / facts.frame_rate_hz
-        self.baked: int = model.num_baked_speakers
-        self.conditions = ("text", "speaker") if self.baked else ("text", "context_codes")
+        self._reader = ConditionReader(network, settings, facts, self.layout)
+        self.conditions = self._reader.columns
         groups = ("backbone", "local") if network.local else ("backbone",)
         self.streams = tuple(
             Stream(name=f"{group}.{i}", group=group, vocabulary=network.vocabulary)
@@ -109,29 +105,6 @@ class Magpie:
         halves: list[slice] = [slice(0, streams), slice(streams, None)]
         self._leading, self._led = halves[::-1] if settings.history == "local" else halves
         """The streams whose draws are the history, and end it, and those that follow it."""
-        self._tokenizer = _tokenizer(settings, list(model.tokenizer.tokenizer_names))
-        for tokenizer in model.tokenizer.tokenizers.values():
-            g2p: Any = getattr(tokenizer, "g2p", None)
-            if getattr(g2p, "phoneme_probability", None) is not None:
-                # NeMo's training draws anew which words it spells out; no two passes would agree.
-                g2p.phoneme_probability = 1.0
-        self._speakers = {name: i for i, name in enumerate(settings.speakers)}
-        self._check_conditions()
-
-    def _check_conditions(self) -> None:
-        """Refuse a dataset that lacks what the model reads; raises UserError."""
-        speakers = self.config.speakers
-        if self.baked != len(speakers):
-            raise UserError(
-                f"the model has {self.baked} baked contexts, but the setting speakers names "
-                f"{len(speakers)} ({', '.join(speakers) or 'none'}): name the dataset's speaker of "
-                "each, in their order"
-            )
-        if not self.baked and self.facts.context_frames == 0:
-            raise UserError(
-                "the model reads a context clip of the speaker, but the dataset was prepared "
-                "without: set prepare.context_s (5.0 for the published models) and prepare again"
-            )
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +119,7 @@ class Magpie:
         Raises UserError when NeMo's configuration cannot be read or is not supported.
         """
         known = DatasetFacts.model_validate(facts)
-        nemo = checkpoint.overridden(checkpoint.read_model_config(config.nemo), config)
+        nemo = overridden(read_model_config(config.nemo), config)
         archive = config.nemo if config.nemo.suffix == ".nemo" else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -182,9 +155,7 @@ class Magpie:
                 "that `train` wrote"
             ) from error
         archive = path / MODEL_FILE
-        model = checkpoint.build(
-            checkpoint.read_model_config(archive), AudioCodecFacts.of(facts), archive
-        )
+        model = checkpoint.build(read_model_config(archive), AudioCodecFacts.of(facts), archive)
         checkpoint.load_weights(model, checkpoint.read_checkpoint(archive), archive)
         family = cls(_network(model, settings), settings, facts)
         family.module.to(device, dtype).eval()
@@ -238,18 +209,8 @@ class Magpie:
         return digest.hexdigest()
 
     def tokenizer_fingerprint(self) -> str:
-        """Sha256 over all tokenizers, the one in use, and the baked speakers.
-
-        Of a tokenizer count its tokens, its settings, and how it pronounces words; of files only
-        what they say, not where they are.
-        """
-        tokenizer = self.module.model.tokenizer
-        tokens = [str(token) for token in tokenizer.tokens]
-        sounds = [_pronunciations(tokenizer.tokenizers[n]) for n in tokenizer.tokenizer_names]
-        settings = described_tokenizers(self.module.model.cfg)
-        known = [tokens, settings, sounds, self._tokenizer, list(self.config.speakers)]
-        text = json.dumps(known, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Sha256 over whatever turns conditions into ids."""
+        return self._reader.fingerprint()
 
     # Layout
 
@@ -267,121 +228,14 @@ class Magpie:
         """The audio codec's frames [F, codebooks] int64 of `codes` [T, C]: the decoder's own."""
         return self.layout.decode(codes[:, : self.layout.streams])
 
-    # Conditions
-
-    def _conditions(
-        self, samples: Sequence[Sample], unconditional: Tensor | None = None
-    ) -> Conditions:
-        """Turn the conditions of samples into padded tensors on the model's device."""
-        texts = [self._text_ids(sample) for sample in samples]
-        dropped = torch.zeros(len(samples), dtype=torch.bool)
-        contexts, lengths, speakers = None, None, None
-        if self.baked:
-            speakers = torch.tensor([self._speaker(sample) for sample in samples])
-        else:
-            rows = [self._context(sample) for sample in samples]
-            contexts = pad_sequence(rows, batch_first=True)
-            lengths = torch.tensor([len(row) for row in rows])
-        return Conditions(
-            text=pad_sequence(texts, batch_first=True),
-            text_lengths=torch.tensor([len(text) for text in texts]),
-            unconditional=dropped if unconditional is None else unconditional,
-            context=contexts,
-            context_lengths=lengths,
-            speakers=speakers,
-        ).to(self.device)
-
-    def _text_ids(self, sample: Sample) -> Tensor:
-        """Token ids of a text, with NeMo's end token."""
-        model = self.module.model
-        with quiet():
-            ids = model.tokenizer.encode(sample["text"], self._tokenizer)
-        if not ids:
-            raise UserError(
-                f"sample {sample['sample_id']!r}: the tokenizer {self._tokenizer!r} knows nothing "
-                f"of the text {sample['text']!r}; remove the sample, or choose another tokenizer"
-            )
-        limit = self.module.positions.text
-        if len(ids) + 1 > limit:
-            raise UserError(
-                f"sample {sample['sample_id']!r}: the text has {len(ids)} tokens, but the model's "
-                f"text encoder takes {limit - 1} (encoder.max_length_causal_mask): "
-                "split the text"
-            )
-        return torch.tensor([*ids, model.eos_id])
-
-    def _context(self, sample: Sample) -> Tensor:
-        """Codes of the context clip between its special ids, stacked: [P, S] int64."""
-        model, layout = self.module.model, self.layout
-        codes = torch.as_tensor(sample["context_codes"], dtype=torch.int64)
-        frames = codes.reshape(-1, layout.codebooks)
-        begin = torch.full_like(frames[:1], model.context_audio_bos_id, dtype=torch.int64)
-        if not len(frames):
-            begin = torch.full((1, layout.codebooks), model.context_audio_bos_id)
-        end = torch.full_like(begin, model.context_audio_eos_id)
-        whole = torch.cat([begin, frames, end])
-        # NeMo fills the last block with the code 0.
-        missing = -len(whole) % layout.frames_per_step
-        return nn.functional.pad(whole, (0, 0, 0, missing)).reshape(-1, layout.streams)
-
-    def _speaker(self, sample: Sample) -> int:
-        try:
-            return self._speakers[sample["speaker"]]
-        except KeyError:
-            raise UserError(
-                f"sample {sample['sample_id']!r}: speaker {sample['speaker']!r} has no baked "
-                f"context in the model, whose speakers are {list(self._speakers)}: leave it out, "
-                "or name it in the setting speakers"
-            ) from None
-
     def check(self, samples: Sequence[Sample], sampler: Sampler) -> None:
         """Refuse samples whose context and rollout the model has no positions for.
 
         Raises UserError that names the first.
         """
         for sample in samples:
-            if self.baked:
-                lengths = self.module.model.baked_context_embedding_len
-                context = int(lengths[self._speaker(sample)])
-            else:
-                context = len(self._context(sample))
             timesteps = most_timesteps(sampler, self.timesteps(sample))
-            self._check_positions(sample, context, timesteps)
-
-    def _check_batch(
-        self, samples: Sequence[Sample], conditions: Conditions, timesteps: Tensor, most: int
-    ) -> None:
-        """Refuse a batch with a sample that the model has no positions for; raises UserError.
-
-        `timesteps` [B] are at most `most`. Only where the widest rows would not fit together is the
-        device asked for the length of each.
-        """
-        limits, model = self.module.positions, self.module.model
-        known = conditions.context
-        if known is None:
-            widest = model.baked_context_embedding.embedding_dim // model.cfg.decoder.d_model
-        else:
-            widest = known.shape[1]
-        if widest + most <= limits.decoder and (known is None or widest <= limits.context):
-            return
-        contexts = self.module.context_positions(conditions).tolist()
-        for sample, context, count in zip(samples, contexts, timesteps.tolist(), strict=True):
-            self._check_positions(sample, context, count)
-
-    def _check_positions(self, sample: Sample, context: int, timesteps: int) -> None:
-        limits, name = self.module.positions, f"sample {sample['sample_id']!r}"
-        if not self.baked and context > limits.context:
-            raise UserError(
-                f"{name}: a context of {context} positions exceeds the {limits.context} positions "
-                "of the context encoder (context_encoder.max_length_causal_mask): lower "
-                "prepare.context_s"
-            )
-        if context + timesteps > limits.decoder:
-            raise UserError(
-                f"{name}: a context of {context} positions and {timesteps} timesteps exceed the "
-                f"{limits.decoder} positions of the model (decoder.max_length_causal_mask): lower "
-                "prepare.context_s or sampler.max_timesteps"
-            )
+            self._reader.check(sample, timesteps)
 
     # The two verbs
 
@@ -410,8 +264,9 @@ class Magpie:
         """
         self.module.eval()
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
-        conditions = self._conditions(samples)
-        self._check_batch(samples, conditions, torch.tensor(policy.limits), max(policy.limits))
+        conditions = self._reader.read(samples)
+        limits = torch.tensor(policy.limits)
+        self._reader.check_batch(samples, conditions, limits, max(policy.limits))
         encoded = self.module.encode(conditions, branches)
         state = self.module.start(encoded, max(policy.limits))
         del encoded
@@ -480,8 +335,8 @@ class Magpie:
         who reads the scores; without `local` the local transformer is left alone.
         """
         del alignment
-        conditions = self._conditions(samples, unconditional)
-        self._check_batch(samples, conditions, lengths, codes.shape[1])
+        conditions = self._reader.read(samples, unconditional)
+        self._reader.check_batch(samples, conditions, lengths, codes.shape[1])
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         prediction: Prediction = self.network(
             codes.to(self.device, torch.int64), lengths.to(self.device), conditions, branches, local
@@ -533,17 +388,6 @@ def _network(model: Any, settings: MagpieSettings) -> MagpieNetwork:
     return network
 
 
-def _tokenizer(settings: MagpieSettings, names: Sequence[str]) -> str:
-    """Name of the tokenizer that reads the texts; raises UserError where there is none such."""
-    if settings.tokenizer is None:
-        return names[0]
-    if settings.tokenizer not in names:
-        raise UserError(
-            f"tokenizer={settings.tokenizer!r} is none of the model's, {', '.join(names)}: name one"
-        )
-    return settings.tokenizer
-
-
 def _computing(config: DictConfig) -> dict[str, Any]:
     """Settings of NeMo's that predictions depend on."""
     nemo: dict[str, Any] = OmegaConf.to_container(config, resolve=True)
@@ -551,16 +395,6 @@ def _computing(config: DictConfig) -> dict[str, Any]:
     for part in ("encoder", "decoder", "context_encoder"):
         known[part] = {key: x for key, x in nemo[part].items() if key not in TRAINING_KEYS}
     return known
-
-
-def _pronunciations(tokenizer: Any) -> list[Any]:
-    """What a tokenizer looks words up in, read from files or not; nothing where it only spells."""
-    g2p = getattr(tokenizer, "g2p", None)
-    words = getattr(g2p, "phoneme_dict", None) or {}
-    return [
-        {str(word): sounds for word, sounds in words.items()},
-        sorted(map(str, getattr(g2p, "heteronyms", None) or ())),
-    ]
 
 
 def _check_audio_codec(config: MagpieTeacher, nemo: DictConfig, facts: DatasetFacts) -> None:

@@ -7,7 +7,6 @@ alone: its timesteps follow its own context, whatever else is in the batch.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.families.magpie_layers import (
+    Router,
+    cross_attention,
+    feed_forward,
+    feed_step,
+    positions_of,
+    prefilled,
+    self_attention,
+    self_step,
+    text_memory,
+)
 from stages.families.nemo_archive import quiet
-from stages.modules.attention import KVCache, additive, attend, causal_mask, merge
+from stages.modules.attention import KVCache, additive, causal_mask
 from stages.modules.transformer import DecoderState, LayerState
 
 with quiet():
@@ -104,7 +114,9 @@ class MagpieNetwork(nn.Module):
         """The most positions of each part."""
         model = self.model
         return Positions(
-            _positions(model.encoder), _positions(model.context_encoder), _positions(model.decoder)
+            positions_of(model.encoder),
+            positions_of(model.context_encoder),
+            positions_of(model.decoder),
         )
 
     # Conditions
@@ -184,9 +196,9 @@ class MagpieNetwork(nn.Module):
         memory_mask = encoded.memory_valid[:, None, None, :]
         routers = []
         for layer in self.model.decoder.layers:
-            x = x + _self_attention(layer, x, mask)
-            x = x + _cross_attention(layer, x, *_memory(layer, encoded.memory), memory_mask)
-            fed, router = _feed_forward(layer, x, counted)
+            x = x + self_attention(layer, x, mask)
+            x = x + cross_attention(layer, x, *text_memory(layer, encoded.memory), memory_mask)
+            fed, router = feed_forward(layer, x, counted)
             x = x + fed
             if router is not None:
                 routers.append(router)
@@ -302,11 +314,11 @@ class MagpieNetwork(nn.Module):
         memory_mask = encoded.memory_valid[:, None, None, :]
         states = []
         for layer in decoder.layers:
-            keys, values = _memory(layer, encoded.memory)
-            y, cache = _prefilled(layer, x, mask, timesteps)
+            keys, values = text_memory(layer, encoded.memory)
+            y, cache = prefilled(layer, x, mask, timesteps)
             x = x + y
-            x = x + _cross_attention(layer, x, keys, values, memory_mask)
-            x = x + _feed_forward(layer, x, valid)[0]
+            x = x + cross_attention(layer, x, keys, values, memory_mask)
+            x = x + feed_forward(layer, x, valid)[0]
             states.append(LayerState(cache, KVCache(keys.contiguous(), values.contiguous())))
         full = bool(valid.all())
         return DecoderState(
@@ -324,9 +336,9 @@ class MagpieNetwork(nn.Module):
             x = x + decoder.position_embeddings(state.next_position)
         x, mask = x.unsqueeze(1), state.self_mask()
         for layer, held in zip(decoder.layers, state.layers, strict=True):
-            x = x + _self_step(layer, x, held.cache, mask)
-            x = x + _cross_attention(layer, x, *held.memory.view(), state.memory_mask)
-            x = x + _feed_step(layer, x)
+            x = x + self_step(layer, x, held.cache, mask)
+            x = x + cross_attention(layer, x, *held.memory.view(), state.memory_mask)
+            x = x + feed_step(layer, x)
         state.next_position = state.next_position + 1
         hidden: Tensor = decoder.norm_out(x[:, 0])
         return hidden
@@ -344,147 +356,15 @@ class MagpieNetwork(nn.Module):
             x = (x + transformer.position_embeddings.weight[stream]).unsqueeze(1)
             for number, layer in enumerate(transformer.layers):
                 if stream == 0:
-                    y, cache = _prefilled(layer, x, None, self.streams)
+                    y, cache = prefilled(layer, x, None, self.streams)
                     caches.append(cache)
                 else:
-                    y = _self_step(layer, x, caches[number], None)
+                    y = self_step(layer, x, caches[number], None)
                 x = x + y
-                x = x + _feed_step(layer, x)
+                x = x + feed_step(layer, x)
             state = model.local_transformer_audio_out_projection(transformer.norm_out(x[:, 0]))
             codes = yield state
             embedded = self._embed_stream(codes, stream)
-
-
-@dataclass(frozen=True)
-class Router:
-    """What the router of one layer decided."""
-
-    logits: Tensor
-    """[n, T, X]."""
-    probabilities: Tensor
-    """[n, T, X]."""
-    experts: Tensor
-    """[n, T, A] int64, -1 at padded positions."""
-
-
-def _positions(transformer: Any) -> int:
-    """The most positions that a transformer of NeMo's takes."""
-    table = transformer.position_embeddings
-    if table is not None:
-        return int(table.num_embeddings)
-    mask = getattr(transformer.layers[0].self_attention, "causal_mask", None)
-    return sys.maxsize if mask is None else int(mask.shape[-1])
-
-
-# NeMo's layers, taken apart. Dropout acts where NeMo's own forward has it.
-
-
-def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [n, H, T, D] of x [n, T, E]."""
-    shape = (3, attention.n_heads, attention.d_head)
-    q, k, v = attention.qkv_net(x).unflatten(-1, shape).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
-
-
-def _attended(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    dropout = attention.dropout.p if attention.training else 0.0
-    y = attend(q, k, v, mask, dropout=dropout)
-    out: Tensor = attention.dropout(merge(y, attention.o_net))
-    return out
-
-
-def _self_attention(layer: Any, x: Tensor, mask: Tensor) -> Tensor:
-    attention = layer.self_attention
-    return _attended(attention, *_project(attention, layer.norm_self(x)), mask)
-
-
-def _prefilled(
-    layer: Any, x: Tensor, mask: Tensor | None, timesteps: int
-) -> tuple[Tensor, KVCache]:
-    """Do what `_self_attention` does and keep keys and values, with room for more timesteps."""
-    attention = layer.self_attention
-    q, k, v = _project(attention, layer.norm_self(x))
-    return _attended(attention, q, k, v, mask), KVCache.with_room(k, v, timesteps)
-
-
-def _self_step(layer: Any, x: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
-    attention = layer.self_attention
-    q, k, v = _project(attention, layer.norm_self(x))
-    cache.append(k, v)
-    return _attended(attention, q, *cache.view(), mask)
-
-
-def _memory(layer: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [n, H, L, D] of the encoded text [n, L, E]."""
-    attention = layer.cross_attention
-    shape = (2, attention.n_heads, attention.d_head)
-    normed = layer.norm_xattn_memory(memory)
-    k, v = attention.kv_net(normed).unflatten(-1, shape).permute(2, 0, 3, 1, 4).unbind(0)
-    return k, v
-
-
-def _cross_attention(layer: Any, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    attention = layer.cross_attention
-    queries = attention.q_net(layer.norm_xattn_query(x))
-    q = queries.unflatten(-1, (attention.n_heads, attention.d_head)).transpose(1, 2)
-    return _attended(attention, q, keys, values, mask)
-
-
-def _feed_forward(layer: Any, x: Tensor, counted: Tensor) -> tuple[Tensor, Router | None]:
-    """Feed x [n, T, E] forward; padded positions visit no expert."""
-    normed = layer.norm_pos_ff(x)
-    if not layer.use_moe:
-        return layer.pos_ff(normed, counted), None
-    return _through_experts(layer.pos_ff, normed, counted)
-
-
-def _through_experts(feed: Any, x: Tensor, counted: Tensor) -> tuple[Tensor, Router]:
-    """Feed x [n, T, E] through the experts that the router chooses for each position that counts.
-
-    NeMo's own dispatch adds up in the type of x what experts return in that of autocast, which
-    fails; here they multiply in that type, and their sum is taken in float32.
-    """
-    weights, chosen, logits, probabilities = _routed(feed.router, x, counted)
-    flat, active = x.flatten(0, 1), chosen.shape[-1]
-    visits, shares = chosen.flatten(), weights.flatten()
-    # Padded positions visit -1 and so come first; the device is waited for once.
-    padded, *counts = torch.bincount(visits + 1, minlength=len(feed.experts) + 1).tolist()
-    order = visits.argsort(stable=True)[padded:]
-    total = torch.zeros_like(flat, dtype=torch.promote_types(x.dtype, torch.float32))
-    for expert, places in zip(feed.experts, torch.split(order, counts), strict=True):
-        if len(places):
-            rows = places // active
-            y = feed.dropout(_pointwise(expert, feed.non_linearity, flat[rows]))
-            total = total.index_add(0, rows, y.to(total.dtype) * shares[places].unsqueeze(-1))
-    return total.to(x.dtype).view_as(x), Router(logits, probabilities, chosen)
-
-
-def _routed(router: Any, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ask a router in float32: of bfloat16, positions would go to other experts."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight = {"router.weight": router.router.weight.to(wide)}
-    with torch.autocast(x.device.type, enabled=False):
-        routed: tuple[Tensor, Tensor, Tensor, Tensor] = torch.func.functional_call(
-            router, weight, (x.to(wide), counted)
-        )
-    return routed
-
-
-def _pointwise(feed: Any, non_linearity: Any, x: Tensor) -> Tensor:
-    """Feed x [..., E] forward as products, several times as fast as convolutions of width 1."""
-    proj, out = (feed[name].conv for name in ("proj", "o_net"))
-    inner = non_linearity(F.linear(x, proj.weight[..., 0], proj.bias))
-    return F.linear(inner, out.weight[..., 0], out.bias)
-
-
-def _feed_step(layer: Any, x: Tensor) -> Tensor:
-    """Feed one position x [n, 1, E] forward."""
-    normed, feed = layer.norm_pos_ff(x), layer.pos_ff
-    if layer.use_moe:
-        ones = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return _through_experts(feed, normed, ones)[0]
-    parts = {"proj": feed.proj, "o_net": feed.o_net}
-    return _pointwise(parts, feed.non_linearity, normed)
 
 
 def _valid(lengths: Tensor, size: int) -> Tensor:
