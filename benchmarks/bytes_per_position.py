@@ -60,7 +60,7 @@ class Teacher:
 
 
 def guided_states(random: np.random.Generator, timesteps: int, width: int) -> Array:
-    """[T, width] of unit variance: uncond + scale * (cond - uncond), each slow in time."""
+    """[T, width] of unit variance, guided: what both branches share and what sets them apart."""
     shared, own = (slow_noise(random, timesteps, width) for _ in range(2))
     mixed: Array = shared + CFG_SCALE * 0.5 * own
     return mixed / mixed.std()

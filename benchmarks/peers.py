@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import cached_property, partial
@@ -74,7 +75,7 @@ def decode(buffers: Mapping[str, object]) -> Arrays:
     }
 
 
-class Engine:
+class Engine(ABC):
     """One way to keep rollouts in a folder."""
 
     needs: ClassVar[str] = "numpy"
@@ -85,13 +86,13 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @abstractmethod
     def write(self, rollouts: Sequence[Arrays]) -> None:
         """Store all rollouts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rollouts(self, epoch: int) -> Iterator[Arrays]:
         """Every rollout once, shuffled."""
-        raise NotImplementedError
 
     def batches(self, epoch: int) -> Iterator[dict[str, Tensor]]:
         """Shuffled padded batches: what is measured."""

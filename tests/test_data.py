@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +50,7 @@ from store.schema import Compact, Dense, Full, Hidden, Profile, Sampled, Target,
 from store.shard import Shard
 from store.shard_folder import MappedShard
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
+from tests.stopping import StopAfter
 
 CPU = torch.device("cpu")
 SAMPLES, VARIATIONS, ROLLOUTS_PER_SHARD = 22, 2, 6
@@ -716,18 +716,6 @@ class Guesser:
 
     def validate(self) -> dict[str, float]:
         return {}
-
-
-@dataclass
-class StopAfter:
-    """A stop request that comes true at the n-th question."""
-
-    questions: int
-
-    @property
-    def requested(self) -> bool:
-        self.questions -= 1
-        return self.questions < 0
 
 
 def test_a_run_ends_with_the_same_weights_whoever_reads_and_wherever_it_was_stopped(

@@ -21,6 +21,7 @@ from stages.distributed import Place
 from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.optimization import Objective, learning_rate, optimize
+from tests.stopping import StopAfter
 
 HERE = Place(0, 1, torch.device("cpu"))
 
@@ -98,18 +99,6 @@ def log_of(folder: Path) -> list[dict]:
 def same_weights(ours: nn.Module, theirs: nn.Module) -> bool:
     mine, others = ours.state_dict(), theirs.state_dict()
     return all(torch.equal(mine[name], others[name]) for name in others)
-
-
-@dataclass
-class StopAfter:
-    """A stop request that comes true at the n-th question."""
-
-    questions: int
-
-    @property
-    def requested(self) -> bool:
-        self.questions -= 1
-        return self.questions < 0
 
 
 @pytest.mark.parametrize("first", [0, 1, 4, 6, 9])

@@ -6,7 +6,6 @@ import json
 import signal
 import threading
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from stages.sampling import keyed_seed
 from stages.targets import load_heads, restore
 from store import PredictionStore, StoreError, verify
 from store.commit import ShardWriter
+from tests.stopping import StopAfter
 
 VARIANTS = {
     "plain": {},
@@ -631,16 +631,6 @@ def test_nan_in_one_branch_only_is_noticed_too(tmp_path):
     with pytest.raises(FloatingPointError, match="NaN"):
         rollout(family, store, by_id, [0], batch_size=3, stop=StopRequest())
     assert PredictionStore.open(tmp_path / "store").committed == []
-
-
-@dataclass
-class StopAfter:
-    questions: int
-
-    @property
-    def requested(self) -> bool:
-        self.questions -= 1
-        return self.questions < 0
 
 
 def test_a_stop_drops_the_shard_in_hand_and_keeps_those_before(tmp_path):

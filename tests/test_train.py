@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +29,7 @@ from stages.train import TargetLearner, require_match, train
 from store import PredictionStore
 from store.schema import Dense, Latent
 from store.synthetic import synthetic_manifest
+from tests.stopping import StopAfter
 
 HERE = Place(0, 1, torch.device("cpu"))
 SCALE = 2.5
@@ -402,18 +403,6 @@ def test_before_its_start_the_local_transformer_is_left_alone_by_decay_and_momen
         assert not torch.equal(weights[name], fresh[name]), name
         assert late[f"optimizer.step.{name}"] == 2
     assert late["optimizer.step.head.weight"] == 5
-
-
-@dataclass
-class StopAfter:
-    """A stop request that comes true at the n-th question."""
-
-    questions: int
-
-    @property
-    def requested(self) -> bool:
-        self.questions -= 1
-        return self.questions < 0
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5])
