@@ -9,8 +9,9 @@ MODELS_READY := $(VENV)/.ready-models
 # The engines that benchmarks compare with pin other versions (numpy < 2.2), so they live apart.
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
-MODEL_BENCHMARKS := benchmarks/magpie_online.py
-BENCHMARKS := $(filter-out %/measure.py %/peers.py $(MODEL_BENCHMARKS),$(wildcard benchmarks/*.py))
+MODEL_BENCHMARKS := benchmarks/magpie_online.py benchmarks/magpie_bytes.py
+BENCHMARK_PARTS := %/measure.py %/peers.py %/magpie_shapes.py
+BENCHMARKS := $(filter-out $(BENCHMARK_PARTS) $(MODEL_BENCHMARKS),$(wildcard benchmarks/*.py))
 
 # Two processes of one thread do about twice the work of one process with two threads, and spinning
 # OpenMP threads would take that away again. Tests of a file share what they made, so they stay

@@ -2,10 +2,9 @@
 
 Both have the same teacher, batches and lengths of rollouts, in one thread of the same process and
 in turns. `train_step`: NeMo regenerates the rollouts of every step and then trains on them; stage
-two reads them from a store, with NeMo's loss. `rollout`: what one generated frame costs NeMo's
+two reads them from a store, with `recipe: nemo`. `rollout`: what one generated frame costs NeMo's
 rollout with its cache, and stage one until the shard is durable. Memory is measured at the
-published shape, each way in a process of its own. Last, what the targets of a second of audio take,
-and how far the distribution that they restore is from the teacher's.
+published shape, each way in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,111 +25,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from magpie_shapes import CFG_SCALE, CONTEXT_FRAMES, Bench
 from measure import report
 from omegaconf import OmegaConf
 
-from stages.config import DatasetFacts, RolloutConfig, TrainConfig
+from stages.config import TrainConfig
 from stages.distributed import Place
 from stages.families.magpie import Magpie
-from stages.families.magpie_tiny import build_codec, build_model, model_config
-from stages.families.nemo_archive import archive_fingerprint, quiet
-from stages.interruption import StopRequest
-from stages.losses import kl_divergence
-from stages.model_config import MagpieConfig, MagpieTeacher
+from stages.families.magpie_tiny import model_config
+from stages.families.nemo_archive import quiet
+from stages.model_config import MagpieConfig
 from stages.optimization import TrainingState
-from stages.rollout import rollout
-from stages.rollout_plan import create_store
-from stages.targets import DenseTarget, Forbidden, SparseTarget, load_heads, restore
 from stages.train import TargetLearner
 from store import PredictionStore
 
 with quiet():
     from nemo.collections.tts.models import magpietts_cfg_distillation as nemo
 
-CFG_SCALE = 2.5
-CONTEXT_FRAMES = 107
-"""Five seconds, as the published models have."""
-TEXT = "the quick brown fox jumps over the lazy dog, and then it rests a while"
-TOP_K = {"kind": "top_k", "k": 64, "moments": True}
-SMALL_CODEC = {"codebooks": 4, "levels": (4, 4, 4)}
-NANO_CODEC = {"codebooks": 8, "levels": (8, 7, 6, 6)}
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A model to measure: what is made, and how many sequences go together."""
-
-    codec: Mapping[str, Any]
-    model: Mapping[str, Any]
-    batch: int
-    long_batch: int
-    """Of rollouts of more than 300 frames: NeMo keeps the logits of the whole history of every
-    step, which are 37 GB for four of 430 frames and 8 codebooks."""
-
-
-SHAPES = {
-    "tiny": Shape(SMALL_CODEC, {"positions": 1024}, 4, 4),
-    "mid": Shape(
-        NANO_CODEC,
-        {"width": 128, "layers": 4, "encoder_layers": 2, "feed_forward": 512, "positions": 1024},
-        4,
-        1,
-    ),
-    "published": Shape(
-        NANO_CODEC,
-        {
-            "width": 768, "layers": 12, "encoder_layers": 6, "heads": 12, "feed_forward": 3072,
-            "cross_width": 128, "local_width": 256, "positions": 2048,
-        },
-        2,
-        1,
-    ),
-}  # fmt: skip
-
-
-class Bench:
-    """One shape: its files, NeMo's models and ours."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.shape, self.folder = name, SHAPES[name], folder / name
-        self.codec, self.teacher = self.folder / "codec.nemo", self.folder / "teacher.nemo"
-        if not self.teacher.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            build_codec(self.codec, **self.shape.codec)
-            build_model(self.teacher, self.codec, **self.shape.model)
-
-    @property
-    def codebooks(self) -> int:
-        """Codebooks of the audio codec."""
-        return int(self.shape.codec["codebooks"])
-
-    @cached_property
-    def facts(self) -> DatasetFacts:
-        """What a prepared dataset would say."""
-        return DatasetFacts(
-            alphabet="",
-            speakers=("a",),
-            codebooks=self.codebooks,
-            codes_per_codebook=int(np.prod(self.shape.codec["levels"])),
-            frame_rate_hz=22050 / 1024,
-            audio_codec=archive_fingerprint(self.codec),
-            context_frames=CONTEXT_FRAMES,
-        )
-
-    def samples(self, count: int) -> list[dict[str, Any]]:
-        """As many samples as there are rollouts."""
-        random = np.random.default_rng(0)
-        size = self.facts.codes_per_codebook
-        return [
-            {
-                "sample_id": f"{number:03d}",
-                "text": TEXT[: 40 + number % 20],
-                "speaker": "a",
-                "codes": np.zeros(8 * self.codebooks, np.uint16),
-                "context_codes": random.integers(0, size, CONTEXT_FRAMES * self.codebooks),
-            }
-            for number in range(count)
-        ]
+class Rivals(Bench):
+    """NeMo's online distillation and ours, of one shape."""
 
     # NeMo
 
@@ -160,10 +74,6 @@ class Bench:
         with torch.no_grad():
             teacher.final_proj.bias[end == teacher.audio_eos_id] = -1e4
         return student
-
-    def rollouts(self, frames: int) -> int:
-        """How many rollouts of so many frames are generated together."""
-        return self.shape.long_batch if frames > 300 else self.shape.batch
 
     def nemo_batch(self, frames: int, count: int) -> dict[str, torch.Tensor]:
         """A batch whose rollouts NeMo truncates after exactly `frames` frames."""
@@ -225,43 +135,6 @@ class Bench:
         self.online_rollout(6)()
         with self.offline_step(self.store("warm_up", 6)) as step:
             step()
-
-    @cached_property
-    def family(self) -> Magpie:
-        """The teacher of stage one."""
-        settings = MagpieTeacher(family="magpie", path=self.teacher)
-        return Magpie.pretrained(settings, self.facts, device="cpu", dtype=torch.float32)
-
-    def store(self, name: str, frames: int, target: Mapping[str, Any] = TOP_K, **more: Any) -> Path:
-        """Do stage one into a fresh store, all rollouts of `frames` frames."""
-        path, count = self.folder / name, self.rollouts(frames)
-        config = RolloutConfig.model_validate(
-            {
-                "guidance": {"scale": CFG_SCALE},
-                "sampler": {
-                    "temperature": 0.7,
-                    "top_k": min(80, self.facts.codes_per_codebook),
-                    "min_timesteps": frames,
-                    "max_timesteps": frames,
-                    "max_timesteps_weight": 1.0,
-                },
-                "target": dict(target),
-                "batch_size": count,
-                "rollouts_per_shard": count,
-                **more,
-            }
-        )
-        samples = self.samples(count)
-        store = create_store(
-            path, config, self.family, samples, facts=self.facts, dataset_fingerprint="", seed=0
-        )
-        by_id = {sample["sample_id"]: sample for sample in samples}
-        done = rollout(
-            self.family, store, by_id, store.missing(), batch_size=count,
-            stop=StopRequest(),
-        )  # fmt: skip
-        assert done
-        return path
 
     def offline_rollout(self, frames: int) -> Callable[[], None]:
         """Stage one until its shard is durable."""
@@ -336,7 +209,7 @@ def peak_rss(way: str, folder: Path) -> int:
 
 def measure_memory(way: str, folder: Path) -> None:
     """Do one way once and print the peak."""
-    bench = Bench("published", folder)
+    bench = Rivals("published", folder)
     match way:
         case "online":
             bench.online_step(17)()
@@ -360,94 +233,6 @@ def own_peak() -> int:
     return int(kilobytes) * 1024
 
 
-# Bytes
-
-TARGETS: dict[str, tuple[dict[str, Any], str]] = {
-    "top_k_64": (TOP_K, "fast"),
-    "top_k_64_compact": (TOP_K, "compact"),
-    "hidden_fp16": ({"kind": "hidden"}, "fast"),
-    "hidden_compact": ({"kind": "hidden"}, "compact"),
-    "full_fp16": ({"kind": "full"}, "fast"),
-}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a target takes and loses, for one group of streams."""
-
-    kilobytes_per_s: float
-    kl: float
-    """Mean nats per prediction from the teacher to what the target restores, a tail being flat."""
-
-
-def costs(bench: Bench, frames: int) -> dict[tuple[str, str], Cost]:
-    """Bytes and losses of every target, by its name and the group of streams."""
-    exact = PredictionStore.open(bench.store("exact", frames, {"kind": "full", "dtype": "float32"}))
-    found = {}
-    for name, (target, profile) in TARGETS.items():
-        path = bench.store(name, frames, target, profile={"kind": profile})
-        store = PredictionStore.open(path)
-        losses = divergences(exact, store)
-        sizes = group_bytes(store, bench.codebooks)
-        seconds = bench.shape.batch * frames * store.manifest.timestep_s
-        for number, group in enumerate(("backbone", "local")):
-            streams = slice(number * bench.codebooks, (number + 1) * bench.codebooks)
-            kl = float(losses[..., streams].mean())
-            found[name, group] = Cost(sizes[group] / seconds / 1000, kl)
-    return found
-
-
-def group_bytes(store: PredictionStore, codebooks: int) -> dict[str, float]:
-    """Bytes on disk of each group's targets and codes; shared arrays by the streams' share."""
-    sizes = {"backbone": 0.0, "local": 0.0}
-    root = store.path / "shards"
-    for file in root.rglob("*"):
-        if not file.is_file():
-            continue
-        array = next((p for p in file.relative_to(root).parts if "." in p or p == "codes"), "")
-        group = array.rpartition(".")[-1]
-        if group in sizes:
-            sizes[group] += file.stat().st_size
-        elif array.startswith(("top_k", "full", "codes")):
-            for each in sizes:
-                sizes[each] += file.stat().st_size / 2
-    return sizes
-
-
-def divergences(exact: PredictionStore, store: PredictionStore) -> torch.Tensor:
-    """KL [rollouts, T, C] of every prediction of the exact store."""
-    heads = load_heads(store.heads, "cpu") if store.manifest.heads else None
-    forbidden = Forbidden.of(store.manifest, "cpu")
-    every, keys = [], exact.keys()
-    for key in keys:
-        teacher = torch.from_numpy(np.array(exact[key].arrays["full.logits"]))
-        kind = store.manifest.target.kind
-        arrays = {
-            name.removeprefix(f"{kind}."): torch.from_numpy(np.array(values))[None]
-            for name, values in store[key].arrays.items()
-            if name.startswith(f"{kind}.")
-        }
-        rows = torch.arange(len(teacher))
-        found = restore(arrays, store.manifest, heads, "cpu").rows(rows)
-        if isinstance(found, SparseTarget):
-            logits = flat_tail(found, teacher.shape, forbidden)
-        else:
-            assert isinstance(found, DenseTarget)
-            logits = found.logits
-        every.append(kl_divergence(logits, DenseTarget(teacher)))
-    return torch.stack(every)
-
-
-def flat_tail(target: SparseTarget, shape: Sequence[int], forbidden: Forbidden) -> torch.Tensor:
-    """Logits [T, C, V] that the kept ids and the mass of the tail give, spread evenly."""
-    logprobs = target.logprobs(1.0)
-    ones = torch.ones(tuple(shape))
-    outside = forbidden.allowed(ones) - target.ids.shape[-1]
-    tail = logprobs[..., -1:] - outside.log()
-    spread = tail.expand(tuple(shape)).scatter(-1, target.ids, logprobs[..., :-1])
-    return forbidden.filled(spread)
-
-
 def main() -> None:
     """Measure, print tables, and end with one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -455,9 +240,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["tiny", "mid"], choices=["tiny", "mid"])
     parser.add_argument("--train-frames", nargs="+", type=int, default=[65, 200])
     parser.add_argument("--rollout-frames", nargs="+", type=int, default=[215, 430])
-    parser.add_argument(
-        "--cost-frames", type=int, default=128, help="4 rollouts of 128 fill a chunk to the last"
-    )
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--skip-memory", action="store_true", help="leave the published shape out")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -477,7 +259,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
     ratios: dict[str, float] = {}
     show(f"{'':<30}{'NeMo':>12}{'foretell':>12}")
     for name in options.shapes:
-        bench, suffix = Bench(name, folder), "" if name == "mid" else f"_{name}"
+        bench, suffix = Rivals(name, folder), "" if name == "mid" else f"_{name}"
         bench.warm_up()
         for frames in options.train_frames:
             store = bench.store(f"train_{frames}", frames)
@@ -499,11 +281,6 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         ))  # fmt: skip
         ratios["rss_online_over_offline"] = peaks["online"] / peaks["train"]
         ratios["rss_online_over_rollout"] = peaks["online"] / peaks["rollout"]
-    show(f"{'target':<20}{'group':<12}{'kB/s of audio':>14}{'KL, nats':>12}")
-    bench = Bench(options.shapes[-1], folder)
-    for (name, group), cost in costs(bench, options.cost_frames).items():
-        show(f"{name:<20}{group:<12}{cost.kilobytes_per_s:>14.1f}{cost.kl:>12.2e}")
-        ratios[f"kilobytes_per_s_{name}_{group}"] = cost.kilobytes_per_s
     report(__file__, ratios, packages=["torch", "nemo_toolkit"])
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"measure", "peers"}
+SHARED = {"measure", "peers", "magpie_shapes"}
 """Modules of benchmarks/ that the scripts import; they are no benchmarks themselves."""
 SMALL = {
     "bytes_per_position": ["--timesteps", "8", "--repeats", "1"],
     "capture_overhead": ["--timesteps", "3", "--shards", "1", "--repeats", "1"],
     "guided_decoding": ["--batch-size", "2", "--timesteps", "3", "--repeats", "1"],
     "loss_overhead": ["--ways", "top_k", "--batches", "1", "--timesteps", "6", "--repeats", "1"],
+    "magpie_bytes": ["--shape", "tiny", "--frames", "6"],
     "magpie_online": [
         "--shapes",
         "tiny",
@@ -31,7 +32,8 @@ SMALL = {
     "write_rate": ["--mib", "0.5", "--repeats", "1"],
 }
 """Arguments that make each benchmark short; a new one must be named here."""
-NEEDS = {"magpie_online": ("nemo", "pip install 'foretell[magpie]'")}
+NEEDS = dict.fromkeys(("magpie_bytes", "magpie_online"), ("nemo", "pip install 'foretell[magpie]'"))
+"""What a benchmark compares with, and how to install it."""
 REQUIRED = {
     "guided_decoding": {
         "incremental_over_recompute",
@@ -44,6 +46,11 @@ REQUIRED = {
         "compact_bytes_vs_fast",
         "random_p50_vs_memmap",
         "random_p95_ms",
+    },
+    "magpie_bytes": {
+        f"kilobytes_per_s_{target}_{group}"
+        for target in ("top_k_64", "hidden_fp16", "hidden_compact", "full_fp16")
+        for group in ("backbone", "local")
     },
     "magpie_online": {"train_step_speedup_6_tiny", "rollout_speedup_6_tiny"},
     "write_rate": {"fast_over_plain", "compact_over_plain", "compact_disk_over_plain"},

@@ -21,10 +21,10 @@ from stages.sampling import keyed_seed
 from store import PredictionStore, StoreError, verify
 from store.schema import Dense
 from store.synthetic import synthetic_manifest, synthetic_store
+from tests.stopping import StopAfter
 from tests.test_cli import foretell
 from tests.test_rollout import (
     VARIANTS,
-    StopAfter,
     config_of,
     logprobs_again,
     samples_of,
