@@ -91,12 +91,8 @@ class Engine(ABC):
         """Store all rollouts."""
 
     @abstractmethod
-    def rollouts(self, epoch: int) -> Iterator[Arrays]:
-        """Every rollout once, shuffled."""
-
     def batches(self, epoch: int) -> Iterator[dict[str, Tensor]]:
         """Shuffled padded batches: what is measured."""
-        return batches(self.rollouts(epoch))
 
     @classmethod
     def installed(cls) -> bool:
@@ -104,7 +100,18 @@ class Engine(ABC):
         return find_spec(cls.needs) is not None
 
 
-class Memmap(Engine):
+class Peer(Engine):
+    """A way that hands out rollouts; the batches are padded by the benchmark, alike for all."""
+
+    @abstractmethod
+    def rollouts(self, epoch: int) -> Iterator[Arrays]:
+        """Every rollout once, shuffled."""
+
+    def batches(self, epoch: int) -> Iterator[dict[str, Tensor]]:
+        return batches(self.rollouts(epoch))
+
+
+class Memmap(Peer):
     """One mapped file per array, and the offsets of the rollouts: the reference."""
 
     def write(self, rollouts: Sequence[Arrays]) -> None:
@@ -139,7 +146,7 @@ class Memmap(Engine):
         return map(self.lookup, permutation(len(self.offsets) - 1, epoch))
 
 
-class Arrow(Engine):
+class Arrow(Peer):
     """Hugging Face datasets: one memory-mapped Arrow file, a binary column per array."""
 
     needs, package = "datasets", "datasets"
@@ -174,7 +181,7 @@ def _decode_rows(table: Any, rows: Iterable[int]) -> Iterator[Arrays]:
         yield decode({name: columns[name][row].as_buffer() for name in FIELDS})
 
 
-class Lmdb(Engine):
+class Lmdb(Peer):
     """LMDB: a record per rollout and array, read through the map without a copy."""
 
     needs, package = "lmdb", "lmdb"
@@ -206,7 +213,7 @@ class Lmdb(Engine):
                 )
 
 
-class Mds(Engine):
+class Mds(Peer):
     """MosaicML streaming: MDS shards of 64 MiB, shuffled by its own py1e."""
 
     needs, package = "streaming", "mosaicml-streaming"
@@ -231,7 +238,7 @@ class Mds(Engine):
         return map(decode, self.dataset)
 
 
-class LitData(Engine):
+class LitData(Peer):
     """LitData: chunks of 64 MiB written by `optimize`, shuffled by its own sampler."""
 
     needs, package = "litdata", "litdata"
@@ -263,7 +270,7 @@ def _encode_nth(rollouts: Sequence[Arrays], index: int) -> dict[str, bytes]:
     return encode(rollouts[index])
 
 
-class WebDataset(Engine):
+class WebDataset(Peer):
     """WebDataset: tar files of 64 MiB with a member per array, in shuffled order and a buffer."""
 
     needs, package = "webdataset", "webdataset"
@@ -289,7 +296,7 @@ class WebDataset(Engine):
         return map(decode, self.dataset)
 
 
-class Parquet(Engine):
+class Parquet(Peer):
     """Uncompressed Parquet, a binary column per array; row groups shuffled, then in a buffer."""
 
     needs, package = "pyarrow", "pyarrow"
@@ -320,7 +327,7 @@ class Parquet(Engine):
             yield from _decode_rows(table, permutation(table.num_rows, epoch))
 
 
-PEERS: dict[str, type[Engine]] = {
+PEERS: dict[str, type[Peer]] = {
     "arrow": Arrow,
     "lmdb": Lmdb,
     "mds": Mds,
