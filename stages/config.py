@@ -21,6 +21,7 @@ JudgeName = Literal["whisper", "pocketsphinx", "distillmos", "resemblyzer"]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(gt=0.0)]
+TokenId = Annotated[int, Field(ge=0)]
 GuidanceScale = float | tuple[float, float]
 Mean = Literal["predictions", "rollouts"]
 
@@ -162,6 +163,62 @@ class NemoAudioCodecConfig(Record):
 AudioCodecConfig = Annotated[
     FitAudioCodecConfig | LoadAudioCodecConfig | NemoAudioCodecConfig, Field(discriminator="kind")
 ]
+
+
+class SpecialTokensConfig(Record):
+    """Ids of the tokens that set off text and speech in a flat stream."""
+
+    start_of_human: TokenId
+    """Begins what is to be said."""
+    end_of_text: TokenId
+    """Ends the text."""
+    end_of_human: TokenId
+    """Ends what is to be said."""
+    start_of_ai: TokenId
+    """Begins the answer."""
+    start_of_speech: TokenId
+    """Begins the audio."""
+    end_of_speech: TokenId
+    """Ends the audio."""
+
+
+class SlotLayoutConfig(Record):
+    """How a language model's flat stream of tokens holds the levels of an audio codec.
+
+    A frame is what one code of the slowest level spans. It is a fixed row of slots, and each slot
+    has ids of its own: slot s those from `audio_base_id` + s · `codes_per_slot` on.
+    """
+
+    slots: Annotated[tuple[tuple[TokenId, TokenId], ...], Field(min_length=1)]
+    """Per slot (level, place): which of the level's codes of the frame stands there, from 0."""
+    codes_per_slot: Positive
+    """Entries of each codebook."""
+    audio_base_id: TokenId
+    """Id of the first code of the first slot."""
+    special: SpecialTokensConfig
+    """Ids around the audio."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        places: dict[int, list[int]] = {}
+        for level, place in self.slots:
+            places.setdefault(level, []).append(place)
+        whole = all(sorted(of_level) == [*range(len(of_level))] for of_level in places.values())
+        if sorted(places) != [*range(len(places))] or not whole:
+            raise ValueError(
+                f"slots={[list(slot) for slot in self.slots]} must hold every place of every level "
+                "once, counted from 0: [0, 0], [1, 0], [1, 1] for levels of one and two codes"
+            )
+        audio = range(
+            self.audio_base_id, self.audio_base_id + len(self.slots) * self.codes_per_slot
+        )
+        within = {name: i for name, i in self.special.model_dump().items() if i in audio}
+        if within:
+            raise ValueError(
+                f"special ids {within} lie among the audio's, {audio.start} to {audio.stop - 1}: "
+                "correct them, or audio_base_id and codes_per_slot"
+            )
+        return self
 
 
 class TrimConfig(Record):
