@@ -12,16 +12,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path, PurePosixPath
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from yaml import YAMLError
 
 from stages.errors import UserError
+from stages.families.weights import load_tensors
 
 CONFIGURATION, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 
@@ -30,10 +29,6 @@ FORCE_TENSORS, FORCE_OBJECTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_
 
 REROUTES = ("_target_", "cls", "params")
 """Keys of a configuration by which NeMo would build something else than the class it is asked."""
-
-NOT_TENSORS = (
-    "the weights hold more than tensors, and reading them would run code of whoever made the file"
-)
 
 
 class NemoPrints(io.TextIOBase):
@@ -111,7 +106,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises UserError when the file is no archive, damaged, or holds more than tensors.
     """
     with _open(path) as archive:
-        return _load_tensors(_file(archive, path, WEIGHTS), str(path), "cpu")
+        return load_tensors(_file(archive, path, WEIGHTS), str(path), "cpu")
 
 
 def archive_fingerprint(path: Path) -> str:
@@ -153,7 +148,7 @@ class SafeConnector(SaveRestoreConnector):  # type: ignore[misc]
     @staticmethod
     def _load_state_dict_from_disk(model_weights: str, map_location: Any = "cpu") -> Any:
         with Path(model_weights).open("rb") as file:
-            return _load_tensors(file, model_weights, map_location)
+            return load_tensors(file, model_weights, map_location)
 
 
 @contextmanager
@@ -166,18 +161,6 @@ def tensors_only() -> Iterator[None]:
     finally:
         del os.environ[FORCE_TENSORS]
         os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def _load_tensors(file: Any, name: str, map_location: Any) -> dict[str, Tensor]:
-    try:
-        weights = torch.load(file, map_location=map_location, weights_only=True)
-    except UnpicklingError as error:
-        raise UserError(f"{name} is refused: {NOT_TENSORS} ({error})") from error
-    except (RuntimeError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"the weights in {name} are damaged ({error}); get it again") from error
-    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise UserError(f"{name} is refused: its weights are no dictionary of tensors")
-    return weights
 
 
 @contextmanager
