@@ -160,8 +160,20 @@ class NemoAudioCodecConfig(Record):
         return self
 
 
+class SnacAudioCodecConfig(Record):
+    """A SNAC audio codec, as Orpheus speaks it."""
+
+    kind: Literal["snac"]
+    path: Path
+    """Its folder: config.json with model.safetensors or pytorch_model.bin; the dataset keeps a
+    copy."""
+    device: str = "auto"
+    """Torch device that encodes; `auto` takes CUDA where it is present."""
+
+
 AudioCodecConfig = Annotated[
-    FitAudioCodecConfig | LoadAudioCodecConfig | NemoAudioCodecConfig, Field(discriminator="kind")
+    FitAudioCodecConfig | LoadAudioCodecConfig | NemoAudioCodecConfig | SnacAudioCodecConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -242,7 +254,7 @@ class PrepareConfig(Record):
     single_speaker: str | None = None
     """Speaker of every clip; null reads the speaker column of the source."""
     audio_codec: AudioCodecConfig = FitAudioCodecConfig()
-    """The audio codec: fitted here, loaded, or NeMo's."""
+    """The audio codec: fitted here, loaded, NeMo's or SNAC."""
     lower_case: bool = True
     """Lower-case the texts; false for a model whose tokenizer tells capitals apart."""
     alphabet: str | None = None

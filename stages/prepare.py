@@ -21,7 +21,7 @@ from stages.config import (
     AudioCodecConfig,
     DatasetFacts,
     FitAudioCodecConfig,
-    NemoAudioCodecConfig,
+    LoadAudioCodecConfig,
     PrepareConfig,
     VoicesConfig,
 )
@@ -146,12 +146,12 @@ def _open_audio_codec(asked: AudioCodecConfig) -> AudioCodec | FitAudioCodecConf
     """Open the audio codec that is given; one that is to be fitted remains its settings."""
     if isinstance(asked, FitAudioCodecConfig):
         return asked
-    if isinstance(asked, NemoAudioCodecConfig):
-        nemo: AudioCodec = load_audio_codec_class("nemo").open(
-            asked.path, choose_device(asked.device)
-        )
-        return nemo
-    return load_audio_codec(asked.path)
+    if isinstance(asked, LoadAudioCodecConfig):
+        return load_audio_codec(asked.path)
+    opened: AudioCodec = load_audio_codec_class(asked.kind).open(
+        asked.path, choose_device(asked.device)
+    )
+    return opened
 
 
 def _fitted(

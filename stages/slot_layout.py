@@ -113,8 +113,8 @@ class SlotLayout:
     @property
     def least_vocabulary(self) -> int:
         """Ids that a model must at least have; one may be padded to more."""
-        special = self.config.special.model_dump().values()
-        return max(self._first_id(self.slots), *(i + 1 for i in special))
+        special: dict[str, int] = self.config.special.model_dump()
+        return max(self._first_id(self.slots), *(i + 1 for i in special.values()))
 
     def encode(self, levels: Sequence[Tensor]) -> Tensor:
         """Lay the codes [F · n] of each level into a stream [F · S + 1] int64 with its end.
