@@ -265,6 +265,12 @@ class PrepareConfig(Record):
     """Longest clip that is accepted, in seconds after trimming."""
     silence_dbfs: float = -60.0
     """Clips whose level lies below are rejected as silent, in dB of full scale."""
+    duration_tolerance_s: float | None = Field(None, ge=0)
+    """Seconds that the duration a row declares may differ from its audio's; null compares none."""
+    max_clipped_share: Share | None = None
+    """Largest share of samples at full scale that is accepted; null accepts any."""
+    min_snr_db: float | None = None
+    """Least estimated ratio of speech to noise that is accepted, in dB; null accepts any."""
     trim: TrimConfig | None = TrimConfig()
     """Silence cut from both ends; null keeps it."""
     level_dbfs: float | None = Field(-23.0, lt=0)
