@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +22,12 @@ from torch import Tensor
 from stages.audio_codec import load_audio_codec
 from stages.config import PrepareConfig, SnacAudioCodecConfig
 from stages.errors import UserError
+from stages.family import load_audio_codec_class
 from stages.prepare import prepare
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parent.parent
 RATE_HZ, FRAME_SAMPLES, ENTRIES = 24000, 2048, 64
 TINY: dict[str, Any] = {
     "sampling_rate": RATE_HZ, "encoder_dim": 8, "encoder_rates": [2, 4, 8, 8], "decoder_dim": 32,
@@ -169,6 +173,19 @@ def test_any_number_of_frames_becomes_as_much_audio(audio_codec, attentive, fram
         waveform = each.decode(codes)
         assert waveform.shape == (frames * each.settings.frame_samples,)
         assert waveform.dtype == torch.float32
+
+
+def test_it_is_imported_without_a_word(folder):
+    command = [sys.executable, "-W", "error", "-c", "import stages.families.snac_codec"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_missing_package_is_an_error_with_the_command_to_type(monkeypatch):
+    monkeypatch.delitem(sys.modules, "stages.families.snac_codec", raising=False)
+    monkeypatch.setitem(sys.modules, "snac", None)
+    with pytest.raises(UserError, match=r"needs the package 'snac'.*foretell\[orpheus\]"):
+        load_audio_codec_class("snac")
 
 
 def test_silence_has_no_frames(audio_codec):

@@ -33,7 +33,7 @@ from stages.slot_layout import FrameSlots
 from store.schema import Record
 
 with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
+    warnings.filterwarnings("ignore", "`torch.jit.script`")
     from snac import SNAC
 
 CONFIG, SAFE_WEIGHTS, PUBLISHED_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
