@@ -119,9 +119,15 @@ class SlotLayout:
     def encode(self, levels: Sequence[Tensor]) -> Tensor:
         """Lay the codes [F · n] of each level into a stream [F · S + 1] int64 with its end.
 
-        Raises ValueError when the levels are not of the same number of whole frames.
+        Raises ValueError when the levels are not of the same number of whole frames, or when a code
+        is no entry of its codebook: its id would be one of the next slot.
         """
         flat = self.order.interleave(levels).reshape(-1).long()
+        strange = flat[(flat < 0) | (flat >= self.config.codes_per_slot)]
+        if len(strange):
+            raise ValueError(
+                f"code {int(strange[0])} is no entry of a codebook of {self.config.codes_per_slot}"
+            )
         return torch.cat([flat, flat.new_tensor([self.end_code])])
 
     def decode(self, codes: Tensor) -> Decoded:
@@ -134,6 +140,26 @@ class SlotLayout:
         dropped = length % self.slots
         frames = codes[: length - dropped].reshape(-1, self.slots)
         return Decoded(self.order.separate(frames), length < len(codes), dropped)
+
+    def to_timesteps(self, codes: Tensor) -> Tensor:
+        """Lay a stream [T] into timesteps [N, S] of a frame each, with ends after its own.
+
+        The last timestep of a recording is nothing but ends; `predicted` marks the one that counts.
+        """
+        missing = -len(codes) % self.slots
+        return torch.cat([codes, codes.new_full((missing,), self.end_code)]).view(-1, self.slots)
+
+    def from_timesteps(self, timesteps: Tensor) -> Tensor:
+        """Stream [T] of timesteps [N, S], up to its end; inverts `to_timesteps`."""
+        return timesteps[self.predicted(timesteps)]
+
+    def predicted(self, timesteps: Tensor) -> Tensor:
+        """Mark [..., N, S] bool what a model predicts of timesteps [..., N, S], its end included.
+
+        What stands after the first end is there to fill the frame, and nobody may learn from it.
+        """
+        ends = (timesteps == self.end_code).flatten(-2)
+        return (ends.cumsum(-1) <= ends.long()).view(timesteps.shape)
 
     def to_vocabulary(self, codes: Tensor) -> Tensor:
         """Ids [..., T] of codes [..., T] int64 that begin with slot 0."""

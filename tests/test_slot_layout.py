@@ -101,6 +101,26 @@ def test_an_end_anywhere_keeps_the_whole_frames_before_it(made, frames, seed, da
             assert torch.equal(level, expected[:size])
 
 
+@settings(max_examples=80)
+@given(hierarchies(), st.integers(1, 6), st.integers(0, 2**31), st.data())
+def test_timesteps_of_a_frame_hold_the_stream_and_tell_what_fills_them(made, frames, seed, data):
+    codes = stream(made, frames, seed)
+    stopped = codes[: data.draw(st.integers(1, len(codes)))].clone()
+    stopped[-1] = made.end_code
+    whole = codes[:-1]  # cut between two frames, without an end
+    for flat in (codes, stopped, whole):
+        timesteps = made.to_timesteps(flat)
+        assert timesteps.shape == (-(-len(flat) // made.slots), made.slots)
+        assert torch.equal(made.from_timesteps(timesteps), flat)
+        predicted = made.predicted(timesteps)
+        assert predicted.flatten().tolist() == [n < len(flat) for n in range(timesteps.numel())]
+        assert (timesteps[~predicted] == made.end_code).all()
+    batch = torch.stack([made.to_timesteps(codes), made.to_timesteps(codes) * 0])
+    marked = made.predicted(batch)
+    assert torch.equal(marked[0], made.predicted(batch[0]))
+    assert marked[1].all()
+
+
 @settings(max_examples=60)
 @given(hierarchies(), st.integers(1, 4), st.integers(0, 2**31))
 def test_columns_are_the_ids_of_a_slots_codes(made, frames, seed):
@@ -160,6 +180,12 @@ def test_a_batch_of_ids_names_its_row():
     ids[1, 8] = 128266
     with pytest.raises(UserError, match="id 128266 at row 1, position 8 is no code of slot 1"):
         made.from_vocabulary(ids)
+
+
+def test_a_code_beyond_its_codebook_is_not_taken_for_one_of_the_next_slot():
+    levels = [torch.zeros(1), torch.tensor([0, 4096]), torch.zeros(4)]
+    with pytest.raises(ValueError, match="code 4096 is no entry of a codebook of 4096"):
+        layout().encode(levels)
 
 
 def test_levels_of_different_length_are_refused():
