@@ -342,5 +342,6 @@ FAMILIES: dict[FamilyName, tuple[str, str, str | None]] = {
 
 AUDIO_CODECS: dict[str, tuple[str, str, str]] = {
     "nemo": ("stages.families.nemo_codec", "NemoCodec", "magpie"),
+    "snac": ("stages.families.snac_codec", "SnacCodec", "orpheus"),
 }
 """Kind of audio codec → the same; the module of a package's codecs stands beside its models."""

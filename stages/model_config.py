@@ -7,10 +7,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from stages.causal_lm_config import CausalLMConfig, CausalLMTeacher
 from stages.ranges import Positive, Share
 from store.schema import Record
 
-FamilyName = Literal["codec_lm", "magpie"]
+FamilyName = Literal["codec_lm", "magpie", "causal_lm"]
 
 
 class LocalTransformerConfig(Record):
@@ -152,5 +153,7 @@ class MagpieTeacher(MagpieSettings):
         return self
 
 
-ModelConfig = Annotated[CodecLMConfig | MagpieConfig, Field(discriminator="family")]
-PretrainedConfig = MagpieTeacher
+ModelConfig = Annotated[
+    CodecLMConfig | MagpieConfig | CausalLMConfig, Field(discriminator="family")
+]
+PretrainedConfig = Annotated[MagpieTeacher | CausalLMTeacher, Field(discriminator="family")]

@@ -16,6 +16,9 @@ from stages.errors import UserError
 from stages.nemo_manifest import SUFFIXES as MANIFESTS
 from stages.nemo_manifest import ManifestRow, manifest_rows, names_speakers
 
+COLUMNS, OPTIONAL_COLUMNS = ("clip_id", "text", "audio"), ("speaker", "duration_s")
+"""Columns of a parquet table: those that it must have, and what else is read."""
+
 
 @dataclass(frozen=True)
 class Audio:
@@ -43,6 +46,8 @@ class Recording:
     """What shows the voice, where the row names it."""
     fault: str | None = None
     """Why the row cannot be used: a kind, a colon, and what was found."""
+    declared_s: float | None = None
+    """Seconds that the row says its audio lasts, where it does."""
 
 
 def find_table(source: Path) -> Path:
@@ -145,14 +150,22 @@ def _csv_rows(table: Path) -> Iterator[Recording]:
 
 
 def _parquet_rows(table: Path) -> Iterator[Recording]:
-    """Columns clip_id, text, audio and, if there, speaker; audio a path or a struct of bytes."""
+    """Columns clip_id, text, audio and, if there, speaker and duration_s.
+
+    Audio is a path, or a struct of bytes and path.
+    """
     file = _open_parquet(table)
-    spoken = "speaker" in file.schema_arrow.names
-    columns = ["clip_id", "text", "audio", *(["speaker"] if spoken else [])]
-    for batch in file.iter_batches(batch_size=64, columns=columns):
+    present = [name for name in (*COLUMNS, *OPTIONAL_COLUMNS) if name in file.schema_arrow.names]
+    for batch in file.iter_batches(batch_size=64, columns=present):
         for row in batch.to_pylist():
-            audio, sample_id = _audio(row["audio"]), row["clip_id"] or ""
-            yield Recording(sample_id, row["text"], row.get("speaker"), audio, spoken)
+            yield Recording(
+                sample_id=row["clip_id"] or "",
+                text=row["text"],
+                speaker=row.get("speaker"),
+                audio=_audio(row["audio"]),
+                has_speaker_column="speaker" in present,
+                declared_s=row.get("duration_s"),
+            )
 
 
 def _manifest_rows(table: Path, root: Path) -> Iterator[Recording]:
@@ -161,7 +174,8 @@ def _manifest_rows(table: Path, root: Path) -> Iterator[Recording]:
     for sample_id, row, fault in manifest_rows(table, root):
         speaker = None if row.speaker is None else str(row.speaker)
         text = row.normalized_text or row.text
-        yield Recording(sample_id, text, speaker, _clip(row), spoken, _context(row), fault)
+        audio, context = _clip(row), _context(row)
+        yield Recording(sample_id, text, speaker, audio, spoken, context, fault, row.duration)
 
 
 def _clip(row: ManifestRow) -> Audio | None:
@@ -184,13 +198,17 @@ def _open_parquet(table: Path) -> pq.ParquetFile:
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{table} cannot be read as parquet: {error}") from error
     schema = file.schema_arrow
-    lacking = [name for name in ("clip_id", "text", "audio") if name not in schema.names]
+    lacking = [name for name in COLUMNS if name not in schema.names]
     if lacking:
         raise UserError(f"{table} lacks the columns {lacking}; it has {schema.names}")
     for name in {"clip_id", "text", "speaker"} & set(schema.names):
         kind = schema.field(name).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise UserError(f"{table} has {name} of type {kind}; make it a string column")
+    if "duration_s" in schema.names:
+        kind = schema.field("duration_s").type
+        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+            raise UserError(f"{table} has duration_s of type {kind}; make it a number of seconds")
     return file
 
 

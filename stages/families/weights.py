@@ -1,10 +1,13 @@
-"""Weights of checkpoints by their names: whether they fit a model, and which layers are kept."""
+"""Weights of checkpoints by their names: read, whether they fit a model, which layers are kept."""
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +16,30 @@ from torch import Tensor
 from stages.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+NOT_TENSORS = (
+    "the weights hold more than tensors, and reading them would run code of whoever made the file"
+)
+
+
+def load_tensors(file: Any, name: str, map_location: Any = "cpu") -> dict[str, Tensor]:
+    """Read the tensors of a file that torch.save wrote, by their names, without unpickling.
+
+    `file` is a path or open for reading; `name` is what errors call it. Raises UserError when it is
+    damaged, or holds more than tensors.
+    """
+    try:
+        weights = torch.load(file, map_location=map_location, weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(f"{name} is refused: {NOT_TENSORS} ({error})") from error
+    except (RuntimeError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"the weights in {name} are damaged ({error}); get it again") from error
+    named = isinstance(weights, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
+    )
+    if not named:
+        raise UserError(f"{name} is refused: its weights are no dictionary of tensors by name")
+    return dict(weights)
 
 
 def check_tensors(file: Path, expected: Shapes, found: Shapes) -> None:
