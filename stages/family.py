@@ -335,6 +335,7 @@ def _find(what: str, module_name: str, class_name: str, extra: str | None) -> An
 
 
 FAMILIES: dict[FamilyName, tuple[str, str, str | None]] = {
+    "causal_lm": ("stages.families.causal_lm", "CausalLM", "orpheus"),
     "codec_lm": ("stages.families.codec_lm", "CodecLM", None),
     "magpie": ("stages.families.magpie", "Magpie", "magpie"),
 }

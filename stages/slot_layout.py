@@ -157,8 +157,7 @@ class SlotLayout:
 
         What stands after the first end is there to fill the frame, and nobody may learn from it.
         """
-        ends = (timesteps == self.end_code).flatten(-2)
-        return (ends.cumsum(-1) <= ends.long()).view(timesteps.shape)
+        return up_to_first(timesteps == self.end_code)
 
     def to_vocabulary(self, codes: Tensor) -> Tensor:
         """Ids [..., T] of codes [..., T] int64 that begin with slot 0."""
@@ -226,3 +225,9 @@ class SlotLayout:
         """First id [T] of the slot of each position."""
         slots = torch.arange(length, device=device) % self.slots
         return self.config.audio_base_id + slots * self.config.codes_per_slot
+
+
+def up_to_first(ends: Tensor) -> Tensor:
+    """Mark [..., N, S] bool all places of timesteps up to their first end, and that one."""
+    flat = ends.flatten(-2)
+    return (flat.cumsum(-1) <= flat.long()).view(ends.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,3 +99,8 @@ def kept_layers(
             f"but the layers to keep are {list(layers)}: name {wanted} of them, or null"
         )
     return list(layers)
+
+
+def project(vectors: Tensor, width: int) -> Tensor:
+    """Project vectors [..., D] to [..., width] at random, keeping their size on average."""
+    return vectors @ torch.randn(vectors.shape[-1], width) / math.sqrt(vectors.shape[-1])

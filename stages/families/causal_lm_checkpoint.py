@@ -1,0 +1,161 @@
+"""Folders of language models: read strictly, written so that stock transformers opens them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import save_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from stages.errors import UserError
+from stages.families.causal_lm_network import head_error
+from stages.families.causal_lm_prompts import PromptReader
+from stages.publish import publish_file, replace_file
+from stages.slot_layout import SlotLayout
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+OURS = "foretell"
+"""Key of config.json below which stands what only foretell reads."""
+ATTENTION = "sdpa"
+HEAD_TOLERANCE = 1e-2
+"""Largest share by which a model's own logits may differ from its head times its states."""
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the screen, where ours are."""
+    talk = transformers.utils.logging
+    level, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
+    talk.set_verbosity_error()
+    talk.disable_progress_bar()
+    try:
+        yield
+    finally:
+        talk.set_verbosity(level)
+        if bars:
+            talk.enable_progress_bar()
+
+
+def read_model_config(folder: Path) -> PreTrainedConfig:
+    """Read the configuration of a model folder.
+
+    Raises UserError when there is none, or when its layers see less than all that is before them.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"no language model can be read from {folder}: {error}; give the folder of a model as "
+            "transformers has it"
+        ) from error
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise UserError(
+            f"{folder} has layers of {sorted(kinds)}; foretell decodes models whose layers all "
+            "attend to everything before"
+        )
+    return config
+
+
+def load_model(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Read a model folder onto the CPU, in evaluation mode; no code of the folder's is run.
+
+    Raises UserError when weights are missing, left over, damaged or pickled.
+    """
+    config = read_model_config(folder)
+    try:
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
+                attn_implementation=ATTENTION, output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"the weights in {folder} cannot be read: {error}; give a folder of safetensors that "
+            "belong to its config.json"
+        ) from error
+    faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    faults += [f"{name} is unknown" for name in sorted(report["unexpected_keys"])]
+    faults += [f"{name} has another shape" for name, *_ in sorted(report["mismatched_keys"])]
+    if faults:
+        raise UserError(
+            f"the weights in {folder} do not fit its config.json: {'; '.join(faults)}. Give the "
+            "configuration that they were trained with"
+        )
+    return _checked(model, folder)
+
+
+def fresh_model(folder: Path, *, seed: int) -> PreTrainedModel:
+    """Build the model of a folder's configuration on the CPU, fp32, with weights of `seed`."""
+    config = read_model_config(folder)
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    return _checked(model.float(), folder)
+
+
+def check_vocabulary(model: PreTrainedModel, layout: SlotLayout, folder: Path) -> None:
+    """Refuse a model that has fewer ids than the layout; one may be padded to more."""
+    ids = model.get_output_embeddings().weight.shape[0]
+    if ids < layout.least_vocabulary:
+        raise UserError(
+            f"{folder} has {ids} ids, but the layout reaches to {layout.least_vocabulary - 1}: "
+            "correct audio_base_id, codes_per_slot or end_id, or resize the model's vocabulary"
+        )
+
+
+def _checked(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Refuse a model whose logits are more than a linear head on its last states."""
+    model.eval()
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise UserError(f"{folder} has no linear output head, which predictions are computed with")
+    error = head_error(model)
+    if error > HEAD_TOLERANCE:
+        raise UserError(
+            f"the logits of {folder} are not its output head times its last states (they differ "
+            f"by {error:.1%}): models that scale or cap them are not supported"
+        )
+    return model
+
+
+def write_description(path: Path, description: Mapping[str, Any], network: Any) -> None:
+    """Write config.json: what foretell reads, and for a whole model what transformers reads."""
+    known = {} if network is None else network.config.to_dict()
+    text = json.dumps({**known, **description}, indent=2, sort_keys=True) + "\n"
+    replace_file(path / CONFIG_FILE, text.encode())
+
+
+def write_tokenizer(path: Path, reader: PromptReader) -> None:
+    """Write the tokenizer's files into a model folder, each whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        reader.tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).iterdir()):
+            if file.is_file():
+                replace_file(path / file.name, file.read_bytes())
+
+
+def write_weights(path: Path, model: PreTrainedModel) -> None:
+    """Write model.safetensors into a model folder; tied weights are there once."""
+    with publish_file(path / WEIGHTS_FILE) as draft:
+        save_model(model, str(draft), metadata={"format": "pt"})
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy the files of a model folder that transformers reads."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in (".json", ".safetensors", ".model", ".jinja"):
+            shutil.copyfile(file, target / file.name)
