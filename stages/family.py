@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 Sample = Mapping[str, Any]
 """One row of samples.parquet: `sample_id` and the conditioning columns that a family reads."""
+
+Predicted = Callable[[Tensor], Tensor]
+"""Of codes [..., T, C] int64 marks [..., T, C] bool those that a model predicts and is taught.
+
+Later timesteps change nothing of earlier ones, so that what pads a batch never matters."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,14 @@ class Family(Protocol):
     condition_dropout: float
     """Share of training samples whose conditions were dropped; guidance needs more than 0."""
 
+    @property
+    def predicted(self) -> Predicted | None:
+        """What tells which codes count; None where all do, as with continuous streams.
+
+        It travels to the processes that read batches, so it may hold settings but not the model.
+        """
+        ...
+
     @classmethod
     def build(cls, config: Any, facts: Mapping[str, Any], *, seed: int) -> Self:
         """Build a model with fresh weights for a dataset's facts (alphabet, speakers, codes)."""
@@ -300,6 +313,20 @@ class Family(Protocol):
 def has_linear_heads(family: Family) -> bool:
     """Whether all streams come from linear heads, so that `score` may leave them to its caller."""
     return {head.group for head in family.heads} == {stream.group for stream in family.streams}
+
+
+def require_taught(family: Family, sample: Sample, codes: Tensor) -> None:
+    """Refuse a recording, as its codes [T, C], that would teach nothing; raises `UserError`."""
+    if not len(codes):
+        reason = "its recording has no timestep"
+    elif family.predicted is not None and not bool(family.predicted(codes).any()):
+        reason = f"of its {len(codes)} timesteps family {family.name!r} predicts no code"
+    else:
+        return
+    raise UserError(
+        f"sample {sample['sample_id']!r} has nothing to learn from: {reason}; leave it out of the "
+        "dataset"
+    )
 
 
 def load_family(name: FamilyName) -> type[Family]:

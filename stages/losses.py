@@ -459,12 +459,20 @@ def cross_entropy(student: Tensor, codes: Tensor) -> Tensor:
 
 
 def element_weights(
-    lengths: Tensor, rollout_weights: Tensor, stream_weights: Tensor, timesteps: int
+    lengths: Tensor,
+    rollout_weights: Tensor,
+    stream_weights: Tensor,
+    timesteps: int,
+    predicted: Tensor | None = None,
 ) -> Tensor:
-    """Return the weight [B, T, C] of every prediction: rollout × stream, 0 beyond the length."""
+    """Return the weight [B, T, C] of every prediction: rollout × stream, 0 beyond the length.
+
+    Where `predicted` [B, T, C] is given, only what it marks counts.
+    """
     valid = torch.arange(timesteps, device=lengths.device) < lengths.unsqueeze(1)
     per_rollout = (valid * rollout_weights.unsqueeze(1)).unsqueeze(-1)
-    return per_rollout * stream_weights
+    weights = per_rollout * stream_weights
+    return weights if predicted is None else weights * predicted
 
 
 def stream_weights(

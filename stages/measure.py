@@ -62,7 +62,7 @@ class Measure(Record):
     agreed: tuple[int, ...] = ()
     """Predictions whose most probable id is the guided teacher's."""
     predictions: tuple[int, ...] = ()
-    """Predictions of the reference rollout: timesteps × streams."""
+    """Predictions of the reference rollout: its codes that are predicted, of all streams."""
     audio_s: tuple[float, ...]
     """Seconds of audio that were spoken."""
     ended: tuple[bool, ...] = ()
@@ -90,7 +90,9 @@ def measure(
     keys, groups = list(reference.keys()), _groups(family)
     compared = [
         row
-        for batch in rollout_batches(reference, keys, batch_size, _device(family), groups)
+        for batch in rollout_batches(
+            reference, keys, batch_size, _device(family), groups, family.predicted
+        )
         for row in _compare(family, contender.cfg_scale, reference, batch)
     ]
     spoken, decode_s = _speak(family, contender, reference, samples, batch_size)
@@ -151,9 +153,10 @@ def _compare(
                     "no divergence can be measured: set evaluate.target to full, hidden or top_k"
                 )
             student = forbidden.filled(scores.logits_at(row, timesteps).float())
-            kl += float(kl_divergence(student, target).sum())
-            agreed += int((student.argmax(-1) == _likeliest(target)).sum())
-        yield kl, agreed, length * streams
+            counts = batch.predicted[row, timesteps]
+            kl += float(kl_divergence(student, target)[counts].sum())
+            agreed += int((student.argmax(-1) == _likeliest(target))[counts].sum())
+        yield kl, agreed, int(batch.predicted[row].sum())
 
 
 def _likeliest(target: DenseTarget | SparseTarget) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from stages.config import DatasetFacts, RolloutConfig
 from stages.errors import UserError
-from stages.family import Family, Sample
+from stages.family import Family, Sample, require_taught
 from stages.replay import Replay
 from stages.sampling import keyed_generator
 from store import PredictionStore
@@ -65,6 +65,9 @@ def create_store(
         )
     if config.source == "teacher":
         family.check(chosen, config.sampler)
+    if config.source == "dataset":
+        for sample in chosen:
+            require_taught(family, sample, family.reference_codes(sample))
     fingerprints = Fingerprints(
         teacher=family.fingerprint(),
         tokenizer=family.tokenizer_fingerprint(),

@@ -72,9 +72,12 @@ RECIPE = {"joint": "kl", "kl": "alpha", "ce": "alpha", "nrmse": "beta"}
 """What NeMo's recipe calls a setting, where it has another name there."""
 
 
-def require_supported(form: LossConfig | NemoLossConfig, manifest: Manifest) -> None:
+def require_supported(
+    form: LossConfig | NemoLossConfig, manifest: Manifest, whole: bool = True
+) -> None:
     """Refuse, before training starts, a loss that the targets of a store cannot support.
 
+    `whole` says that all codes of a timestep are predicted.
     Raises `UserError` that names the setting, as the form of the section has it, says why and what
     to do.
     """
@@ -85,6 +88,9 @@ def require_supported(form: LossConfig | NemoLossConfig, manifest: Manifest) -> 
             "it is defined for streams of equally many ids, and the store's have "
             f"{list(manifest.vocabularies)} (manifest.json, streams)"
         )
+        raise _refused(form, "joint", reason, "set it to false")
+    if loss.joint and not whole:
+        reason = "it lets the codes of a timestep compete, and the model predicts only some of them"
         raise _refused(form, "joint", reason, "set it to false")
     require_scale(manifest, loss.guidance_scale is not None)
 

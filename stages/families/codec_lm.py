@@ -32,7 +32,7 @@ from stages.families.codec_lm_network import (
     architecture_of,
 )
 from stages.families.weights import digest_tensors
-from stages.family import LinearOutput, Sample, Scores, Step
+from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.layout import FrameStacking
 from stages.model_config import CodecLMConfig, FamilyName
 from stages.modules.feed_forward import Routing
@@ -49,6 +49,7 @@ class CodecLM:
     """
 
     name: FamilyName = "codec_lm"
+    predicted: Predicted | None = None
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ from stages.families.magpie_network import MagpieNetwork, Prediction
 from stages.families.magpie_settings import overridden, read_model_config
 from stages.families.nemo_archive import archive_fingerprint, quiet
 from stages.families.weights import digest_tensors
-from stages.family import LinearOutput, Sample, Scores, Step
+from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.layout import FrameStacking
 from stages.model_config import FamilyName, MagpieConfig, MagpieSettings, MagpieTeacher
 from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
@@ -69,6 +69,7 @@ class Magpie:
     """
 
     name: FamilyName = "magpie"
+    predicted: Predicted | None = None
 
     def __init__(
         self, network: MagpieNetwork, settings: MagpieSettings, facts: DatasetFacts
