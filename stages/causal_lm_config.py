@@ -147,6 +147,10 @@ class CausalLMConfig(CausalLMSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.weights == "fresh" and self.lora is not None:
+            raise ValueError(
+                "weights='fresh' with lora would freeze random weights: leave one of them out"
+            )
         if self.quantization is not None and self.lora is None:
             raise ValueError(
                 f"quantization={self.quantization!r} is of a frozen model: give lora, or leave it "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from stages.causal_lm_config import CausalLMConfig
-from stages.family import load_family
+from stages.errors import UserError
+from stages.family import LinearOutput, has_linear_heads, load_family
 from stages.sampling import RolloutPolicy
 from store.schema import Sampler
 
@@ -23,6 +25,7 @@ SPECIAL = {
     "start": {"id": 280, "token": "<|start|>"}, "stop": {"id": 281, "token": "<|stop|>"},
     "speech": {"id": 282},
 }  # fmt: skip
+LAYOUT = {"slots": SLOTS, "codes_per_slot": WIDTH, "audio_base_id": BASE, "end_id": END}
 VOCABULARY = BASE + 7 * WIDTH + 5
 """Padded: five ids more than the layout has."""
 LIMIT = 7
@@ -64,9 +67,7 @@ def settings(path, **changes: Any) -> dict[str, Any]:
     known = {
         "family": "causal_lm",
         "path": path,
-        "layout": {
-            "slots": SLOTS, "codes_per_slot": WIDTH, "audio_base_id": BASE, "end_id": END,
-        },
+        "layout": LAYOUT,
         "special": SPECIAL,
         "prompt": "<start>{speaker}: {text}<stop><speech>",
     }  # fmt: skip
@@ -158,3 +159,271 @@ def test_rollout_logits_equal_teacher_forced_ones(folder, scale, vocabulary):
         torch.testing.assert_close(
             scores.logits[row, :length].float(), rolled.logits[row, :length], atol=1e-4, rtol=1e-4
         )
+
+
+def test_only_ids_of_the_slot_are_drawn_and_what_follows_an_end_is_no_frame(folder):
+    family, samples = family_of(folder, vocabulary="full"), samples_of(6)
+    rolled = roll(family, samples, 2.0)
+    slots = torch.arange(7)
+    for row, length in enumerate(rolled.lengths):
+        codes = rolled.codes[row, :length]
+        relative = codes - BASE - slots * WIDTH
+        ends = codes == END
+        assert (ends | ((relative >= 0) & (relative < ENTRIES))).all()
+        predicted = family.predicted(codes)
+        assert (codes[~predicted] == END).all(), "behind an end stand ends"
+        assert ends[predicted].sum() <= 1
+        frames = family.frames(codes)
+        assert len(frames) == int(length) - bool(ends.any())
+        torch.testing.assert_close(frames, relative[: len(frames)])
+
+
+def test_slots_are_what_the_full_vocabulary_says_of_them(folder):
+    """The distribution over a slot's ids is that of the whole model, given that they are spoken."""
+    samples = samples_of(4)
+    slots, full = family_of(folder), family_of(folder, vocabulary="full")
+    lengths = torch.tensor([family.timesteps(s) for s in samples for family in [slots]])
+    codes = torch.nn.utils.rnn.pad_sequence(
+        [slots.reference_codes(sample) for sample in samples], batch_first=True
+    )
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [full.reference_codes(sample) for sample in samples], batch_first=True
+    )
+    with torch.no_grad():
+        ours = slots.score(samples, codes, lengths, cfg_scale=1.7).logits
+        theirs = full.score(samples, ids, lengths, cfg_scale=1.7).logits
+    columns = torch.stack([slots.layout.columns(slot) for slot in range(7)])
+    expected = theirs.gather(-1, columns.expand(*theirs.shape[:2], -1, -1))
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(ours[row, :length], expected[row, :length])
+
+
+def test_scores_are_those_of_transformers_on_the_same_ids(folder):
+    """Against the model's own logits, fed prompt and codes by hand: no code of the family's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    sample = samples_of(3)[2]
+    family = family_of(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer(f"{sample['speaker']}: {sample['text']}", add_special_tokens=False).input_ids
+    prompts = {"cond": [280, *text, 281, 282], "uncond": [280, 281, 282]}
+    frames = torch.tensor(sample["codes"].astype(np.int64)).view(-1, 7)
+    audio = (frames + BASE + torch.arange(7) * WIDTH).flatten().tolist()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    logits = {}
+    with torch.no_grad():
+        for name, prompt in prompts.items():
+            whole = model(torch.tensor([prompt + audio])).logits[0, len(prompt) - 1 :]
+            logits[name] = whole
+        guided = 3.0 * logits["cond"] - 2.0 * logits["uncond"]
+        codes = family.reference_codes(sample).unsqueeze(0)
+        ours = family.score([sample], codes, torch.tensor([len(frames) + 1]), cfg_scale=3.0).logits
+    ours = ours[0].flatten(0, 1)[: len(audio) + 1]
+    for position in range(len(audio) + 1):
+        first = BASE + position % 7 * WIDTH
+        expected = torch.cat([guided[position, first : first + WIDTH], guided[position, END][None]])
+        torch.testing.assert_close(ours[position], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_linear_heads_give_the_logits_and_branches_their_mixture(folder):
+    family, samples = family_of(folder), samples_of(3)
+    lengths = torch.tensor([family.timesteps(sample) for sample in samples])
+    codes = torch.nn.utils.rnn.pad_sequence(
+        [family.reference_codes(sample) for sample in samples], batch_first=True
+    )
+    assert has_linear_heads(family)
+    with torch.no_grad():
+        plain = family.score(samples, codes, lengths, cfg_scale=2.0, both_branches=True)
+        linear = family.score(samples, codes, lengths, cfg_scale=2.0, linear=True)
+    assert isinstance(linear.outputs[0], LinearOutput)
+    torch.testing.assert_close(linear.logits, plain.logits, atol=1e-4, rtol=1e-4)
+    mixed = 2.0 * plain.branches.cond.logits[0] - plain.branches.uncond.logits[0]
+    torch.testing.assert_close(plain.logits, mixed, atol=1e-4, rtol=1e-4)
+    heads = family.head_weights()
+    state = linear.outputs[0].states[0, 0, 3].numpy()
+    by_hand = heads["backbone.weight"][3] @ state + heads["backbone.bias"][3]
+    np.testing.assert_allclose(plain.logits[0, 0, 3].numpy(), by_hand, atol=1e-4)
+
+
+def test_a_saved_model_is_one_of_transformers_and_loads_as_it_was(folder, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    family = family_of(folder)
+    family.condition_dropout = 0.25
+    family.save(tmp_path)
+    again = load_family("causal_lm").load(tmp_path, device="cpu", dtype=torch.float32)
+    assert again.fingerprint() == family.fingerprint()
+    assert again.tokenizer_fingerprint() == family.tokenizer_fingerprint()
+    assert again.condition_dropout == 0.25
+    again.save(tmp_path / "again")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[280, 5, 281, 282, 300]])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        torch.testing.assert_close(stock(ids).logits, expected, rtol=0, atol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path)("a").input_ids
+
+
+def adapted(folder, rank: int, seed: int = 1, **changes: Any):
+    """Adapters that say something: their second factors are drawn too."""
+    family = family_of(folder, lora={"rank": rank, "targets": ["q_proj", "down_proj"]}, **changes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in family.module.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return family
+
+
+def logits_of(family) -> torch.Tensor:
+    samples = samples_of(2)
+    lengths = torch.tensor([family.timesteps(sample) for sample in samples])
+    codes = torch.nn.utils.rnn.pad_sequence(
+        [family.reference_codes(sample) for sample in samples], batch_first=True
+    )
+    family.module.eval()
+    with torch.no_grad():
+        return family.score(samples, codes, lengths).logits
+
+
+def load(path):
+    return load_family("causal_lm").load(path, device="cpu", dtype=torch.float32)
+
+
+def test_fresh_adapters_change_nothing_and_are_all_that_is_trained(folder):
+    plain, family = family_of(folder), family_of(folder, lora={"rank": 4})
+    torch.testing.assert_close(logits_of(family), logits_of(plain), rtol=0, atol=0)
+    trained = [name for name, p in family.module.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_saved_adapters_open_in_peft_and_load_as_they_were(folder, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    family = adapted(folder, 4)
+    family.save(tmp_path)
+    again = load(tmp_path)
+    assert again.fingerprint() == family.fingerprint()
+    torch.testing.assert_close(logits_of(again), logits_of(family), rtol=0, atol=0)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
+    ids = torch.tensor([[280, 5, 281, 282, 300]])
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, family.module.model(ids).logits)
+
+
+def test_an_adapter_of_another_base_is_refused(tiny, folder, tmp_path):
+    adapted(folder, 4).save(tmp_path / "student")
+    other = tmp_path / "base2"
+    save(tiny, other, seed=9)
+    description = json.loads((tmp_path / "student" / "config.json").read_text())
+    description["base"] = str(other)
+    (tmp_path / "student" / "config.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="was trained on another base"):
+        load(tmp_path / "student")
+
+
+def test_a_student_begins_as_the_teachers_adapter_truncated(folder, tmp_path):
+    """Equal where the teacher's change has the student's rank, and no further away elsewhere."""
+    teacher = adapted(folder, 4)
+    teacher.save(tmp_path)
+    same, lower = (
+        family_of(folder, lora={"rank": rank, "alpha": 5.0, "targets": ["q_proj", "down_proj"]})
+        for rank in (4, 2)
+    )
+    for student in (same, lower):
+        student.inherit(tmp_path, None)
+    torch.testing.assert_close(logits_of(same), logits_of(teacher), atol=1e-4, rtol=1e-4)
+    plain, target = logits_of(family_of(folder)), logits_of(teacher)
+    assert (logits_of(lower) - target).norm() < 0.9 * (plain - target).norm()
+
+
+def test_a_student_on_the_merged_teacher_begins_as_the_teacher(folder, tmp_path):
+    teacher = adapted(folder, 4)
+    teacher.save(tmp_path / "teacher")
+    student = family_of(folder, lora={"rank": 2})
+    student.inherit(tmp_path / "teacher", None, merged=True)
+    torch.testing.assert_close(logits_of(student), logits_of(teacher), atol=1e-4, rtol=1e-4)
+    trained = {name for name, p in student.module.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    student.save(tmp_path / "student")
+    again = load(tmp_path / "student")
+    torch.testing.assert_close(logits_of(again), logits_of(student), atol=1e-4, rtol=1e-4)
+    # The base lies nowhere else, so it comes along; where it does, it is named.
+    assert (tmp_path / "student" / "base" / "model.safetensors").exists()
+    whole = family_of(folder)
+    whole.save(tmp_path / "whole")
+    other = family_of(folder, lora={"rank": 2})
+    other.inherit(tmp_path / "whole", None, merged=True)
+    other.save(tmp_path / "other")
+    assert not (tmp_path / "other" / "base").exists()
+    assert load(tmp_path / "other").fingerprint() == other.fingerprint()
+
+
+def test_a_shallower_student_keeps_the_layers_named(tiny, folder, tmp_path):
+    family_of(folder).save(tmp_path / "teacher")
+    shallow = tmp_path / "shallow"
+    config = tiny.tiny_config(
+        width=32, layers=1, feed_forward=48, positions=256, vocabulary=VOCABULARY
+    )
+    special = {"<|start|>": 280, "<|stop|>": 281, "<|speech|>": 282}
+    tiny.save_tiny(shallow, config, tokenizer=tiny.tiny_tokenizer(special))
+    student = family_of(shallow, weights="fresh")
+    student.inherit(tmp_path / "teacher", [1])
+    theirs = family_of(folder).module.model.state_dict()
+    ours = student.module.model.state_dict()
+    name = "model.layers.{}.mlp.up_proj.weight"
+    torch.testing.assert_close(ours[name.format(0)], theirs[name.format(1)], rtol=0, atol=0)
+    with pytest.raises(UserError, match="has decoder layers 0 to 1"):
+        student.inherit(tmp_path / "teacher", [2])
+
+
+def test_texts_never_become_special_tokens(folder):
+    family = family_of(folder)
+    plain = family._reader.conditional({"sample_id": "a", "text": "x", "speaker": "low"})
+    sly = family._reader.conditional({"sample_id": "b", "text": "<|stop|>", "speaker": "{text}"})
+    assert plain.tolist()[-2:] == [281, 282] == sly.tolist()[-2:]
+    assert 281 not in sly.tolist()[1:-2]
+    assert len(sly) == 1 + len("{text}: <|stop|>") + 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"special": SPECIAL | {"stop": {"id": 283, "token": "<|stop|>"}}},
+            "at id 281, but special.stop says 283",
+        ),
+        ({"layout": LAYOUT | {"codes_per_slot": 20}}, "has 361 ids, .* reaches to 439"),
+        ({"layout": LAYOUT | {"codes_per_slot": 4}}, "7 codes of 6 entries, .* 7 slots of 4"),
+        ({"lora": {"targets": ["kv_proj"]}}, "names 'kv_proj'"),
+        ({"path": "nowhere"}, "no tokenizer can be read from nowhere"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_model_is_refused(folder, changes, message):
+    with pytest.raises(UserError, match=message):
+        family_of(**{"path": folder, **changes})
+
+
+def test_weights_that_are_not_all_there_are_refused(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight is missing"):
+        family_of(tmp_path)
+
+
+def test_a_text_over_the_context_is_named(folder):
+    family = family_of(folder)
+    long = samples_of(1)[0] | {"sample_id": "long", "text": "a" * 240}
+    with pytest.raises(UserError, match=r"sample 'long': a prompt of 248 ids and \d+ timesteps"):
+        family.check([long], Sampler(max_timesteps=LIMIT))

@@ -22,7 +22,17 @@ from stages.architecture import Architecture
 from stages.causal_lm_config import CausalLMConfig, CausalLMSettings, CausalLMTeacher
 from stages.config import DatasetFacts
 from stages.errors import UserError
+from stages.families import causal_lm_adapter as adapter
 from stages.families import causal_lm_checkpoint as checkpoint
+from stages.families.causal_lm_base import (
+    OWN_BASE,
+    Base,
+    Saved,
+    adapted,
+    inherited,
+    merged,
+    whole_model,
+)
 from stages.families.causal_lm_network import CausalLMNetwork, Decoding, architecture_of, packed
 from stages.families.causal_lm_prompts import PromptReader, load_tokenizer
 from stages.families.weights import digest_tensors
@@ -53,6 +63,8 @@ class CausalLM:
         settings: CausalLMSettings,
         facts: DatasetFacts,
         condition_dropout: float = 0.0,
+        base: Base | None = None,
+        seed: int = 0,
     ) -> None:
         self.layout = SlotLayout(settings.layout)
         checkpoint.check_vocabulary(model, self.layout, settings.path)
@@ -63,7 +75,7 @@ class CausalLM:
         self.config = settings
         self.facts = facts
         self.condition_dropout = condition_dropout
-        self._reader = reader
+        self._reader, self._base, self._seed = reader, base, seed
         self._end = self.layout.end_id if full else self.layout.end_code
         self.end_id: int | None = self._end
         unused = range(facts.codes_per_codebook, settings.layout.codes_per_slot)
@@ -81,7 +93,9 @@ class CausalLM:
     def build(cls, config: CausalLMConfig, facts: Mapping[str, Any], *, seed: int) -> Self:
         """Load the base model, or draw its weights from `seed`, to be trained in fp32 on the CPU.
 
-        Raises UserError when the folder cannot be read or does not fit the layout or the dataset.
+        With `lora` the model is frozen, and what is trained are fresh adapters, which belong to
+        `seed`. Raises UserError when the folder cannot be read or does not fit the layout or the
+        dataset.
         """
         known = DatasetFacts.model_validate(facts)
         reader = PromptReader(config, load_tokenizer(config.path), config.path)
@@ -89,7 +103,10 @@ class CausalLM:
             model = checkpoint.fresh_model(config.path, seed=seed)
         else:
             model = checkpoint.load_model(config.path, dtype=torch.float32)
-        return cls(model, reader, config, known)
+        if config.lora is None:
+            return cls(model, reader, config, known)
+        model = adapter.attach(model, config.lora, seed=seed)
+        return cls(model, reader, config, known, base=Base(config.path), seed=seed)
 
     @classmethod
     def pretrained(
@@ -101,6 +118,8 @@ class CausalLM:
         """
         reader = PromptReader(config, load_tokenizer(config.path), config.path)
         model = checkpoint.load_model(config.path, dtype=dtype)
+        if config.adapter is not None:
+            model = merged(model, config.adapter, config.path)
         family = cls(model, reader, config, facts)
         family.module.to(device).eval().requires_grad_(False)
         return family
@@ -108,32 +127,36 @@ class CausalLM:
     @classmethod
     def load(cls, path: Path, *, device: str, dtype: torch.dtype) -> Self:
         """Load what `save` wrote, in evaluation mode; raises UserError naming the file."""
-        file = path / checkpoint.CONFIG_FILE
-        try:
-            description = json.loads(file.read_text(encoding="utf-8"))
-            config = CausalLMConfig.model_validate(description["config"])
-            facts = DatasetFacts.model_validate(description["facts"])
-            dropout = float(description["condition_dropout"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file} is not the configuration of a causal_lm checkpoint: {error}; give a "
-                "folder that `fit` or `train` wrote"
-            ) from error
-        reader = PromptReader(config, load_tokenizer(path), path)
-        family = cls(checkpoint.load_model(path, dtype=dtype), reader, config, facts, dropout)
+        saved = Saved.read(path)
+        reader = PromptReader(saved.config, load_tokenizer(path), path)
+        model = checkpoint.load_model(saved.base or path, dtype=dtype)
+        base = None if saved.base is None else Base(saved.base)
+        if base is not None:
+            model = adapted(model, path, base)
+        family = cls(model, reader, saved.config, saved.facts, saved.condition_dropout, base)
         family.module.to(device).eval()
         return family
 
     def save(self, path: Path) -> None:
-        """Write a folder that stock transformers opens, config.json with what foretell adds.
+        """Write a folder that stock transformers opens, or for adapters stock peft.
 
-        Each file appears whole, the weights last: where they are, the checkpoint is finished.
+        config.json has what foretell adds. Each file appears whole, the weights last: where they
+        are, the checkpoint is finished.
         """
-        model = self.module.model
-        counted = {"architecture": self.architecture().model_dump(mode="json")}
-        checkpoint.write_description(path, self._description() | counted, model)
+        description = self._description() | {
+            "architecture": self.architecture().model_dump(mode="json")
+        }
         checkpoint.write_tokenizer(path, self._reader)
-        checkpoint.write_weights(path, model)
+        if self._base is None:
+            checkpoint.write_description(path, description, self.module.model)
+            checkpoint.write_weights(path, self.module.model)
+            return
+        base = self._base.kept_in(path)
+        description["base"] = OWN_BASE if self._base.merged else str(base.folder)
+        checkpoint.write_description(path, description, None)
+        adapter.save_adapter(
+            self.module.model, path, base_path=base.folder, base_fingerprint=base.fingerprint
+        )
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -141,6 +164,26 @@ class CausalLM:
             "facts": self.facts.model_dump(mode="json"),
             "condition_dropout": self.condition_dropout,
         }
+
+    def inherit(self, path: Path, layers: Sequence[int] | None, *, merged: bool = False) -> None:
+        """Begin as the model in the folder `path`: one that `save` wrote, or a stock one.
+
+        Without adapters all weights are copied, `layers` naming the layers to keep. Adapters begin
+        as the best approximation of that model's, on the same base; with `merged` they begin
+        fresh, on that model as a whole. Raises UserError if the two do not fit.
+        """
+        lora = self.config.lora if isinstance(self.config, CausalLMConfig) else None
+        if lora is None or self._base is None:
+            inherited(self.module.model, whole_model(path)[0], path, layers)
+        elif merged:
+            model, was_adapted = whole_model(path)
+            self.module.model = adapter.attach(model, lora, seed=self._seed)
+            self._base = Base(path, merged=was_adapted)
+        else:
+            base = self._base
+            adapter.start_from(
+                self.module.model, path, base_path=base.folder, base_fingerprint=base.fingerprint
+            )
 
     def adopt_codebooks(self, vectors: Tensor) -> None:
         """Start fresh weights from what the audio codec's codes mean.
@@ -163,10 +206,14 @@ class CausalLM:
                 mode="json", include=set(CausalLMSettings.model_fields) - {"path"}
             ),
             "facts": self.facts.model_dump(mode="json"),
-            "model": self.module.model.config.to_diff_dict(),
+            "model": checkpoint.computing(self.module.model),
         }
-        digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
-        digest_tensors(digest, self.module.state_dict())
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+        trained = self.module.state_dict()
+        if self._base is not None:
+            digest.update(self._base.fingerprint.encode())
+            trained = adapter.factors(self.module.model)
+        digest_tensors(digest, trained)
         return digest.hexdigest()
 
     def tokenizer_fingerprint(self) -> str:

@@ -99,9 +99,9 @@ def save_adapter(model: PeftModel, folder: Path, *, base_path: Path, base_finger
     }
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     replace_file(folder / CONFIG_FILE, text.encode())
-    tensors = {name: x.detach().cpu().contiguous() for name, x in _factors(model).items()}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in factors(model).items()}
     with publish_file(folder / WEIGHTS_FILE) as draft:
-        save_file(tensors, draft, metadata={"format": "pt", BASE_KEY: base_fingerprint})
+        save_file(tensors, draft, metadata={BASE_KEY: base_fingerprint})
 
 
 def load_adapter(
@@ -125,12 +125,12 @@ def load_adapter(
         _check_targets(model, targets, of=f"{folder / CONFIG_FILE}: target_modules")
     with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
         adapted = _inject(model, saved.config.as_peft(inference=not trainable))
-    factors = _factors(adapted)
-    expected = {name: tuple(x.shape) for name, x in factors.items()}
+    ours = factors(adapted)
+    expected = {name: tuple(x.shape) for name, x in ours.items()}
     found = {name: tuple(x.shape) for name, x in saved.tensors.items()}
     check_tensors(folder / WEIGHTS_FILE, expected, found)
     with torch.no_grad():
-        for name, x in factors.items():
+        for name, x in ours.items():
             x.copy_(saved.tensors[name])
     return adapted
 
@@ -184,6 +184,17 @@ def merge(model: PeftModel) -> PreTrainedModel:
         )
     merged: PreTrainedModel = model.merge_and_unload()
     return merged
+
+
+def named_base(folder: Path) -> Path:
+    """Folder of the base that an adapter names; raises UserError where it is none here."""
+    named = _read_config(folder / CONFIG_FILE).base_model_name_or_path
+    if not named or not Path(named).is_dir():
+        raise UserError(
+            f"{folder / CONFIG_FILE} names the base {named!r} (base_model_name_or_path), which is "
+            "no folder here: put the base there, or correct the name"
+        )
+    return Path(named)
 
 
 class AdapterConfig(BaseModel):
@@ -369,7 +380,7 @@ def _layers(model: PeftModel) -> dict[str, LoraLayer]:
     }
 
 
-def _factors(model: PeftModel) -> dict[str, nn.Parameter]:
+def factors(model: PeftModel) -> dict[str, nn.Parameter]:
     """The adapters' parameters by the names that peft's files have."""
     return {
         name.replace(f".{ADAPTER}.", "."): x

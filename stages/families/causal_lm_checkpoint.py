@@ -25,8 +25,17 @@ from stages.publish import publish_file, replace_file
 from stages.slot_layout import SlotLayout
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-OURS = "foretell"
-"""Key of config.json below which stands what only foretell reads."""
+OURS = ("architecture", "base", "condition_dropout", "config", "facts")
+"""Keys of config.json that only foretell reads."""
+IDLE = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+"""Keys of transformers' that predictions do not depend on."""
 ATTENTION = "sdpa"
 HEAD_TOLERANCE = 1e-2
 """Largest share by which a model's own logits may differ from its head times its states."""
@@ -61,6 +70,8 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
             f"no language model can be read from {folder}: {error}; give the folder of a model as "
             "transformers has it"
         ) from error
+    for key in OURS:  # transformers takes every key for a setting of its own
+        vars(config).pop(key, None)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         raise UserError(
@@ -131,9 +142,18 @@ def _checked(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return model
 
 
-def write_description(path: Path, description: Mapping[str, Any], network: Any) -> None:
+def computing(model: PreTrainedModel) -> dict[str, Any]:
+    """Settings of a model that its predictions depend on."""
+    settings: dict[str, Any] = model.config.to_dict()
+    return {name: value for name, value in settings.items() if name not in IDLE}
+
+
+def write_description(
+    path: Path, description: Mapping[str, Any], model: PreTrainedModel | None
+) -> None:
     """Write config.json: what foretell reads, and for a whole model what transformers reads."""
-    known = {} if network is None else network.config.to_dict()
+    known = {} if model is None else model.config.to_dict()
+    known.pop("_name_or_path", None)  # where it came from, which is no setting
     text = json.dumps({**known, **description}, indent=2, sort_keys=True) + "\n"
     replace_file(path / CONFIG_FILE, text.encode())
 
