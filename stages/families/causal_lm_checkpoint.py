@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import save_model
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from stages.errors import UserError
@@ -169,8 +169,11 @@ def write_tokenizer(path: Path, reader: PromptReader) -> None:
 
 def write_weights(path: Path, model: PreTrainedModel) -> None:
     """Write model.safetensors into a model folder; tied weights are there once."""
+    once: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        once.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))
     with publish_file(path / WEIGHTS_FILE) as draft:
-        save_model(model, str(draft), metadata={"format": "pt"})
+        save_file(dict(once.values()), draft, metadata={"format": "pt"})
 
 
 def copy_model(source: Path, target: Path) -> None:
