@@ -56,20 +56,23 @@ class Assembly:
         """Most memory that the stage held on the accelerator."""
 
     def run(self, stage: str) -> bool:
-        """Do a stage (`train:NAME` for a student); False when stopped with more to do."""
+        """Do a stage (`train:NAME` for a student, `rollout:NAME` for a round).
+
+        Returns False when it was stopped with more to do.
+        """
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        name, _, student = stage.partition(":")
+        name, _, part = stage.partition(":")
         match name:
             case "prepare":
                 return self._prepare()
             case "fit":
                 return self._fit()
             case "draw":
-                return self._draw()
+                return self._draw(part or None)
             case "rollout":
-                return self._rollout()
+                return self._rollout(part or None)
             case "train":
-                return self._train(student)
+                return self._train(part)
             case "evaluate":
                 return self._evaluate()
             case _:
@@ -105,27 +108,28 @@ class Assembly:
             self.peak_device_bytes = peak_device_bytes(here.device)
         return finished
 
-    def _draw(self) -> bool:
-        config, device, dataset = self._rollout_inputs()
+    def _draw(self, round_name: str | None) -> bool:
+        config, device, dataset = self._rollout_inputs(round_name)
         student = _load(_given(config.student, "rollout.student"), device, config.precision)
         finished = draw_codes(
-            student, dataset.samples(config.split), config, self._folders.draws,
+            student, dataset.samples(config.split), config, self._folders.draws_of(round_name),
             seed=self._config.seed, task=self._task, tasks=self._tasks, stop=self._stop,
         )  # fmt: skip
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
 
-    def _rollout(self) -> bool:
-        config, device, dataset = self._rollout_inputs()
-        teacher = self._teacher(dataset, device, config.precision)
-        replay = self._replay(config, teacher, dataset)
+    def _rollout(self, round_name: str | None) -> bool:
+        config, device, dataset = self._rollout_inputs(round_name)
+        path, draws = self._folders.store_of(round_name), self._folders.draws_of(round_name)
+        teacher = self._teacher(dataset, device, config.precision, round_name)
+        replay = self._replay(config, teacher, dataset, path)
         samples = dataset.samples(config.split if replay is None else replay.manifest.split)
         origin: dict[str, str] = {}
         if config.source == "student":
             settings = draw_settings(config, teacher, samples, self._config.seed)
-            origin = draw_origin(self._folders.draws, settings)
+            origin = draw_origin(draws, settings)
         store = create_store(
-            self._folders.store,
+            path,
             config,
             teacher,
             samples,
@@ -143,25 +147,28 @@ class Assembly:
             shards,
             batch_size=config.batch_size,
             stop=self._stop,
-            draws=read_draws(self._folders.draws, shards, origin) if origin else replay,
+            draws=read_draws(draws, shards, origin) if origin else replay,
         )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
 
-    def _replay(self, config: RolloutConfig, teacher: Family, dataset: Dataset) -> Replay | None:
+    def _replay(
+        self, config: RolloutConfig, teacher: Family, dataset: Dataset, path: Path
+    ) -> Replay | None:
         if config.replay is None:
             return None
-        fingerprint = dataset.header.fingerprint
-        return open_replay(config.replay, teacher, fingerprint, self._folders.store)
+        return open_replay(config.replay, teacher, dataset.header.fingerprint, path)
 
-    def _rollout_inputs(self) -> tuple[RolloutConfig, torch.device, Dataset]:
-        config = _given(self._config.rollout, "rollout")
+    def _rollout_inputs(
+        self, round_name: str | None
+    ) -> tuple[RolloutConfig, torch.device, Dataset]:
+        config = _given(self._config.rollout_of(round_name), "rollout")
         device = choose_device(config.device)
         return config, device, Dataset.open(self._folders.dataset)
 
     def _train(self, name: str) -> bool:
         config = self._config.students[name]
-        store = PredictionStore.open(self._folders.store, cached_shards=config.buffer_shards)
+        store = self._store(config)
         self._require_same_dataset(store)
         with place(config.optimizer.device) as here:
             family = self._student(config, store, here)
@@ -177,6 +184,16 @@ class Assembly:
             )
             self.peak_device_bytes = peak_device_bytes(here.device)
         return finished
+
+    def _store(self, config: TrainConfig) -> PredictionStore:
+        """Open the store that a student learns from."""
+        path = self._folders.store_of(config.round)
+        if config.round is not None and not (path / "manifest.json").exists():
+            raise UserError(
+                f"{path} is not there yet, which the round {config.round!r} makes: `foretell run` "
+                f"does all stages in order, and `foretell rollout --round {config.round}` this one"
+            )
+        return PredictionStore.open(path, cached_shards=config.buffer_shards)
 
     def _require_same_dataset(self, store: PredictionStore) -> None:
         """Refuse a store of another dataset than the run's; a store alone needs none."""
@@ -209,11 +226,18 @@ class Assembly:
                 )
             return student
         family = family_class.build(config.model, manifest.conditioning, seed=self._config.seed)
-        if config.init.kind == "teacher":
-            given = self._config.teacher and self._config.teacher.pretrained
-            family.inherit(given.path if given else self._folders.teacher, config.init.layers)
+        if config.init.kind in ("teacher", "merged"):
+            path, merged = self._teacher_path(config.round), config.init.kind == "merged"
+            family.inherit(path, config.init.layers, merged=merged)
         family.module.to(here.device)
         return family
+
+    def _teacher_path(self, round_name: str | None) -> Path:
+        """Where the weights are of who taught a round; None stands for the run's own teacher."""
+        if round_name is not None:
+            return self._folders.student(self._config.rounds[round_name].teacher)
+        given = self._config.teacher and self._config.teacher.pretrained
+        return given.path if given else self._folders.teacher
 
     def _evaluate(self) -> bool:
         config = _given(self._config.evaluate, "evaluate")
@@ -298,8 +322,16 @@ class Assembly:
             systems.append(Contender(system_name(name), load, 1.0))
         return systems
 
-    def _teacher(self, dataset: Dataset, device: torch.device, precision: str) -> Family:
-        """Load the teacher from its folder, or from where it was trained."""
+    def _teacher(
+        self,
+        dataset: Dataset,
+        device: torch.device,
+        precision: str,
+        round_name: str | None = None,
+    ) -> Family:
+        """Load a round's teacher from its folder, or the run's own from where it was trained."""
+        if round_name is not None:
+            return _load(self._teacher_path(round_name), device, precision)
         given = _given(self._config.teacher, "teacher").pretrained
         if given is None:
             return _load(self._folders.teacher, device, precision)

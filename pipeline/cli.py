@@ -87,6 +87,10 @@ def rollout(
         Path | None,
         typer.Option(metavar="STORE", help="Score the codes of this store; generate nothing."),
     ] = None,
+    round_: Annotated[
+        str | None,
+        typer.Option("--round", help="Roll out this round, whose teacher is a student."),
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Stage one: store what the guided teacher predicts; alone it does all that is missing."""
@@ -94,16 +98,18 @@ def rollout(
         task is not None and tasks is not None and task >= tasks
     ):
         raise UserError(f"--task {task} with --tasks {tasks}: give both, with task below tasks")
-    overrides = [*(set_ or []), *(_replaying(replay) if replay is not None else [])]
-    _stage("rollout", config, overrides, None if task is None else f"{task}/{tasks}")
+    section = "rollout" if round_ is None else f"rounds.{round_}.rollout"
+    overrides = [*(set_ or []), *(_replaying(section, replay) if replay is not None else [])]
+    stage = "rollout" if round_ is None else f"rollout:{round_}"
+    _stage(stage, config, overrides, None if task is None else f"{task}/{tasks}")
 
 
-def _replaying(store: Path) -> list[str]:
+def _replaying(section: str, store: Path) -> list[str]:
     """Return the overrides that --replay stands for."""
     return [
-        "rollout.source=replay",
-        f"rollout.replay={json.dumps(str(store))}",
-        "rollout.student=null",
+        f"{section}.source=replay",
+        f"{section}.replay={json.dumps(str(store))}",
+        f"{section}.student=null",
     ]
 
 
@@ -115,15 +121,15 @@ def train(
 ) -> None:
     """Stage two: train the students from the store; alone or under torchrun."""
     settings = load_config(config, set_ or [])
-    names = [student] if student is not None else list(settings.students)
-    for name in names:
+    students = [stage for stage in stages_of(settings) if stage.startswith("train:")]
+    for stage in students if student is None else [f"train:{student}"]:
         if under_torchrun():
             from pipeline.worker import main as worker  # noqa: PLC0415
 
-            code = worker([f"train:{name}", str(config), *(f"--set={s}" for s in set_ or [])])
+            code = worker([stage, str(config), *(f"--set={s}" for s in set_ or [])])
         else:
             with stop_request() as stop:
-                code = do_stage(f"train:{name}", config, set_ or [], settings, stop)
+                code = do_stage(stage, config, set_ or [], settings, stop)
         if code != FINISHED:
             raise typer.Exit(code)
 

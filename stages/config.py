@@ -151,12 +151,13 @@ class RolloutConfig(Record):
 class InitConfig(Record):
     """Where the weights of a student come from."""
 
-    kind: Literal["fresh", "checkpoint", "teacher"] = "fresh"
-    """`fresh` draws them, `checkpoint` loads `path`, `teacher` copies from the teacher's file."""
+    kind: Literal["fresh", "checkpoint", "teacher", "merged"] = "fresh"
+    """`fresh` draws them, `checkpoint` loads `path`, `teacher` copies from the teacher's file, and
+    `merged` too, whose adapters become part of the weights, below fresh ones."""
     path: Path | None = None
     """Checkpoint folder, for `checkpoint`."""
     layers: tuple[int, ...] | None = None
-    """Decoder layers of the teacher to keep, in order, for `teacher`; null spreads them evenly."""
+    """Decoder layers of the teacher to keep, in order; null spreads them evenly."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -191,6 +192,8 @@ class TrainConfig(Record):
     """What it minimises: its terms by weight, or a `recipe`."""
     optimizer: OptimizerConfig
     """Steps, batches and learning rate."""
+    round: str | None = None
+    """Round of stage one whose store it learns from, of `rounds`; null is the run's own."""
     variations: Literal["all", "one"] = "all"
     """Rollouts of a sample in an epoch: `all` its variations, or `one` that the epoch draws."""
     buffer_shards: Positive = 4

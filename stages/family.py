@@ -213,8 +213,12 @@ class Family(Protocol):
         """
         ...
 
-    def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
-        """Copy weights from a teacher's folder, or pretrained file, without building its model."""
+    def inherit(self, path: Path, layers: Sequence[int] | None, *, merged: bool = False) -> None:
+        """Copy weights from a teacher's folder, or pretrained file, without building its model.
+
+        `merged` makes the teacher's adapters part of the weights that are copied, instead of the
+        start of the student's; a family without adapters raises `UserError`.
+        """
         ...
 
     def architecture(self) -> Architecture:

@@ -31,7 +31,7 @@ from stages.families.codec_lm_network import (
     Prediction,
     architecture_of,
 )
-from stages.families.weights import digest_tensors
+from stages.families.weights import digest_tensors, no_adapters
 from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.layout import FrameStacking
 from stages.model_config import CodecLMConfig, FamilyName
@@ -137,12 +137,14 @@ class CodecLM:
             "condition_dropout": self.condition_dropout,
         }
 
-    def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
+    def inherit(self, path: Path, layers: Sequence[int] | None, *, merged: bool = False) -> None:
         """Copy the weights of the checkpoint folder `path`, whose decoder may be deeper.
 
         `layers` names the decoder layers to keep, in order; None spreads them evenly, the first and
-        the last among them. Raises UserError if any tensor or fact does not fit.
+        the last among them. Raises UserError if any tensor or fact does not fit, and for `merged`.
         """
+        if merged:
+            raise no_adapters(self.name)
         tensors = inherited_tensors(path, layers, self.module, self.facts)
         self.module.load_state_dict(tensors, strict=True)
 

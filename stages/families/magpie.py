@@ -26,7 +26,7 @@ from stages.families.magpie_conditions import ConditionReader
 from stages.families.magpie_network import MagpieNetwork, Prediction
 from stages.families.magpie_settings import overridden, read_model_config
 from stages.families.nemo_archive import archive_fingerprint, quiet
-from stages.families.weights import digest_tensors
+from stages.families.weights import digest_tensors, no_adapters
 from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.layout import FrameStacking
 from stages.model_config import FamilyName, MagpieConfig, MagpieSettings, MagpieTeacher
@@ -178,12 +178,14 @@ class Magpie:
             "architecture": self.architecture().model_dump(mode="json"),
         }
 
-    def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
+    def inherit(self, path: Path, layers: Sequence[int] | None, *, merged: bool = False) -> None:
         """Copy the weights of a .nemo, a .ckpt or a student's folder, without building its model.
 
         `layers` names the decoder layers to keep, in order; None spreads them evenly. Raises
-        UserError if any tensor does not fit.
+        UserError if any tensor does not fit, and for `merged`.
         """
+        if merged:
+            raise no_adapters(self.name)
         checkpoint.inherit(self.module.model, path, layers)
 
     def architecture(self) -> Architecture:

@@ -81,6 +81,14 @@ def digest_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None
         digest.update(flat.view(torch.uint8).numpy().data)
 
 
+def no_adapters(family: str) -> UserError:
+    """Return the error of a family that is asked to merge a teacher's adapters."""
+    return UserError(
+        f"init.kind is 'merged', but models of the family {family!r} have no adapters to merge: "
+        "use 'teacher', which copies the teacher's weights"
+    )
+
+
 def kept_layers(
     weights: Path, layers: Sequence[int] | None, available: int, wanted: int
 ) -> list[int]:
