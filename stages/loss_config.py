@@ -1,4 +1,4 @@
-"""Settings of the distillation loss: its terms, or NeMo's recipe of them."""
+"""Settings of the distillation loss: its terms, or a recipe of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from stages.ranges import Positive, Share, Weight
 from store.schema import Record
@@ -42,7 +42,7 @@ class LossConfig(Record):
     tvd: float = Field(0.0, ge=0)
     """Weight of the total variation distance."""
     ce: float = Field(0.0, ge=0)
-    """Weight of the cross entropy on the drawn codes."""
+    """Weight of the cross entropy on the store's codes, drawn or the recording's own."""
     soft_ce: float = Field(0.0, ge=0)
     """Weight of the cross entropy on the draws of a `sampled` store."""
     nrmse: float = Field(0.0, ge=0)
@@ -113,6 +113,11 @@ class LossConfig(Record):
         """Return the terms and weights themselves: this."""
         return self
 
+    @property
+    def log_names(self) -> dict[str, str]:
+        """What terms are called in the log where it is not by their own names: none."""
+        return {}
+
 
 class NemoLossConfig(Record):
     """The loss of NeMo's online distillation of MagpieTTS in its own terms, with its defaults."""
@@ -153,22 +158,80 @@ class NemoLossConfig(Record):
             **self.model_dump(exclude=same),
         )
 
+    @property
+    def log_names(self) -> dict[str, str]:
+        """What terms are called in the log where it is not by their own names: none."""
+        return {}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         _ = self.terms_config  # whose own checks hold here too
         return self
 
 
-LOSS_FORMS: dict[str, type[Record]] = {"plain loss": LossConfig, "nemo loss": NemoLossConfig}
+class GuideLossConfig(Record):
+    """The loss of a guide to distilling Orpheus: α·hard + (1 − α)·soft, the soft part T²·KL."""
+
+    recipe: Literal["guide"]
+    """Chooses this form of the section."""
+    alpha: Share = 0.3
+    """Share of the cross entropy on the store's codes (`hard`); T²·KL (`soft`) has the rest."""
+    temperature: float = Field(2.0, gt=0)
+    """Distillation temperature T; a `top_k` manifest must list it."""
+    auxiliary: float = Field(1.0, ge=0)
+    """Weight of the model's own losses, such as the balance of its experts."""
+    guidance_scale: GuidanceScale | None = None
+    """Scale, or (low, high) to draw it from per rollout and epoch, of a store of both branches."""
+    codebook_weights: tuple[Weight, ...] = ()
+    """Weight of each codebook, for every frame of a step; empty weighs all alike."""
+
+    @cached_property
+    def terms_config(self) -> LossConfig:
+        """Return the terms and weights that the recipe stands for."""
+        own = self.model_dump(exclude={"recipe", "alpha"})
+        return LossConfig(kl=1 - self.alpha, ce=self.alpha, **own)
+
+    @property
+    def log_names(self) -> dict[str, str]:
+        """What the guide calls the terms; T² is part of `soft`, their shares are of neither."""
+        return {"ce": "hard", "kl": "soft"}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _ = self.terms_config  # whose own checks hold here too
+        return self
+
+
+Recipe = NemoLossConfig | GuideLossConfig
+LOSS_FORMS: dict[str, type[LossConfig | Recipe]] = {
+    "plain loss": LossConfig, "nemo loss": NemoLossConfig, "guide loss": GuideLossConfig,
+}  # fmt: skip
 """The forms of the section `loss` by tags, which are no words of a configuration."""
 
 
+def _recipe(section: Any) -> Any:
+    if isinstance(section, Mapping):
+        return section.get("recipe", "plain")
+    return getattr(section, "recipe", "plain")
+
+
 def _loss_form(value: Any) -> str:
-    named = "recipe" in value if isinstance(value, Mapping) else isinstance(value, NemoLossConfig)
-    return "nemo loss" if named else "plain loss"
+    return f"{_recipe(value)} loss"
+
+
+def _check_recipe(value: Any) -> Any:
+    if _loss_form(value) not in LOSS_FORMS:
+        raise ValueError(
+            f"recipe={_recipe(value)!r} is none of 'nemo' and 'guide'; leave it out to give the "
+            "terms by weight"
+        )
+    return value
 
 
 LossForm = Annotated[
-    Annotated[LossConfig, Tag("plain loss")] | Annotated[NemoLossConfig, Tag("nemo loss")],
+    Annotated[LossConfig, Tag("plain loss")]
+    | Annotated[NemoLossConfig, Tag("nemo loss")]
+    | Annotated[GuideLossConfig, Tag("guide loss")],
     Discriminator(_loss_form),
+    BeforeValidator(_check_recipe),
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.errors import UserError
-from stages.loss_config import DIVERGENCES, LossConfig, NemoLossConfig
+from stages.loss_config import DIVERGENCES, LossConfig, Recipe
 from stages.targets import (
     BranchedTarget,
     ContinuousTarget,
@@ -68,13 +68,14 @@ class Held:
                 return cls("distribution", absolute=True)
 
 
-RECIPE = {"joint": "kl", "kl": "alpha", "ce": "alpha", "nrmse": "beta"}
-"""What NeMo's recipe calls a setting, where it has another name there."""
+RENAMED = {
+    "nemo": {"joint": "kl", "kl": "alpha", "ce": "alpha", "nrmse": "beta"},
+    "guide": {"kl": "alpha", "ce": "alpha"},
+}
+"""What a recipe calls a setting, where it has another name there."""
 
 
-def require_supported(
-    form: LossConfig | NemoLossConfig, manifest: Manifest, whole: bool = True
-) -> None:
+def require_supported(form: LossConfig | Recipe, manifest: Manifest, whole: bool = True) -> None:
     """Refuse, before training starts, a loss that the targets of a store cannot support.
 
     `whole` says that all codes of a timestep are predicted.
@@ -95,19 +96,17 @@ def require_supported(
     require_scale(manifest, loss.guidance_scale is not None)
 
 
-def require(loss: LossConfig, held: Held, form: NemoLossConfig | LossConfig | None = None) -> None:
+def require(loss: LossConfig, held: Held, form: LossConfig | Recipe | None = None) -> None:
     """Refuse a loss that a target cannot support; raises `UserError` in the words of `form`."""
     for setting, reason, advice in _refusals(loss, held):
         raise _refused(form or loss, setting, reason, advice)
 
 
-def _refused(
-    form: LossConfig | NemoLossConfig, setting: str, reason: str, advice: str
-) -> UserError:
-    if isinstance(form, NemoLossConfig):
+def _refused(form: LossConfig | Recipe, setting: str, reason: str, advice: str) -> UserError:
+    if not isinstance(form, LossConfig):
         if setting == "kl":  # the recipe cannot put another term in its place
-            advice = f"leave recipe: nemo out, then {advice}"
-        setting = RECIPE.get(setting, setting)
+            advice = f"leave recipe: {form.recipe} out, then {advice}"
+        setting = RENAMED[form.recipe].get(setting, setting)
         advice = advice.replace("set it to false", "set it to per_codebook")
     return UserError(f"loss.{setting}={getattr(form, setting)}: {reason}; {advice}")
 
