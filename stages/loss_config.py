@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
@@ -16,6 +17,48 @@ Mean = Literal["predictions", "rollouts"]
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 """Terms of the distillation loss that compare probabilities, and so have a temperature."""
+
+
+class ByEntropy(Record):
+    """A temperature for each prediction, by how unsure the teacher is of it."""
+
+    by_entropy: tuple[tuple[float, float], ...]
+    """Pairs (nats, temperature): from this entropy of the teacher at temperature 1 on, up to the
+    next pair's. The first is of 0 nats. Falling temperatures soften what it is sure of the most."""
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures that it chooses among."""
+        return tuple(temperature for _, temperature in self.by_entropy)
+
+    def __str__(self) -> str:
+        return f"{{by_entropy: {[list(pair) for pair in self.by_entropy]}}}"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        nats, temperatures = zip(*self.by_entropy, strict=True) if self.by_entropy else ((), ())
+        rising = all(a < b for a, b in pairwise(nats))
+        if not nats or nats[0] != 0 or not rising or min(temperatures) <= 0:
+            raise ValueError(
+                f"temperature={self} must be pairs of nats, from 0 on and rising, and a "
+                "temperature above 0: {by_entropy: [[0, 2.0], [1.5, 1.0]]}"
+            )
+        if list(temperatures) not in (sorted(temperatures), sorted(temperatures, reverse=True)):
+            raise ValueError(
+                f"temperature={self} must only rise or only fall with the entropy: put the "
+                "temperatures in order"
+            )
+        return self
+
+
+def _temperature_form(value: Any) -> str:
+    return "by entropy" if isinstance(value, Mapping | ByEntropy) else "number"
+
+
+Temperature = Annotated[
+    Annotated[float, Field(gt=0), Tag("number")] | Annotated[ByEntropy, Tag("by entropy")],
+    Discriminator(_temperature_form),
+]
 
 
 class LossConfig(Record):
@@ -51,8 +94,10 @@ class LossConfig(Record):
     """Weight of the mean square error of the centred logits; of the kept ones in `top_k`."""
     mse: float = Field(0.0, ge=0)
     """Weight of the mean square error of continuous predictions."""
-    temperature: float = Field(1.0, gt=0)
-    """Temperature of the divergences, times its square; a `top_k` manifest must list it."""
+    temperature: Temperature = 1.0
+    """Temperature of the divergences, times its square; a `top_k` manifest must list it.
+
+    One number, or {by_entropy: [[nats, number], ...]} for one per prediction."""
     joint: bool = False
     """NeMo 3.0.0's own `kl`, `ce` and `nrmse`, for comparison: codebooks compete."""
     guidance_scale: GuidanceScale | None = None
@@ -106,7 +151,20 @@ class LossConfig(Record):
                 f"joint={self.joint} knows the terms kl, ce and nrmse, and not {others}: set their "
                 "weights to 0, or joint to false"
             )
+        if self.joint and isinstance(self.temperature, ByEntropy):
+            raise ValueError(
+                f"joint={self.joint} has one temperature for all codes of a timestep, and "
+                f"temperature={self.temperature} chooses one for each: give a number, or set joint "
+                "to false"
+            )
         return self
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures at which a store must know the teacher."""
+        if isinstance(self.temperature, ByEntropy):
+            return 1.0, *self.temperature.temperatures
+        return (self.temperature,)
 
     @property
     def terms_config(self) -> LossConfig:
@@ -176,8 +234,10 @@ class GuideLossConfig(Record):
     """Chooses this form of the section."""
     alpha: Share = 0.3
     """Share of the cross entropy on the store's codes (`hard`); T²·KL (`soft`) has the rest."""
-    temperature: float = Field(2.0, gt=0)
-    """Distillation temperature T; a `top_k` manifest must list it."""
+    temperature: Temperature = 2.0
+    """Distillation temperature T; a `top_k` manifest must list it.
+
+    One number, or {by_entropy: [[nats, number], ...]} for one per prediction."""
     auxiliary: float = Field(1.0, ge=0)
     """Weight of the model's own losses, such as the balance of its experts."""
     guidance_scale: GuidanceScale | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.errors import UserError
-from stages.loss_config import DIVERGENCES, LossConfig, Recipe
+from stages.loss_config import DIVERGENCES, ByEntropy, LossConfig, Recipe
 from stages.targets import (
     BranchedTarget,
     ContinuousTarget,
@@ -170,12 +170,15 @@ def _of_sampled(loss: LossConfig) -> Iterator[Refusal]:
 
 def _of_top_k(loss: LossConfig, held: Held) -> Iterator[Refusal]:
     tempered = any(getattr(loss, name) for name in DIVERGENCES)
-    if tempered and held.temperatures is not None and loss.temperature not in held.temperatures:
+    unknown = sorted(set(loss.temperatures) - set(held.temperatures or loss.temperatures))
+    if tempered and unknown:
         reason = (
             "the store keeps the mass of the tail at the temperatures "
-            f"{list(held.temperatures)} only (manifest.json, target.temperatures), and at another "
-            "one it cannot be known"
+            f"{list(held.temperatures or ())} only (manifest.json, target.temperatures), and at "
+            "another one it cannot be known"
         )
+        if isinstance(loss.temperature, ByEntropy):
+            reason += f"; {unknown} are missing, and 1.0 is that of the entropy"
         yield "temperature", reason, "use one of these, or roll out again with it listed"
     if loss.reverse_kl_top_k is not None:
         reason = (
