@@ -43,7 +43,7 @@ class Objective:
     total: Tensor
     """Scalar to differentiate: a sum, not yet divided by the weight of the batch."""
     terms: Mapping[str, Tensor]
-    """What the log shows the means of: its parts and other scalars, summed in the same way."""
+    """What the log shows means of beside the total: its parts and other scalars, summed alike."""
 
 
 class Learner(Protocol[Batch]):
@@ -128,7 +128,7 @@ def optimize(
                 # Data parallelism averages gradients; the loss is a mean over the global batch.
                 share = objective.total * (place.world_size / max(weight, 1e-9))
                 torch.autograd.backward(share)
-            report.add(objective.terms)
+            report.add({**objective.terms, "total": objective.total})
         gradient_norm = state.update(learning_rate(config, state.step))
         report.step(state.step, local_weight, gradient_norm)
 

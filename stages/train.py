@@ -191,6 +191,7 @@ class TargetLearner:
         self, family: Family, store: PredictionStore, config: TrainConfig, seed: int, place: Place
     ) -> None:
         self._family, self._loss = family, config.loss.terms_config
+        self._log_names = config.loss.log_names
         self._device, groups = place.device, _groups(family)
         self._all = _Taught(family, store.manifest, groups, place)
         early = groups.keys() - {LOCAL}
@@ -219,6 +220,7 @@ class TargetLearner:
             scores.outputs, batch.target, batch.codes, weights, taught.forbidden, loss,
             groups=taught.sizes,
         )  # fmt: skip
+        terms = {self._log_names.get(name, name): term for name, term in terms.items()}
         for name, auxiliary in scores.losses.items():
             terms[name] = auxiliary * batch.weight
             total = total + loss.auxiliary * terms[name]
