@@ -15,7 +15,9 @@ from pydantic import JsonValue, ValidationError
 
 from pipeline.figures import bar_rows, interval_rows, line_plot
 from pipeline.metric_tables import (
+    MAIN_METRICS,
     METRICS,
+    SPEECH_METRICS,
     comparison_table,
     html_table,
     metric_table,
@@ -61,8 +63,10 @@ def render(report: Report, folder: Path) -> str:
 def _sections(report: Report, folder: Path) -> Iterator[str]:
     yield _warnings(report)
     yield _section("At a glance", "", _glance(report))
-    yield _section("Systems", SYSTEMS_HINT, _error_rates(report) + metric_table(report))
+    systems = _error_rates(report) + metric_table(report, MAIN_METRICS)
+    yield _section("Systems", SYSTEMS_HINT + _rtf_hint(report), systems)
     yield _section("Paired differences", COMPARISONS_HINT, comparison_table(report))
+    yield _section("Duration and repetition", SPEECH_HINT, metric_table(report, SPEECH_METRICS))
     yield _section("Listen", _listen_hint(report), _audio(report, folder))
     yield _section("Cost of the stages", STAGES_HINT, _stages(report))
     yield _section("Loss curves", LOSSES_HINT, _losses(report))
@@ -74,6 +78,10 @@ SYSTEMS_HINT = (
     "codec copy is the recording through the audio codec, a ceiling for whatever speaks its codes."
 )
 COMPARISONS_HINT = "Where the interval leaves out zero, the difference is more than chance."
+SPEECH_HINT = (
+    "Repetition counts frames of the audio codec that are equal in every code, within one clip; "
+    "the codec copy shows how much of it speech itself has. Quantiles are those of these samples."
+)
 STAGES_HINT = (
     "Every stage is a process of its own: teacher and student never share memory. Peak memory is "
     "summed over the processes of a stage that ran together, time over its attempts."
@@ -81,6 +89,17 @@ STAGES_HINT = (
 LOSSES_HINT = (
     "Means over the steps between two lines of the training log; the legend shows the last value."
 )
+
+
+def _rtf_hint(report: Report) -> str:
+    """Say at which batch size real-time factors were taken, where the settings tell."""
+    evaluation = report.settings.get("evaluate")
+    if not isinstance(evaluation, dict) or "batch_size" not in evaluation:
+        return ""
+    return (
+        " The real-time factor is the seconds of generation per second of audio made, audio codec "
+        f"left out, in batches of {evaluation['batch_size']}."
+    )
 
 
 def _section(title: str, hint: str, content: str) -> str:
