@@ -8,8 +8,10 @@ from html import escape
 
 from pipeline.figures import colour
 from stages.report_schema import SYSTEMS, Comparison, Metric, Report, System
+from stages.tally import Tally
 
 LABELS = {
+    "recording": "recording",
     "codec_copy": "codec copy",
     "teacher_guided": "teacher, guided",
     "teacher_unguided": "teacher, unguided",
@@ -39,9 +41,9 @@ def system_label(name: str) -> str:
 
 def system_colour(name: str, report: Report) -> int:
     """Return the colour of a system's marks: the same wherever it appears."""
-    return (
-        SYSTEMS.index(name) if name in SYSTEMS else 4 + list(report.__pydantic_extra__).index(name)
-    )
+    named = [*SYSTEMS, *report.__pydantic_extra__]
+    # The recording is no system of the report; it looks like its copy.
+    return named.index(name) if name in named else 0
 
 
 def system_dot(name: str, report: Report) -> str:
@@ -168,6 +170,35 @@ def _comparison_row(comparison: Comparison) -> str:
         f"{escape(system_label(comparison.against))}</span></th><td>{escape(shown.title)}</td>"
         f"{_metric_cell(difference, shown.show)}<td>{differs}</td></tr>"
     )
+
+
+def rating_table(heard: Tally, report: Report) -> str:
+    """Return the table of mean opinion scores of listeners, or nothing without any."""
+    if not heard.ratings:
+        return ""
+    rows = "".join(
+        f"<tr><th>{system_dot(name, report)}{escape(system_label(name))}</th>"
+        f"{_metric_cell(rating.mos, decimals(2))}<td>{rating.answers}</td>"
+        f"<td>{rating.listeners}</td></tr>"
+        for name, rating in heard.ratings.items()
+    )
+    head = "<th>system</th><th>MOS, 1 to 5</th><th>answers</th><th>listeners</th>"
+    return html_table(head, rows)
+
+
+def preference_table(heard: Tally, report: Report) -> str:
+    """Return the table of what listeners preferred, or nothing without any."""
+    if not heard.preferences:
+        return ""
+    rows = "".join(
+        f"<tr><th>{system_dot(pair.system, report)}{escape(system_label(pair.system))}"
+        f'<span class="unit">against {escape(system_label(pair.against))}</span></th>'
+        f"<td>{pair.preferred}</td><td>{pair.rejected}</td><td>{pair.equal}</td>"
+        f"{_metric_cell(pair.share, decimals(3))}<td>{significant(pair.p_value)}</td></tr>"
+        for pair in heard.preferences
+    )
+    head = "<th>systems</th><th>preferred</th><th>the other</th><th>no difference</th>"
+    return html_table(f"{head}<th>share preferred</th><th>sign test, p</th>", rows)
 
 
 MARKDOWN_METRICS = ("wer", "paired_kl", "agreement", "mos", "rtf", "passes", "parameters")

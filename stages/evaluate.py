@@ -24,7 +24,7 @@ from stages.measure import (
 )
 from stages.metrics import Bootstrap, Ratio
 from stages.publish import replace_file
-from stages.report_schema import AudioSample, Comparison, JudgeUse, System
+from stages.report_schema import RECORDING, AudioSample, Comparison, JudgeUse, System
 from store import PredictionStore
 
 AUDIO = "audio"
@@ -64,7 +64,7 @@ def evaluate(
     _claim(folder / "identity", identity)
     chosen = [samples[sample_id] for sample_id, _ in reference]
     audio_codec = dataset.audio_codec()
-    write_recordings(dataset, chosen, folder / AUDIO / verdict.RECORDING)
+    write_recordings(dataset, chosen, folder / AUDIO / RECORDING)
     copy = _measure_once(folder, "codec_copy", partial(measure_copy, chosen, audio_codec))
     measures = [copy]
     for contender in contenders:

@@ -16,6 +16,9 @@ from store.schema import Record
 SYSTEMS = ("codec_copy", "teacher_guided", "teacher_unguided", "student")
 """Systems with a fixed name, in the order in which they are shown."""
 
+RECORDING = "recording"
+"""Folder of the recordings themselves, beside those of the systems."""
+
 NOT_LOSSES = ("step", "learning_rate", "gradient_norm", "steps_per_s", "data_wait_share")
 """Fields of a training log that are no loss terms."""
 

@@ -17,6 +17,7 @@ from stages.measure import Measure, wav_name
 from stages.metrics import Array, Bootstrap, Ratio, ratio
 from stages.publish import replace_file
 from stages.report_schema import (
+    RECORDING,
     AudioClip,
     AudioSample,
     Comparison,
@@ -27,8 +28,6 @@ from stages.report_schema import (
 from store.schema import Record
 
 RECOGNISERS: tuple[JudgeName, ...] = ("whisper", "pocketsphinx")
-RECORDING = "recording"
-"""Folder of the recordings themselves, which the speaker encoder hears beside the systems."""
 COSTS = ("parameters", "active_parameters", "flops_per_timestep", "dense_flops_per_timestep")
 """What a report says of a system's architecture."""
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95}
