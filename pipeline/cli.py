@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from tqdm import tqdm
@@ -24,10 +24,19 @@ from pipeline.inspection import (
     verification_text,
 )
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
+from pipeline.listening import (
+    SheetOptions,
+    export_document,
+    export_sheets,
+    export_text,
+    tally_answers,
+    tally_text,
+)
 from pipeline.progress import progress, stages_of
 from pipeline.run import do_stage, run, under_torchrun
 from stages.errors import UserError
 from stages.interruption import stop_request
+from stages.listening import Kind
 from store import StoreError
 from store import verify as check
 from store.convert import convert as convert_store
@@ -138,6 +147,47 @@ def train(
 def evaluate(config: Config, set_: Set = None) -> None:
     """Compare teacher, guided and unguided, with the students; write the report."""
     _stage("evaluate", config, set_)
+
+
+@app.command()
+def listen(
+    config: Config,
+    sheets: Annotated[int, typer.Option(help="Sheets, for as many listeners.", min=1)] = 1,
+    items: Annotated[
+        int | None, typer.Option(help="Samples of the report that are heard; all.", min=1)
+    ] = None,
+    system: Annotated[
+        list[str] | None,
+        typer.Option(help="System that is heard, `recording` among them; all of the report."),
+    ] = None,
+    only: Annotated[
+        Literal["mos", "ab"] | None, typer.Option(help="Rate clips, or compare pairs; both.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of orders and names.", min=0)] = 0,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write blind listening sheets of a finished evaluation, and their key."""
+    settings = load_config(config, set_ or [])
+    kinds: tuple[Kind, ...] = ("mos", "ab") if only is None else (only,)
+    options = SheetOptions(sheets, items, tuple(system or ()), kinds, seed)
+    key = export_sheets(settings, options)
+    _print(export_document(settings, key), as_json, lambda: export_text(settings, key))
+
+
+@app.command()
+def tally(
+    config: Config,
+    answers: Annotated[
+        list[Path], typer.Argument(help="All filled answers files.", show_default=False)
+    ],
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Sum up what listeners answered; exit code 1 where something in the files does not count."""
+    result = tally_answers(load_config(config, set_ or []), answers)
+    _print(result.model_dump(mode="json"), as_json, lambda: tally_text(result))
+    raise typer.Exit(FAILED if result.faults or not result.answers else FINISHED)
 
 
 @app.command(name="run")

@@ -59,6 +59,11 @@ class RunFolders:
         return self.root / "report"
 
     @property
+    def listening(self) -> Path:
+        """Listening sheets, their key, and what listeners answered."""
+        return self.root / "listening"
+
+    @property
     def stages(self) -> Path:
         """One record of cost and completion per stage."""
         return self.root / "stages"

@@ -222,7 +222,11 @@ class EvaluateConfig(Record):
     seed: int = Field(0, ge=0)
     """Seed of the rollouts and of the bootstrap."""
     batch_size: Positive = 32
-    """Rollouts decoded together; real-time factors are taken at this size."""
+    """Rollouts decoded together; the real-time factor `rtf` is taken at this size."""
+    single_samples: int = Field(8, ge=0)
+    """Samples generated once more, each alone, for the real-time factor `rtf_single`."""
+    plausible_duration: tuple[float, float] = (0.5, 2.0)
+    """Least and most seconds per second of the recording for a rollout to be a success."""
     processes: Positive = 2
     """Processes of one thread each that judge; they change nothing but the time."""
     device: str = "auto"
@@ -234,3 +238,13 @@ class EvaluateConfig(Record):
         if len(set(judges)) < len(judges):
             raise ValueError(f"judges={list(judges)} names a judge twice; name each once")
         return judges
+
+    @field_validator("plausible_duration")
+    @classmethod
+    def _check_duration(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < bounds[0] <= 1 <= bounds[1]:
+            raise ValueError(
+                f"plausible_duration={list(bounds)} does not hold the recording's own duration: "
+                "give a number above 0 and at most 1, and one of at least 1"
+            )
+        return bounds
