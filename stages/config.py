@@ -6,9 +6,15 @@ Nothing here imports torch, so that reading a configuration stays fast.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from stages.loss_config import LossConfig, LossForm
 from stages.model_config import ModelConfig
@@ -35,6 +41,20 @@ class DatasetFacts(Record):
     """Fingerprint of the audio codec, hexadecimal."""
     context_frames: int = 0
     """Codec frames of the context clip of a sample; 0 when samples have none."""
+    slots: tuple[tuple[int, int], ...] = ()
+    """Per code of a frame (level, place): which of the level's codes it is; empty where the audio
+    codec has one rate, so that a frame has one code of each codebook."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out slots where there are none, as before there were any.
+
+        Fingerprints of models and manifests of stores have the facts in them.
+        """
+        content: dict[str, Any] = serialise(self)
+        if not self.slots:
+            content.pop("slots", None)
+        return content
 
 
 class OptimizerConfig(Record):

@@ -164,6 +164,7 @@ def _write_dataset(config: PrepareConfig, table: Path, draft: Path, parts: Path)
         frame_rate_hz=audio_codec.frame_rate_hz,
         audio_codec=audio_codec.fingerprint(),
         context_frames=round(config.context_s * audio_codec.frame_rate_hz),
+        slots=audio_codec.slots,
     )
     header = _header(config, table, samples, screened, facts, audio_codec.sample_rate_hz)
     (draft / "dataset.json").write_text(header.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -197,6 +197,13 @@ def test_four_levels_are_fifteen_codes_a_frame(attentive):
     assert attentive.order.codes_per_level == (1, 2, 4, 8)
 
 
+def test_levels_of_one_rate_have_no_slots(folder, tmp_path):
+    from stages.families.snac_codec import SnacCodec
+
+    level = SnacCodec.open(build(tmp_path / "level", TINY | {"vq_strides": [1, 1]}))
+    assert (level.codebooks, level.slots) == (2, ())
+
+
 def test_codes_of_another_vocabulary_are_refused(audio_codec):
     with pytest.raises(ValueError, match="code 64 is no entry of a codebook of 64"):
         audio_codec.decode(np.full((2, 7), ENTRIES, np.uint16))
@@ -350,6 +357,11 @@ def test_recordings_become_the_codes_of_snac(folder, audio_codec, tmp_path):
     dataset = prepare(config, tmp_path / "dataset")
     assert (dataset.facts.codebooks, dataset.facts.codes_per_codebook) == (7, ENTRIES)
     assert dataset.facts.frame_rate_hz == RATE_HZ / FRAME_SAMPLES
+    orpheus = [[0, 0], [1, 0], [2, 0], [2, 1], [1, 1], [2, 2], [2, 3]]
+    assert [list(slot) for slot in dataset.facts.slots] == orpheus
+    written = json.loads((dataset.path / "dataset.json").read_text())["facts"]
+    assert written["slots"] == orpheus
+    assert written == dataset.facts.model_dump(mode="json")
     (row,) = dataset.samples("test")
     waveform, rate_hz = dataset.reference(row["sample_id"])
     assert rate_hz == RATE_HZ

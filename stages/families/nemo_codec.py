@@ -108,6 +108,8 @@ class NemoCodec:
     the same last bit for another batch size, where one bit can turn a code.
     """
 
+    slots: tuple[tuple[int, int], ...] = ()
+
     def __init__(self, path: Path, facts: NemoCodecFacts, model: Any, device: torch.device):
         """Use `open`, which checks what it reads."""
         self.path, self.facts, self.model, self.device = path, facts, model, device

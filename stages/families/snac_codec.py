@@ -158,6 +158,7 @@ class SnacCodec:
         self.sample_rate_hz = self.output_sample_rate_hz = settings.sampling_rate
         self.frame_rate_hz = settings.frame_rate_hz
         self.order = settings.order
+        self.slots = settings.order.slots if len(set(settings.vq_strides)) > 1 else ()
         self.codebooks = len(settings.order.slots)
         self.codes_per_codebook = settings.codebook_size
         self._fingerprint = _fingerprint(settings, model.state_dict())
