@@ -222,10 +222,12 @@ def _apply(document: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     place = document
     for section in sections:
-        inner = place.setdefault(section, {})
+        inner = place.get(section, {})
         if not isinstance(inner, dict):
             raise UserError(f"--set {override!r}: {section!r} is a value, not a section")
-        place = inner
+        # A section may stand in several places (YAML anchors): only the one that is named changes.
+        place[section] = dict(inner)
+        place = place[section]
     place[last] = value
 
 
