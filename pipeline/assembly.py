@@ -237,7 +237,7 @@ class Assembly:
         if round_name is not None:
             return self._folders.student(self._config.rounds[round_name].teacher)
         given = self._config.teacher and self._config.teacher.pretrained
-        return given.path if given else self._folders.teacher
+        return given.weights if given else self._folders.teacher
 
     def _evaluate(self) -> bool:
         config = _given(self._config.evaluate, "evaluate")

@@ -164,3 +164,8 @@ class CausalLMTeacher(CausalLMSettings):
 
     adapter: Path | None = None
     """Folder of a peft adapter that was trained on it; null where there is none."""
+
+    @property
+    def weights(self) -> Path:
+        """What a student that begins as its teacher reads."""
+        return self.adapter or self.path

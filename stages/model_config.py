@@ -138,6 +138,11 @@ class MagpieTeacher(MagpieSettings):
     audio_codec: Path | None = None
     """The audio codec's .nemo; null takes the file that the model's configuration names."""
 
+    @property
+    def weights(self) -> Path:
+        """What a student that begins as its teacher reads."""
+        return self.path
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.path.suffix not in (".nemo", ".ckpt"):

@@ -417,3 +417,13 @@ def _check_codes(layout: SlotLayout, facts: DatasetFacts) -> None:
             f"entries, but the layout has {layout.slots} slots of {entries}: give the layout of "
             "the dataset's audio codec, or prepare the dataset with the model's"
         )
+    if facts.slots and facts.slots != layout.config.slots:
+        raise UserError(
+            f"the dataset's frames list the codes (level, place) {_listed(facts.slots)}, but the "
+            f"layout has {_listed(layout.config.slots)}: give the order of the dataset's audio "
+            "codec in layout.slots"
+        )
+
+
+def _listed(slots: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"({level}, {place})" for level, place in slots)
