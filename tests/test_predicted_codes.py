@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.causal_lm_config import SlotLayoutConfig
 from stages.config import FitConfig, RolloutConfig
 from stages.data import Span, StoreBatches, host_batch, restored_batch, rollout_batches
 from stages.distributed import Place
@@ -25,6 +26,7 @@ from stages.interruption import StopRequest
 from stages.measure import _compare
 from stages.rollout_plan import create_store
 from stages.sampling import mask_forbidden
+from stages.slot_layout import SlotLayout
 from stages.train import TargetLearner, train
 from store import PredictionStore
 from store.schema import Full, TopK
@@ -230,9 +232,14 @@ def test_processes_that_read_mark_the_same_codes(store, start):
         assert not ours.predicted.all()
 
 
-def test_what_marks_codes_travels_without_the_model():
-    """As slots do: a layout's method, of a few numbers."""
-    assert pickle.loads(pickle.dumps(Partly.predicted)) is partly
+def test_slots_mark_codes_and_travel_without_a_model():
+    config = {"slots": [[0, 0], [1, 0], [1, 1]], "codes_per_slot": 5, "audio_base_id": 9}
+    layout = SlotLayout(SlotLayoutConfig.model_validate(config | {"end_id": 3}))
+    content = pickle.dumps(layout.predicted)
+    assert len(content) < 2000
+    codes = torch.tensor([[[1, 2, 3], [4, 5, 5], [0, 0, 0]], [[1, 2, 3], [4, 4, 4], [5, 5, 5]]])
+    marks = pickle.loads(content)(codes)
+    assert marks.flatten(1).long().tolist() == [[1] * 5 + [0] * 4, [1] * 7 + [0] * 2]
 
 
 # Nothing to learn from.
