@@ -157,7 +157,7 @@ class SlotLayout:
 
         What stands after the first end is there to fill the frame, and nobody may learn from it.
         """
-        return up_to_first(timesteps == self.end_code)
+        return up_to_end(timesteps, end=self.end_code)
 
     def to_vocabulary(self, codes: Tensor) -> Tensor:
         """Ids [..., T] of codes [..., T] int64 that begin with slot 0."""
@@ -227,7 +227,7 @@ class SlotLayout:
         return self.config.audio_base_id + slots * self.config.codes_per_slot
 
 
-def up_to_first(ends: Tensor) -> Tensor:
-    """Mark [..., N, S] bool all places of timesteps up to their first end, and that one."""
-    flat = ends.flatten(-2)
-    return (flat.cumsum(-1) <= flat.long()).view(ends.shape)
+def up_to_end(timesteps: Tensor, *, end: int) -> Tensor:
+    """Mark [..., N, S] bool all places of timesteps [..., N, S] up to their first end, and that."""
+    ends = (timesteps == end).flatten(-2)
+    return (ends.cumsum(-1) <= ends.long()).view(timesteps.shape)

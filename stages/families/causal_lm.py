@@ -36,11 +36,11 @@ from stages.families.causal_lm_base import (
 from stages.families.causal_lm_network import CausalLMNetwork, Decoding, architecture_of, packed
 from stages.families.causal_lm_prompts import PromptReader, load_tokenizer
 from stages.families.weights import digest_tensors
-from stages.family import LinearOutput, Sample, Scores, Step
+from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.model_config import FamilyName
 from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
 from stages.sampling import RolloutPolicy, most_timesteps
-from stages.slot_layout import SlotLayout, up_to_first
+from stages.slot_layout import SlotLayout, up_to_end
 from store.schema import Head, Sampler, Stream
 
 GROUP = "backbone"
@@ -78,6 +78,7 @@ class CausalLM:
         self._reader, self._base, self._seed = reader, base, seed
         self._end = self.layout.end_id if full else self.layout.end_code
         self.end_id: int | None = self._end
+        self.predicted: Predicted | None = partial(up_to_end, end=self._end)
         unused = range(facts.codes_per_codebook, settings.layout.codes_per_slot)
         self.forbidden = () if full else tuple(unused)
         self.timestep_s = 1.0 / facts.frame_rate_hz
@@ -261,10 +262,6 @@ class CausalLM:
         own = self._slot_codes(codes)
         whole = ~(own == self.layout.end_code).any(-1)
         return own[whole.cumprod(0).bool()]
-
-    def predicted(self, codes: Tensor) -> Tensor:
-        """Mark [..., T, S] bool what is predicted: nothing after the first end."""
-        return up_to_first(codes == self._end)
 
     def _slot_codes(self, codes: Tensor) -> Tensor:
         return self.layout.from_vocabulary(codes) if self.module.full else codes
