@@ -289,6 +289,7 @@ def test_a_chain_that_was_killed_anywhere_ends_with_the_same_bytes(chain, tiny_r
     assert "train:student of run 'killed' was finished with other settings" in stale.stderr
 
 
+@pytest.mark.slow
 def test_all_students_are_compared_with_the_first_teacher_guided(chain, tiny_run):
     run = chain(evaluate=tiny_run.document["evaluate"])
     run.do("rollout", "train:student", "rollout:again", "train:second", "evaluate")
