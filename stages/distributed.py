@@ -42,7 +42,7 @@ class Place:
             return module
         # Buffers are tables that training leaves alone. Sent around with every pass, they would let
         # the leading process wait for the others, which do not validate.
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
