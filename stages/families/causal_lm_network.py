@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -223,8 +224,7 @@ def head_error(model: PreTrainedModel) -> float:
 def architecture_of(network: CausalLMNetwork) -> Architecture:
     """How large a network is and what decoding a timestep, S tokens of it, costs."""
     decoder = network.decoder
-    named = [(name.removeprefix("model."), p) for name, p in network.named_parameters()]
-    parts = parameters_by_part((name, parameter.numel()) for name, parameter in named)
+    parts = parameters_by_part((_part(name), x.numel()) for name, x in network.named_parameters())
     matrices = [
         (layer.in_features, layer.out_features)
         for layer in decoder.modules()
@@ -237,3 +237,11 @@ def architecture_of(network: CausalLMNetwork) -> Architecture:
         parameters=total, parts=parts, active_parameters=total,
         flops_per_timestep=flops, dense_flops_per_timestep=flops,
     )  # fmt: skip
+
+
+def _part(name: str) -> str:
+    """Part of the model that a parameter belongs to, below the wrappers of whole models."""
+    if ".lora_" in name:
+        return "adapters"
+    *_, part = re.split(r"(?:^|\.)(?:base_model|model)(?=\.)", name)
+    return part.removeprefix(".")
