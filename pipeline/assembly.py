@@ -6,20 +6,28 @@ Stage one never builds a student, and stage two never loads a teacher.
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from pipeline.config import RunConfig
+from pipeline.exclusion import alone
 from pipeline.folders import RunFolders, system_name
+from pipeline.inspection import audit_lines
 from pipeline.progress import stage_identity
 from pipeline.record import own_usage
 from pipeline.results import write_report
+from stages.architecture import Architecture
+from stages.audit import audit, audit_samples, predictions
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
 from stages.dataset import Dataset, read_header
 from stages.distributed import Place, choose_device, peak_device_bytes, place
@@ -31,13 +39,16 @@ from stages.fit import fit
 from stages.interruption import StopRequest
 from stages.measure import Contender
 from stages.prepare import prepare
+from stages.quantization import Quantized, quantize_family
 from stages.replay import Replay, open_replay
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
 from stages.saved_model import saved_family
 from stages.train import train
 from store import PredictionStore
-from store.schema import Fast, changed_fields
+from store.schema import DTypeName, Fast, Manifest, Quantization, changed_fields
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -117,24 +128,29 @@ class Assembly:
 
     def _rollout(self) -> bool:
         config, device, dataset = self._rollout_inputs()
-        teacher = self._teacher(dataset, device, config.precision)
-        replay = self._replay(config, teacher, dataset)
-        samples = dataset.samples(config.split if replay is None else replay.manifest.split)
-        origin: dict[str, str] = {}
-        if config.source == "student":
-            settings = draw_settings(config, teacher, samples, self._config.seed)
-            origin = draw_origin(self._folders.draws, settings)
-        store = create_store(
-            self._folders.store,
-            config,
-            teacher,
-            samples,
-            facts=dataset.facts,
-            dataset_fingerprint=dataset.header.fingerprint,
-            seed=self._config.seed,
-            student_fingerprint=origin.get("student", ""),
-            replay=replay,
-        )
+        # One process audits; those that start beside it wait here, and find its store.
+        with alone(self._folders.stages / "audit.lock") if config.audited else nullcontext():
+            full = self._unquantized(config, dataset, device)
+            teacher, quantized = self._rollout_teacher(config, dataset, device)
+            replay = self._replay(config, teacher, dataset)
+            samples = dataset.samples(config.split if replay is None else replay.manifest.split)
+            origin: dict[str, str] = {}
+            if config.source == "student":
+                settings = draw_settings(config, teacher, samples, self._config.seed)
+                origin = draw_origin(self._folders.draws, settings)
+            store = create_store(
+                self._folders.store,
+                config,
+                teacher,
+                samples,
+                facts=dataset.facts,
+                dataset_fingerprint=dataset.header.fingerprint,
+                seed=self._config.seed,
+                student_fingerprint=origin.get("student", ""),
+                replay=replay,
+                quantized=quantized,
+                quantization=_audited(config, dataset, teacher, quantized, full),
+            )
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
         finished = rollout(
             teacher,
@@ -147,6 +163,36 @@ class Assembly:
         )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
+
+    def _unquantized(
+        self, config: RolloutConfig, dataset: Dataset, device: torch.device
+    ) -> list[Tensor] | None:
+        """Return what the teacher predicts in fp32 for the audit; None where there is none to do.
+
+        Its model is gone when this returns, so that it and the quantized one are never together in
+        memory. A store that is there has been audited.
+        """
+        chosen = _audit_samples(config, dataset)
+        if not chosen or (self._folders.store / "manifest.json").exists():
+            return None
+        logger.info("audit: scoring %d recordings in fp32", len(chosen))
+        teacher = self._teacher(dataset, device, "fp32")
+        found = predictions(teacher, chosen, config.guidance.scale)
+        self.peak_device_bytes = peak_device_bytes(device)
+        del teacher
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    def _rollout_teacher(
+        self, config: RolloutConfig, dataset: Dataset, device: torch.device
+    ) -> tuple[Family, Quantized | None]:
+        """Load the teacher as stage one has it: quantized on its way to the device, if at all."""
+        if config.quantization is None:
+            return self._teacher(dataset, device, config.precision), None
+        teacher = self._teacher(dataset, torch.device("cpu"), config.precision)
+        return teacher, quantize_family(teacher, config.quantization, device=device)
 
     def _replay(self, config: RolloutConfig, teacher: Family, dataset: Dataset) -> Replay | None:
         if config.replay is None:
@@ -224,7 +270,7 @@ class Assembly:
         if reference is None:
             return False
         result = evaluate(
-            self._contenders(dataset, device, reference.manifest.guidance.scale),
+            self._contenders(dataset, device, reference.manifest),
             reference,
             samples,
             dataset,
@@ -264,7 +310,7 @@ class Assembly:
             }
         )
         path = self._folders.report / "reference"
-        teacher = self._teacher(dataset, device, settings.precision)
+        teacher, quantized = self._rollout_teacher(settings, dataset, device)
         store = create_store(
             path,
             settings,
@@ -273,6 +319,8 @@ class Assembly:
             facts=dataset.facts,
             dataset_fingerprint=dataset.header.fingerprint,
             seed=config.seed,
+            quantized=quantized,
+            quantization=None if quantized is None else quantized.record,
         )
         finished = rollout(
             teacher,
@@ -285,18 +333,32 @@ class Assembly:
         return PredictionStore.open(path) if finished else None
 
     def _contenders(
-        self, dataset: Dataset, device: torch.device, cfg_scale: float
+        self, dataset: Dataset, device: torch.device, manifest: Manifest
     ) -> list[Contender]:
-        """Return what is compared: the teacher with and without guidance, and every student."""
+        """Return what is compared: the teacher with and without guidance, and every student.
+
+        A quantized teacher is the one that wrote the store; others are in fp32.
+        """
         teacher = partial(self._teacher, dataset, device, "fp32")
+        architecture = None
+        if manifest.quantization is not None:
+            settings = _given(self._config.rollout, "rollout")
+            teacher = partial(self._quantized_teacher, settings, dataset, device)
+            architecture = Architecture.model_validate(manifest.architecture)
+        scale = manifest.guidance.scale
         systems = [
-            Contender("teacher_guided", teacher, cfg_scale),
-            Contender("teacher_unguided", teacher, 1.0),
+            Contender("teacher_guided", teacher, scale, architecture),
+            Contender("teacher_unguided", teacher, 1.0, architecture),
         ]
         for name in self._config.students:
             load = partial(_load, self._folders.student(name), device, "fp32")
             systems.append(Contender(system_name(name), load, 1.0))
         return systems
+
+    def _quantized_teacher(
+        self, config: RolloutConfig, dataset: Dataset, device: torch.device
+    ) -> Family:
+        return self._rollout_teacher(config, dataset, device)[0]
 
     def _teacher(self, dataset: Dataset, device: torch.device, precision: str) -> Family:
         """Load the teacher from its folder, or from where it was trained."""
@@ -311,6 +373,30 @@ def _load(folder: Path, device: torch.device, precision: str) -> Family:
     """Load a finished model of whatever family its folder says."""
     family = load_family(saved_family(folder))
     return family.load(folder, device=str(device), dtype=DTYPES[precision])
+
+
+def _audit_samples(config: RolloutConfig, dataset: Dataset) -> list[Sample]:
+    return audit_samples(dataset.samples(config.split)[: config.samples], config.audited)
+
+
+def _audited(
+    config: RolloutConfig,
+    dataset: Dataset,
+    teacher: Family,
+    quantized: Quantized | None,
+    full: list[Tensor] | None,
+) -> Quantization | None:
+    """Return the record of the teacher's precision, with what the audit finds; logs that."""
+    if quantized is None and not config.audited:
+        return None
+    dtype: DTypeName = "bfloat16" if config.precision == "bf16" else "float32"
+    record = Quantization(method="none", dtype=dtype) if quantized is None else quantized.record
+    if full is None:
+        return record
+    found = audit(teacher, _audit_samples(config, dataset), config.guidance.scale, full)
+    for line in audit_lines(found.model_dump()):
+        logger.info("audit: %s", line)
+    return record.model_copy(update={"audit": found})
 
 
 def _differences(fields: Mapping[str, tuple[Any, Any]]) -> str:

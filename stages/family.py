@@ -171,6 +171,9 @@ class Family(Protocol):
     conditions: tuple[str, ...]
     condition_dropout: float
     """Share of training samples whose conditions were dropped; guidance needs more than 0."""
+    full_precision: tuple[str, ...]
+    """Patterns of the names of linear layers in `module` that are never quantized: output heads,
+    and layers whose weight is read by other than their own forward."""
 
     @classmethod
     def build(cls, config: Any, facts: Mapping[str, Any], *, seed: int) -> Self:

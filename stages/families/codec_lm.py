@@ -49,6 +49,7 @@ class CodecLM:
     """
 
     name: FamilyName = "codec_lm"
+    full_precision = ("head", "*.router")
 
     def __init__(
         self,

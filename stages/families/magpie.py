@@ -69,6 +69,7 @@ class Magpie:
     """
 
     name: FamilyName = "magpie"
+    full_precision = ("model.final_proj", "model.local_transformer_out_projections.*", "*.router")
 
     def __init__(
         self, network: MagpieNetwork, settings: MagpieSettings, facts: DatasetFacts
