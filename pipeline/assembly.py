@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,10 +17,13 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.config import RunConfig
+from pipeline.exclusion import alone
 from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stage_identity
 from pipeline.record import own_usage
 from pipeline.results import write_report
+from pipeline.teachers import Teachers, load_model, teacher_path
+from stages.architecture import Architecture
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
 from stages.dataset import Dataset, read_header
 from stages.distributed import Place, choose_device, peak_device_bytes, place
@@ -34,12 +38,9 @@ from stages.prepare import prepare
 from stages.replay import Replay, open_replay
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
-from stages.saved_model import saved_family
 from stages.train import train
 from store import PredictionStore
-from store.schema import Fast, changed_fields
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from store.schema import Fast, Manifest, changed_fields
 
 Section = TypeVar("Section")
 
@@ -91,7 +92,9 @@ class Assembly:
         dataset = Dataset.open(self._folders.dataset)
         with place(config.optimizer.device) as here:
             facts = dataset.facts.model_dump(mode="json")
-            family = load_family(model.family).build(model, facts, seed=self._config.seed)
+            family = load_family(model.family).build(
+                model, facts, seed=self._config.seed, device=str(here.device)
+            )
             family.adopt_codebooks(dataset.audio_codec().code_vectors())
             family.module.to(here.device)
             finished = fit(
@@ -110,7 +113,7 @@ class Assembly:
 
     def _draw(self, round_name: str | None) -> bool:
         config, device, dataset = self._rollout_inputs(round_name)
-        student = _load(_given(config.student, "rollout.student"), device, config.precision)
+        student = load_model(_given(config.student, "rollout.student"), device, config.precision)
         finished = draw_codes(
             student, dataset.samples(config.split), config, self._folders.draws_of(round_name),
             seed=self._config.seed, task=self._task, tasks=self._tasks, stop=self._stop,
@@ -121,24 +124,30 @@ class Assembly:
     def _rollout(self, round_name: str | None) -> bool:
         config, device, dataset = self._rollout_inputs(round_name)
         path, draws = self._folders.store_of(round_name), self._folders.draws_of(round_name)
-        teacher = self._teacher(dataset, device, config.precision, round_name)
-        replay = self._replay(config, teacher, dataset, path)
-        samples = dataset.samples(config.split if replay is None else replay.manifest.split)
-        origin: dict[str, str] = {}
-        if config.source == "student":
-            settings = draw_settings(config, teacher, samples, self._config.seed)
-            origin = draw_origin(draws, settings)
-        store = create_store(
-            path,
-            config,
-            teacher,
-            samples,
-            facts=dataset.facts,
-            dataset_fingerprint=dataset.header.fingerprint,
-            seed=self._config.seed,
-            student_fingerprint=origin.get("student", ""),
-            replay=replay,
-        )
+        teachers = Teachers(self._config, dataset, device)
+        # One process audits; those that start beside it wait here, and find its store.
+        with alone(path.with_name(f"{path.name}.lock")) if config.audited else nullcontext():
+            full = teachers.in_full(config, path, round_name)
+            teacher, quantized = teachers.for_rollout(config, round_name)
+            replay = self._replay(config, teacher, dataset, path)
+            samples = dataset.samples(config.split if replay is None else replay.manifest.split)
+            origin: dict[str, str] = {}
+            if config.source == "student":
+                settings = draw_settings(config, teacher, samples, self._config.seed)
+                origin = draw_origin(draws, settings)
+            store = create_store(
+                path,
+                config,
+                teacher,
+                samples,
+                facts=dataset.facts,
+                dataset_fingerprint=dataset.header.fingerprint,
+                seed=self._config.seed,
+                student_fingerprint=origin.get("student", ""),
+                replay=replay,
+                quantized=quantized,
+                quantization=teachers.audited(config, teacher, quantized, full),
+            )
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
         finished = rollout(
             teacher,
@@ -217,7 +226,7 @@ class Assembly:
             )
         family_class = load_family(config.model.family)
         if config.init.kind == "checkpoint":
-            student = _load(_given(config.init.path, "init.path"), here.device, "fp32")
+            student = load_model(_given(config.init.path, "init.path"), here.device, "fp32")
             different = changed_fields(student.config, config.model)
             if different:
                 raise UserError(
@@ -225,19 +234,14 @@ class Assembly:
                     f"section model ({_differences(different)}): give the checkpoint's"
                 )
             return student
-        family = family_class.build(config.model, manifest.conditioning, seed=self._config.seed)
+        family = family_class.build(
+            config.model, manifest.conditioning, seed=self._config.seed, device=str(here.device)
+        )
         if config.init.kind in ("teacher", "merged"):
-            path, merged = self._teacher_path(config.round), config.init.kind == "merged"
+            path, merged = teacher_path(self._config, config.round), config.init.kind == "merged"
             family.inherit(path, config.init.layers, merged=merged)
         family.module.to(here.device)
         return family
-
-    def _teacher_path(self, round_name: str | None) -> Path:
-        """Where the weights are of who taught a round; None stands for the run's own teacher."""
-        if round_name is not None:
-            return self._folders.student(self._config.rounds[round_name].teacher)
-        given = self._config.teacher and self._config.teacher.pretrained
-        return given.weights if given else self._folders.teacher
 
     def _evaluate(self) -> bool:
         config = _given(self._config.evaluate, "evaluate")
@@ -248,7 +252,7 @@ class Assembly:
         if reference is None:
             return False
         result = evaluate(
-            self._contenders(dataset, device, reference.manifest.guidance.scale),
+            self._contenders(dataset, device, reference.manifest),
             reference,
             samples,
             dataset,
@@ -288,7 +292,7 @@ class Assembly:
             }
         )
         path = self._folders.report / "reference"
-        teacher = self._teacher(dataset, device, settings.precision)
+        teacher, quantized = Teachers(self._config, dataset, device).for_rollout(settings)
         store = create_store(
             path,
             settings,
@@ -297,6 +301,8 @@ class Assembly:
             facts=dataset.facts,
             dataset_fingerprint=dataset.header.fingerprint,
             seed=config.seed,
+            quantized=quantized,
+            quantization=None if quantized is None else quantized.record,
         )
         finished = rollout(
             teacher,
@@ -309,40 +315,25 @@ class Assembly:
         return PredictionStore.open(path) if finished else None
 
     def _contenders(
-        self, dataset: Dataset, device: torch.device, cfg_scale: float
+        self, dataset: Dataset, device: torch.device, manifest: Manifest
     ) -> list[Contender]:
-        """Return what is compared: the teacher with and without guidance, and every student."""
-        teacher = partial(self._teacher, dataset, device, "fp32")
+        """Return what is compared: the teacher with and without guidance, and every student.
+
+        A quantized teacher is the one that wrote the store; others are in fp32.
+        """
+        teacher = partial(Teachers(self._config, dataset, device).speaking, manifest)
+        architecture = None
+        if manifest.quantization is not None:
+            architecture = Architecture.model_validate(manifest.architecture)
+        scale = manifest.guidance.scale
         systems = [
-            Contender("teacher_guided", teacher, cfg_scale),
-            Contender("teacher_unguided", teacher, 1.0),
+            Contender("teacher_guided", teacher, scale, architecture),
+            Contender("teacher_unguided", teacher, 1.0, architecture),
         ]
         for name in self._config.students:
-            load = partial(_load, self._folders.student(name), device, "fp32")
+            load = partial(load_model, self._folders.student(name), device, "fp32")
             systems.append(Contender(system_name(name), load, 1.0))
         return systems
-
-    def _teacher(
-        self,
-        dataset: Dataset,
-        device: torch.device,
-        precision: str,
-        round_name: str | None = None,
-    ) -> Family:
-        """Load a round's teacher from its folder, or the run's own from where it was trained."""
-        if round_name is not None:
-            return _load(self._teacher_path(round_name), device, precision)
-        given = _given(self._config.teacher, "teacher").pretrained
-        if given is None:
-            return _load(self._folders.teacher, device, precision)
-        family = load_family(given.family)
-        return family.pretrained(given, dataset.facts, device=str(device), dtype=DTYPES[precision])
-
-
-def _load(folder: Path, device: torch.device, precision: str) -> Family:
-    """Load a finished model of whatever family its folder says."""
-    family = load_family(saved_family(folder))
-    return family.load(folder, device=str(device), dtype=DTYPES[precision])
 
 
 def _differences(fields: Mapping[str, tuple[Any, Any]]) -> str:

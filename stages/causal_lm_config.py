@@ -13,6 +13,8 @@ from store.schema import Record
 
 TokenId = Annotated[int, Field(ge=0)]
 
+BaseQuantization = Literal["bf16", "int8", "int4"]
+
 MARK = re.compile(r"<(\w+)>")
 """A special token in a prompt, by its name."""
 
@@ -142,8 +144,9 @@ class CausalLMConfig(CausalLMSettings):
     """Whether the folder's weights are loaded, or drawn for its configuration."""
     lora: LoraConfig | None = None
     """Adapters to train on the frozen model; null trains all of its weights."""
-    quantization: Literal["int8", "int4"] | None = None
-    """How the frozen model is kept in memory under its adapters; null keeps it as it is."""
+    quantization: BaseQuantization | None = None
+    """How the frozen model is kept in memory under its adapters, the rest of it in bf16; null keeps
+    all of it in fp32."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

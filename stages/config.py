@@ -19,7 +19,20 @@ from pydantic import (
 from stages.loss_config import LossConfig, LossForm
 from stages.model_config import ModelConfig
 from stages.ranges import Positive, Share, Weight
-from store.schema import Fast, Full, Guidance, Profile, Record, Sampler, Target, TopK
+from store.schema import (
+    Fast,
+    Full,
+    Guidance,
+    Profile,
+    QuantizationMethod,
+    Record,
+    Sampler,
+    Target,
+    TopK,
+)
+
+AUDIT_SAMPLES = 8
+"""Recordings on which a quantized teacher is compared with itself, unless told otherwise."""
 
 JudgeName = Literal["whisper", "pocketsphinx", "distillmos", "resemblyzer"]
 
@@ -111,6 +124,15 @@ class FitConfig(Record):
     """Batches of the dev split whose loss is reported at every checkpoint."""
 
 
+class QuantizationConfig(Record):
+    """Weights of the teacher's linear layers in fewer bits; needs `foretell[orpheus]`."""
+
+    method: QuantizationMethod
+    """`int8`, or `int4`: nf4 in blocks of 64 weights."""
+    keep: tuple[str, ...] = ()
+    """Linear layers that stay as they are, by name or a pattern like `*.down`; heads do anyway."""
+
+
 class RolloutConfig(Record):
     """Stage one: what the teacher predicts, and how it is stored."""
 
@@ -142,10 +164,21 @@ class RolloutConfig(Record):
     """Rollouts generated together; part of the plan of a reproducible store."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Weights and arithmetic of the teacher."""
+    quantization: QuantizationConfig | None = None
+    """Holds its linear layers in fewer bits; arithmetic stays that of `precision`."""
+    audit_samples: int | None = Field(None, ge=0)
+    """Recordings on which the teacher is compared with itself in fp32; null: 8 if quantized."""
     processes: Positive = 1
     """Processes that `run` starts on this machine."""
     device: str = "auto"
     """Torch device; `auto` takes CUDA where it is present."""
+
+    @property
+    def audited(self) -> int:
+        """Recordings of the audit, by what is asked for."""
+        if self.audit_samples is not None:
+            return self.audit_samples
+        return 0 if self.quantization is None else AUDIT_SAMPLES
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -176,6 +176,9 @@ class Family(Protocol):
     conditions: tuple[str, ...]
     condition_dropout: float
     """Share of training samples whose conditions were dropped; guidance needs more than 0."""
+    full_precision: tuple[str, ...]
+    """Patterns of the names of linear layers in `module` that are never quantized: output heads,
+    and layers whose weight is read by other than their own forward."""
 
     @property
     def predicted(self) -> Predicted | None:
@@ -186,8 +189,14 @@ class Family(Protocol):
         ...
 
     @classmethod
-    def build(cls, config: Any, facts: Mapping[str, Any], *, seed: int) -> Self:
-        """Build a model with fresh weights for a dataset's facts (alphabet, speakers, codes)."""
+    def build(
+        cls, config: Any, facts: Mapping[str, Any], *, seed: int, device: str = "cpu"
+    ) -> Self:
+        """Build a model with fresh weights for a dataset's facts (alphabet, speakers, codes).
+
+        It is to be trained on `device`, where what a family quantizes goes at once; the rest is on
+        the CPU until its module is moved.
+        """
         ...
 
     @classmethod

@@ -45,6 +45,8 @@ class Contender:
     """Loads the model."""
     cfg_scale: float
     """Guidance while it speaks and is compared; 1 for none."""
+    architecture: Architecture | None = None
+    """Its size, where the model that is loaded does not know it, being quantized."""
 
     @property
     def passes(self) -> int:
@@ -134,7 +136,7 @@ def measure(
     kl, agreed, predictions = zip(*compared, strict=True)
     return Measure(
         name=contender.name,
-        architecture=family.architecture(),
+        architecture=contender.architecture or family.architecture(),
         passes=contender.passes,
         decode_s=decode_s,
         single_s=single_s,

@@ -9,14 +9,16 @@ from pathlib import Path
 import pyarrow as pa
 from pydantic import ValidationError
 
+from stages.architecture import Architecture
 from stages.config import DatasetFacts, RolloutConfig
 from stages.errors import UserError
 from stages.family import Family, Sample, require_taught
+from stages.quantization import Quantized
 from stages.replay import Replay
 from stages.sampling import keyed_generator
 from store import PredictionStore
 from store.plan import Plan
-from store.schema import Fingerprints, Hidden, Manifest, Target, TopK
+from store.schema import Fingerprints, Hidden, Manifest, Quantization, Target, TopK
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ def create_store(
     seed: int,
     student_fingerprint: str = "",
     replay: Replay | None = None,
+    quantized: Quantized | None = None,
+    quantization: Quantization | None = None,
 ) -> PredictionStore:
     """Create the store that a rollout configuration describes, or open the one that is there.
 
@@ -42,7 +46,9 @@ def create_store(
     of other settings, another teacher or another dataset, naming what differs, and `UserError`
     for a teacher of another audio codec or without linear heads for a `hidden` target, too small a
     `k` and an empty split.
-    `student_fingerprint` names the student that drew the codes, where the source is one.
+    `student_fingerprint` names the student that drew the codes, where the source is one;
+    `quantized` is what the teacher was before it was quantized, and `quantization` the record of
+    its precision.
     """
     if replay is not None:
         config, seed = replay.settings(config), replay.manifest.seed
@@ -69,7 +75,7 @@ def create_store(
         for sample in chosen:
             require_taught(family, sample, family.reference_codes(sample))
     fingerprints = Fingerprints(
-        teacher=family.fingerprint(),
+        teacher=family.fingerprint() if quantized is None else quantized.fingerprint,
         tokenizer=family.tokenizer_fingerprint(),
         audio_codec=facts.audio_codec,
         dataset=dataset_fingerprint,
@@ -77,7 +83,8 @@ def create_store(
         codes="" if replay is None else replay.fingerprint,
     )
     try:
-        manifest = _manifest(config, family, facts, fingerprints, seed)
+        architecture = family.architecture() if quantized is None else quantized.architecture
+        manifest = _manifest(config, family, facts, fingerprints, seed, architecture, quantization)
     except ValidationError as error:
         faults = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
         raise UserError(f"the section rollout does not fit the teacher: {faults}") from None
@@ -129,6 +136,8 @@ def _manifest(
     facts: DatasetFacts,
     fingerprints: Fingerprints,
     seed: int,
+    architecture: Architecture,
+    quantization: Quantization | None,
 ) -> Manifest:
     return Manifest(
         family=family.name,
@@ -147,7 +156,8 @@ def _manifest(
         conditions=family.conditions,
         fingerprints=fingerprints,
         conditioning=facts.model_dump(mode="json"),
-        architecture=family.architecture().model_dump(mode="json"),
+        architecture=architecture.model_dump(mode="json"),
+        quantization=quantization,
     )
 
 

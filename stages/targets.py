@@ -36,7 +36,14 @@ class Forbidden:
     @classmethod
     def of(cls, manifest: Manifest, device: torch.device | str) -> Forbidden:
         """Return what a manifest forbids, as tensors on `device`."""
-        return _forbidden(manifest.forbidden, manifest.vocabularies, torch.device(device))
+        return cls.of_ids(manifest.forbidden, manifest.vocabularies, device)
+
+    @classmethod
+    def of_ids(
+        cls, ids: tuple[int, ...], vocabularies: tuple[int, ...], device: torch.device | str
+    ) -> Forbidden:
+        """Return `ids`, and those beyond the vocabulary of each stream, as tensors on `device`."""
+        return _forbidden(ids, vocabularies, torch.device(device))
 
     def filled(self, logits: Tensor, value: float = float("-inf")) -> Tensor:
         """Return logits [..., C, V] with `value` at the forbidden ids; themselves without any."""

@@ -47,10 +47,10 @@ def folder(tiny, tmp_path_factory):
     return path
 
 
-def save(tiny, path, seed: int = 0, **changes: Any):
+def save(tiny, path, seed: int = 0, width: int = 32, size: float = 0.3):
     config = tiny.tiny_config(
-        width=32, layers=2, heads=4, key_value_heads=2, feed_forward=48, positions=256,
-        vocabulary=VOCABULARY, **changes,
+        width=width, layers=2, heads=4, key_value_heads=2, feed_forward=3 * width // 2,
+        positions=256, vocabulary=VOCABULARY,
     )  # fmt: skip
     special = {"<|start|>": 280, "<|stop|>": 281, "<|speech|>": 282}
     model = tiny.save_tiny(path, config, seed=seed, tokenizer=tiny.tiny_tokenizer(special))
@@ -58,7 +58,7 @@ def save(tiny, path, seed: int = 0, **changes: Any):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(path)
     return model
 
@@ -427,3 +427,39 @@ def test_a_text_over_the_context_is_named(folder):
     long = samples_of(1)[0] | {"sample_id": "long", "text": "a" * 240}
     with pytest.raises(UserError, match=r"sample 'long': a prompt of 248 ids and \d+ timesteps"):
         family.check([long], Sampler(max_timesteps=LIMIT))
+
+
+@pytest.mark.parametrize("quantization", ["bf16", "int8", "int4"])
+def test_adapters_train_on_a_quantized_base_that_stays_as_it_is(
+    tiny, tmp_path, require, quantization
+):
+    require("torchao", "pip install 'foretell[orpheus]'")
+    require("bitsandbytes", "pip install 'foretell[orpheus]'")
+    folder = tmp_path / "base"
+    save(tiny, folder, width=128, size=0.1)  # whose rows are whole blocks of int4
+    family = family_of(folder, lora={"rank": 4}, quantization=quantization)
+    plain, ours = logits_of(family_of(folder)), logits_of(family).float()
+    error = (ours - plain).norm() / plain.norm()
+    assert 0 < error < {"bf16": 0.03, "int8": 0.05, "int4": 0.5}[quantization]
+
+    trained = [p for p in family.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(8):
+        samples = samples_of(2)
+        lengths = torch.tensor([family.timesteps(sample) for sample in samples])
+        codes = torch.nn.utils.rnn.pad_sequence(
+            [family.reference_codes(sample) for sample in samples], batch_first=True
+        )
+        logits = family.score(samples, codes, lengths).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    family.save(tmp_path / "student")
+    again = load(tmp_path / "student")
+    torch.testing.assert_close(logits_of(again), logits_of(family), rtol=0, atol=0)
+    fresh = family_of(folder, lora={"rank": 4}, quantization=quantization)
+    torch.testing.assert_close(logits_of(fresh).float(), ours, rtol=0, atol=0)

@@ -16,7 +16,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from stages.architecture import Architecture
 from stages.causal_lm_config import CausalLMConfig, CausalLMSettings, CausalLMTeacher
@@ -29,12 +28,14 @@ from stages.families.causal_lm_base import (
     Base,
     Saved,
     adapted,
+    frozen,
     inherited,
     merged,
     whole_model,
 )
 from stages.families.causal_lm_network import CausalLMNetwork, Decoding, architecture_of, packed
 from stages.families.causal_lm_prompts import PromptReader, load_tokenizer
+from stages.families.hugging_face import PreTrainedModel
 from stages.families.weights import digest_tensors
 from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.model_config import FamilyName
@@ -65,6 +66,7 @@ class CausalLM:
         condition_dropout: float = 0.0,
         base: Base | None = None,
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         self.layout = SlotLayout(settings.layout)
         checkpoint.check_vocabulary(model, self.layout, settings.path)
@@ -75,7 +77,7 @@ class CausalLM:
         self.config = settings
         self.facts = facts
         self.condition_dropout = condition_dropout
-        self._reader, self._base, self._seed = reader, base, seed
+        self._reader, self._base, self._seed, self._device = reader, base, seed, device
         self._end = self.layout.end_id if full else self.layout.end_code
         self.end_id: int | None = self._end
         self.predicted: Predicted | None = partial(up_to_end, end=self._end)
@@ -87,16 +89,21 @@ class CausalLM:
             Stream(name=f"{GROUP}.{slot}", group=GROUP, vocabulary=self.module.vocabulary)
             for slot in range(self.layout.slots)
         )
-        width = self.module.head.weight.shape[1]
+        head = self.module.head
+        named = [name for name, layer in self.module.named_modules() if layer is head]
+        self.full_precision = (*named, "*.lora_*")
+        width = head.weight.shape[1]
         self.heads = (Head(group=GROUP, vectors=self.layout.slots, width=width),)
 
     @classmethod
-    def build(cls, config: CausalLMConfig, facts: Mapping[str, Any], *, seed: int) -> Self:
-        """Load the base model, or draw its weights from `seed`, to be trained in fp32 on the CPU.
+    def build(
+        cls, config: CausalLMConfig, facts: Mapping[str, Any], *, seed: int, device: str = "cpu"
+    ) -> Self:
+        """Load the base model, or draw its weights from `seed`, to be trained in fp32.
 
-        With `lora` the model is frozen, and what is trained are fresh adapters, which belong to
-        `seed`. Raises UserError when the folder cannot be read or does not fit the layout or the
-        dataset.
+        With `lora` the model is frozen, quantized onto `device` if wanted, and what is trained are
+        fresh adapters, which belong to `seed`. Otherwise it is on the CPU. Raises UserError when
+        the folder cannot be read or does not fit the layout or the dataset.
         """
         known = DatasetFacts.model_validate(facts)
         reader = PromptReader(config, load_tokenizer(config.path), config.path)
@@ -106,8 +113,9 @@ class CausalLM:
             model = checkpoint.load_model(config.path, dtype=torch.float32)
         if config.lora is None:
             return cls(model, reader, config, known)
-        model = adapter.attach(model, config.lora, seed=seed)
-        return cls(model, reader, config, known, base=Base(config.path), seed=seed)
+        model = adapter.attach(frozen(model, config.quantization, device), config.lora, seed=seed)
+        base = Base(config.path)
+        return cls(model, reader, config, known, base=base, seed=seed, device=device)
 
     @classmethod
     def pretrained(
@@ -133,7 +141,7 @@ class CausalLM:
         model = checkpoint.load_model(saved.base or path, dtype=dtype)
         base = None if saved.base is None else Base(saved.base)
         if base is not None:
-            model = adapted(model, path, base)
+            model = adapted(frozen(model, saved.config.quantization, device), path, base)
         family = cls(model, reader, saved.config, saved.facts, saved.condition_dropout, base)
         family.module.to(device).eval()
         return family
@@ -173,11 +181,13 @@ class CausalLM:
         as the best approximation of that model's, on the same base; with `merged` they begin
         fresh, on that model as a whole. Raises UserError if the two do not fit.
         """
-        lora = self.config.lora if isinstance(self.config, CausalLMConfig) else None
+        assert isinstance(self.config, CausalLMConfig)  # what is trained was built from it
+        lora = self.config.lora
         if lora is None or self._base is None:
             inherited(self.module.model, whole_model(path)[0], path, layers)
         elif merged:
             model, was_adapted = whole_model(path)
+            model = frozen(model, self.config.quantization, self._device)
             self.module.model = adapter.attach(model, lora, seed=self._seed)
             self._base = Base(path, merged=was_adapted)
         else:

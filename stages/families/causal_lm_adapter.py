@@ -6,6 +6,7 @@ An adapter adds ΔW = scale · B·A to the frozen weight of a linear layer: A [r
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import math
@@ -16,19 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft import PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from stages.causal_lm_config import LoraConfig
 from stages.errors import UserError
+from stages.families.hugging_face import (
+    LoraLayer,
+    PeftLoraConfig,
+    PeftModel,
+    PreTrainedModel,
+    get_pattern_key,
+    get_peft_model,
+)
 from stages.families.low_rank import Factors, truncate
 from stages.families.weights import check_tensors
 from stages.publish import publish_file, replace_file
@@ -59,7 +63,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftMode
         torch.manual_seed(seed)
         adapted = _inject(
             model,
-            peft.LoraConfig(
+            PeftLoraConfig(
                 task_type="CAUSAL_LM",
                 r=config.rank,
                 lora_alpha=config.alpha,
@@ -89,7 +93,7 @@ def save_adapter(model: PeftModel, folder: Path, *, base_path: Path, base_finger
     targets = settings.target_modules
     description = {
         "peft_type": "LORA",
-        "peft_version": peft.__version__,
+        "peft_version": importlib.metadata.version("peft"),
         "task_type": "CAUSAL_LM",
         # Absolute, as whoever opens the adapter may stand elsewhere.
         "base_model_name_or_path": os.path.abspath(base_path),
@@ -233,9 +237,9 @@ class AdapterConfig(BaseModel):
             faults.append(f"init_lora_weights is {self.init_lora_weights!r}")
         return faults
 
-    def as_peft(self, *, inference: bool) -> peft.LoraConfig:
+    def as_peft(self, *, inference: bool) -> PeftLoraConfig:
         """Return it as peft has it."""
-        return peft.LoraConfig(
+        return PeftLoraConfig(
             task_type="CAUSAL_LM",
             inference_mode=inference,
             target_modules=self.target_modules,
@@ -332,7 +336,7 @@ def _read_config(file: Path) -> AdapterConfig:
 
 
 def _peft_fields() -> Mapping[str, Any]:
-    fields: Mapping[str, Any] = peft.LoraConfig.__dataclass_fields__
+    fields: Mapping[str, Any] = PeftLoraConfig.__dataclass_fields__
     return fields
 
 
@@ -357,7 +361,7 @@ def _check_targets(
         )
 
 
-def _inject(model: PreTrainedModel, config: peft.LoraConfig) -> PeftModel:
+def _inject(model: PreTrainedModel, config: PeftLoraConfig) -> PeftModel:
     """Add peft's adapters; raises UserError where peft can not."""
     with warnings.catch_warnings():
         # Of a base that torchao quantized: merging is refused anyway.

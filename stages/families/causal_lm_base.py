@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from stages.causal_lm_config import CausalLMConfig
+from stages.causal_lm_config import BaseQuantization, CausalLMConfig
 from stages.config import DatasetFacts
 from stages.errors import UserError
 from stages.families import causal_lm_adapter as adapter
 from stages.families import causal_lm_checkpoint as checkpoint
+from stages.families.hugging_face import PeftModel, PreTrainedModel
 from stages.families.weights import check_tensors, kept_layers
+from stages.quantization import quantize
 
 OWN_BASE = "base"
 """Folder, within that of an adapter, of a base which exists nowhere else."""
@@ -105,6 +105,20 @@ def whole_model(
     base = Saved.read(folder).base if ours else None
     base = base or adapter.named_base(folder)
     return merged(checkpoint.load_model(base, dtype=dtype), folder, base), True
+
+
+def frozen(
+    model: PreTrainedModel, quantization: BaseQuantization | None, device: str
+) -> PreTrainedModel:
+    """Put a model into the form that adapters are trained on; one that is quantized goes there."""
+    if quantization is None:
+        return model
+    model.to(torch.bfloat16)
+    if quantization != "bf16":
+        head = model.get_output_embeddings()
+        keep = [name for name, layer in model.named_modules() if layer is head]
+        quantize(model, quantization, device=device, keep=keep)
+    return model
 
 
 def merged(model: PreTrainedModel, folder: Path, base: Path) -> PreTrainedModel:

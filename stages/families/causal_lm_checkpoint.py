@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from stages.errors import UserError
 from stages.families.causal_lm_network import head_error
 from stages.families.causal_lm_prompts import PromptReader
+from stages.families.hugging_face import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    transformers,
+)
 from stages.publish import publish_file, replace_file
 from stages.slot_layout import SlotLayout
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from stages.architecture import Architecture, parameters_by_part, product_flops
+from stages.families.hugging_face import Cache, CacheLayerMixin, PreTrainedModel
 from stages.families.weights import project
 from stages.modules.attention import Departure, KVCache, causal_mask
 from stages.slot_layout import SlotLayout

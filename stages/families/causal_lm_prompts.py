@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stages.causal_lm_config import MARK, CausalLMSettings
 from stages.errors import UserError
+from stages.families.hugging_face import AutoTokenizer, PreTrainedTokenizerFast
 from stages.family import Sample
 
 CONDITION = re.compile(r"\{(text|speaker)\}")

@@ -14,7 +14,9 @@ from typing import Annotated
 import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stages.families.causal_lm_checkpoint import quiet
+from stages.families.hugging_face import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEXT_IDS = 128_256
 """Ids of Llama 3: what comes after them are Orpheus' own tokens."""
@@ -70,7 +72,8 @@ def save_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return model
 

@@ -50,6 +50,7 @@ class CodecLM:
 
     name: FamilyName = "codec_lm"
     predicted: Predicted | None = None
+    full_precision = ("head", "*.router")
 
     def __init__(
         self,
@@ -93,7 +94,9 @@ class CodecLM:
         return self.module.null_text.device
 
     @classmethod
-    def build(cls, config: CodecLMConfig, facts: Mapping[str, Any], *, seed: int) -> Self:
+    def build(
+        cls, config: CodecLMConfig, facts: Mapping[str, Any], *, seed: int, device: str = "cpu"
+    ) -> Self:
         """Build a model on the CPU with fresh fp32 weights that belong to `seed`."""
         known = DatasetFacts.model_validate(facts)
         with torch.random.fork_rng(devices=[]):

@@ -70,6 +70,7 @@ class Magpie:
 
     name: FamilyName = "magpie"
     predicted: Predicted | None = None
+    full_precision = ("model.final_proj", "model.local_transformer_out_projections.*", "*.router")
 
     def __init__(
         self, network: MagpieNetwork, settings: MagpieSettings, facts: DatasetFacts
@@ -114,7 +115,9 @@ class Magpie:
         return device
 
     @classmethod
-    def build(cls, config: MagpieConfig, facts: Mapping[str, Any], *, seed: int) -> Self:
+    def build(
+        cls, config: MagpieConfig, facts: Mapping[str, Any], *, seed: int, device: str = "cpu"
+    ) -> Self:
         """Build a model on the CPU with fresh fp32 weights that belong to `seed`.
 
         Raises UserError when NeMo's configuration cannot be read or is not supported.
