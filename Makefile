@@ -9,7 +9,8 @@ MODELS_READY := $(VENV)/.ready-models
 # The engines that benchmarks compare with pin other versions (numpy < 2.2), so they live apart.
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
-MODEL_BENCHMARKS := benchmarks/magpie_online.py benchmarks/magpie_bytes.py
+MODEL_BENCHMARKS := benchmarks/magpie_online.py benchmarks/magpie_bytes.py \
+  benchmarks/quantized_linear.py
 BENCHMARK_PARTS := %/measure.py %/peers.py %/magpie_shapes.py
 BENCHMARKS := $(filter-out $(BENCHMARK_PARTS) $(MODEL_BENCHMARKS),$(wildcard benchmarks/*.py))
 

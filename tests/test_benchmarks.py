@@ -28,11 +28,13 @@ SMALL = {
         "6",
         "--skip-memory",
     ],
+    "quantized_linear": ["--inputs", "256", "--outputs", "128", "--repeats", "1"],
     "read_rate": ["--gib", "0.002", "--repeats", "1", "--lookups", "20", "--peers", "none"],
     "write_rate": ["--mib", "0.5", "--repeats", "1"],
 }
 """Arguments that make each benchmark short; a new one must be named here."""
 NEEDS = dict.fromkeys(("magpie_bytes", "magpie_online"), ("nemo", "pip install 'foretell[magpie]'"))
+NEEDS["quantized_linear"] = ("torchao", "pip install 'foretell[orpheus]'")
 """What a benchmark compares with, and how to install it."""
 REQUIRED = {
     "guided_decoding": {
@@ -53,6 +55,12 @@ REQUIRED = {
         for group in ("backbone", "local")
     },
     "magpie_online": {"train_step_speedup_6_tiny", "rollout_speedup_6_tiny"},
+    "quantized_linear": {
+        f"{way}_{dtype}_{measured}"
+        for way in ("torchao_int8", "bitsandbytes_int4")
+        for dtype in ("float32", "bfloat16")
+        for measured in ("bytes", "error", "gradient_error", "1_rows", "512_rows_gradient")
+    },
     "write_rate": {"fast_over_plain", "compact_over_plain", "compact_disk_over_plain"},
     "bytes_per_position": {
         "compact_k50_v2048_bytes",

@@ -7,14 +7,17 @@ import logging
 import subprocess
 import sys
 import warnings
+import weakref
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from pipeline.assembly import Assembly
 from pipeline.inspection import describe_store, store_text
 from stages.audit import audit, audit_samples, predictions
 from stages.config import QuantizationConfig, RolloutConfig
@@ -545,3 +548,58 @@ def test_scoring_a_stored_rollout_again_with_the_quantized_teacher_gives_what_wa
             apart.append(float(difference.abs().max()))
     assert max(apart[::2]) < 1e-4, "the same quantized teacher"
     assert max(apart[1::2]) > 1e-3, "the unquantized one would be noticed"
+
+
+@pytest.mark.slow
+def test_the_evaluation_is_of_the_quantized_teacher_and_says_so(quantized_run, tiny_run):
+    run = quantized_run(quantization={"method": "int4"}, audit_samples=0)
+    document = run.document | {"evaluate": tiny_run.document["evaluate"]}
+    run.path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    run.do("evaluate")
+    reference = PredictionStore.open(run.root / "report" / "reference").manifest
+    assert reference.quantization.method == "int4"
+    assert reference.quantization.audit is None
+    report = json.loads((run.root / "report" / "report.json").read_text())
+    teacher = report["teacher_guided"]
+    assert abs(teacher["paired_kl"]["value"]) < 1e-6, "it is its own reference"
+    assert teacher["agreement"]["value"] > 0.999
+    assert teacher["parameters"]["value"] == reference.architecture["parameters"]
+    (said,) = [line for line in report["warnings"] if "int4" in line]
+    assert f"{len(reference.quantization.layers)} of its linear layers" in said
+    assert "bitsandbytes" in said
+
+
+def test_what_cuda_takes_for_int8_is_held_in_int8():
+    """As far as a machine without CUDA can tell: the package does it on the CPU too."""
+    import bitsandbytes
+
+    backend = BACKENDS["cuda"]["int8"]
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 64).to(torch.bfloat16)
+    x = torch.randn(8, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = layer(x)
+        assert not backend.holds(layer)
+        held = backend.replace(bitsandbytes, layer, torch.device("cpu")).eval()
+        assert backend.holds(held)
+        assert weight_bytes(held) == 64 * 128 + 64 * 4
+        error = float((held(x) - before).norm() / before.norm())
+    assert 1e-4 < error < 0.03
+
+
+@pytest.mark.slow
+def test_the_full_and_the_quantized_teacher_are_never_in_memory_together(
+    quantized_run, monkeypatch
+):
+    run = quantized_run(quantization={"method": "int8"}, audit_samples=1)
+    load, loaded = Assembly._teacher, []
+
+    def watched(self, *arguments):
+        assert [each() for each in loaded] == [None] * len(loaded)
+        family = load(self, *arguments)
+        loaded.append(weakref.ref(family.module))
+        return family
+
+    monkeypatch.setattr(Assembly, "_teacher", watched)
+    run.do("rollout")
+    assert len(loaded) == 2
