@@ -306,7 +306,7 @@ class CausalLM:
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         timesteps = max(policy.limits)
         prompts = [prompt for sample in samples for prompt in self._prompts(sample, branches)]
-        state = self.module.start(prompts, timesteps * self.layout.slots)
+        state = self.module.start(prompts, branches, timesteps * self.layout.slots)
         weight, bias = self.module.head_weights()
         shape = (len(samples), self.layout.slots)
         yield from decode(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,9 +13,9 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.architecture import Architecture, parameters_by_part, product_flops
-from stages.families.hugging_face import Cache, CacheLayerMixin, PreTrainedModel
+from stages.families.hugging_face import Cache, CacheLayerMixin, DynamicCache, PreTrainedModel
 from stages.families.weights import project
-from stages.modules.attention import Departure, KVCache, causal_mask
+from stages.modules.attention import Departure, KVCache, additive, causal_mask
 from stages.slot_layout import SlotLayout
 
 PROBE = 4
@@ -104,43 +105,76 @@ class CausalLMNetwork(nn.Module):
         places = places.clamp(max=ids.shape[1] - 1)
         return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
-    def start(self, prompts: Sequence[Tensor], tokens: int) -> Decoding:
-        """Read prompts [P] each and return the state for `step`, with room for so many tokens."""
-        return Decoding(self.decoder, prompts, tokens, self.device)
+    def start(self, prompts: Sequence[Tensor], branches: int, tokens: int) -> Decoding:
+        """Read prompts [P] each and return the state for `step`, with room for so many tokens.
+
+        Those of a row's branches follow each other.
+        """
+        parts = [_Read.of(self.decoder, prompts[i::branches], self.device) for i in range(branches)]
+        return Decoding(self.decoder, parts, tokens)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Prompts of one branch, read together: those without conditions are far shorter."""
+
+    lengths: Tensor
+    """[m] int64: ids of each prompt, which are the last of those that were read."""
+    hidden: Tensor
+    """[m, D]: what predicts the first token after each."""
+    layers: Sequence[tuple[Tensor, Tensor]]
+    """Keys and values of every layer, [m, H, L, D] each."""
+
+    @classmethod
+    def of(cls, decoder: PreTrainedModel, prompts: Sequence[Tensor], device: torch.device) -> _Read:
+        lengths = torch.tensor([len(prompt) for prompt in prompts]).to(device)
+        ids = pad_sequence(list(prompts), batch_first=True, padding_side="left").to(device)
+        places = torch.arange(ids.shape[1], device=device) - (ids.shape[1] - lengths[:, None])
+        padded = len({len(prompt) for prompt in prompts}) > 1
+        cache = DynamicCache()
+        decoded = decoder(
+            input_ids=ids, position_ids=places.clamp(min=0), cache=cache, use_cache=True,
+            attention_mask=causal_mask(places >= 0) if padded else None,
+        )  # fmt: skip
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        return cls(lengths, decoded.last_hidden_state[:, -1], layers)
+
+    @property
+    def width(self) -> int:
+        """L: ids that were read of each."""
+        return self.layers[0][0].shape[2]
 
 
 class Decoding:
     """What decoding remembers: keys, values and mask of every row, and its next position."""
 
-    def __init__(
-        self, decoder: PreTrainedModel, prompts: Sequence[Tensor], tokens: int, device: torch.device
-    ) -> None:
+    def __init__(self, decoder: PreTrainedModel, parts: Sequence[_Read], tokens: int) -> None:
         self._decoder = decoder
-        layers = decoder.config.num_hidden_layers
-        self._layers = [_RowsLayer(tokens) for _ in range(layers)]
+        width = max(part.width for part in parts)
+        by_layer = zip(*(part.layers for part in parts), strict=True)
+        self._layers = [_RowsLayer.of(layers, width, tokens) for layers in by_layer]
         self._cache = Cache(layers=self._layers)
-        lengths = torch.tensor([len(prompt) for prompt in prompts]).to(device)
-        ids = pad_sequence(list(prompts), batch_first=True, padding_side="left").to(device)
-        width = ids.shape[1]
-        places = torch.arange(width, device=device) - (width - lengths[:, None])
-        padded = len({len(prompt) for prompt in prompts}) > 1
-        self._valid = places >= 0 if padded else None
-        self._next = lengths
-        mask = None if self._valid is None else causal_mask(self._valid)
+        self._next = _alternating([part.lengths for part in parts])
+        places = torch.arange(width, device=self._next.device)
+        valid = places >= width - self._next[:, None]
+        padded = len({part.width for part in parts}) > 1 or not bool(valid.all())
+        # Added to the scores: torch would make that of a mask of truth values in every layer.
+        self._mask = additive(valid, decoder.dtype) if padded else None
         self.tokens = 0
         """Tokens read after the prompts."""
-        self.hidden = self._decode(ids, places.clamp(min=0), mask)
+        self.hidden = _alternating([part.hidden for part in parts])
         """[n, D]: what predicts the next token of each row."""
 
     def step(self, ids: Tensor) -> None:
         """Read the next token of each row, ids [n]."""
-        mask = None
-        if self._valid is not None:
-            length = self._layers[0].get_seq_length() + 1
-            missing = length - self._valid.shape[1]
-            self._valid = functional.pad(self._valid, (0, missing), value=True)
-            mask = self._valid[:, None, None, :]
-        self.hidden = self._decode(ids.unsqueeze(1), self._next.unsqueeze(1), mask)
+        if self._mask is not None:
+            self._mask = functional.pad(self._mask, (0, 1))
+        decoded = self._decoder(
+            input_ids=ids.unsqueeze(1), position_ids=self._next.unsqueeze(1), cache=self._cache,
+            use_cache=True,
+            attention_mask=None if self._mask is None else self._mask[:, None, None, :],
+        )  # fmt: skip
+        self.hidden = decoded.last_hidden_state[:, -1]
         self._next = self._next + 1
         self.tokens += 1
 
@@ -149,16 +183,13 @@ class Decoding:
         for layer in self._layers:
             layer.drop(departure)
         self._next, self.hidden = departure.kept(self._next), departure.kept(self.hidden)
-        if self._valid is not None:
-            self._valid = departure.kept(self._valid)
+        if self._mask is not None:
+            self._mask = departure.kept(self._mask)
 
-    def _decode(self, ids: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:
-        decoded = self._decoder(
-            input_ids=ids, position_ids=places, attention_mask=mask, cache=self._cache,
-            use_cache=True,
-        )  # fmt: skip
-        hidden: Tensor = decoded.last_hidden_state[:, -1]
-        return hidden
+
+def _alternating(parts: Sequence[Tensor]) -> Tensor:
+    """Rows [n · m, ...] that take turns between n parts [m, ...]."""
+    return torch.stack(list(parts), 1).flatten(0, 1)
 
 
 class _RowsLayer(CacheLayerMixin):  # type: ignore[misc] # where the package is not checked
@@ -168,33 +199,36 @@ class _RowsLayer(CacheLayerMixin):  # type: ignore[misc] # where the package is 
     layer attends over its whole room, and keeps its rows.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, kept: KVCache) -> None:
         super().__init__()
-        self._room = room
-        self._kept: KVCache | None = None
+        self._kept = kept
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Tensor, Tensor]], width: int, tokens: int) -> _RowsLayer:
+        """Hold the prompts of all branches, padded on the left to `width`, with room for tokens."""
+        padded = [
+            _alternating([functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in tensors])
+            for tensors in zip(*parts, strict=True)
+        ]
+        return cls(KVCache.with_room(*padded, tokens))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Hold the prompt, with room for the tokens to come."""
-        self._kept = KVCache.with_room(key_states, value_states, self._room)
+        """Do nothing: the prompts are there from the start."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add keys and values [n, H, L, D], L being 1 after the prompt; return all there are."""
-        if self._kept is None:
-            self.lazy_initialization(key_states, value_states)
-            return key_states, value_states
+        """Add keys and values [n, H, 1, D] of one token; return all there are."""
         self._kept.append(key_states, value_states)
         return self._kept.view()
 
     def drop(self, departure: Departure) -> None:
         """Keep the rows that still run."""
-        if self._kept is not None:
-            self._kept.drop(departure)
+        self._kept.drop(departure)
 
     def get_seq_length(self) -> int:
         """Tokens that are there."""
-        return 0 if self._kept is None else self._kept.length
+        return self._kept.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Tokens that are there after so many more, and how many are left out before them."""

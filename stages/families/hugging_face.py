@@ -20,7 +20,7 @@ with silenced():
         PreTrainedModel,
         PreTrainedTokenizerFast,
     )
-    from transformers.cache_utils import Cache, CacheLayerMixin
+    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 __all__ = [
     "AutoConfig",
@@ -28,6 +28,7 @@ __all__ = [
     "AutoTokenizer",
     "Cache",
     "CacheLayerMixin",
+    "DynamicCache",
     "LlamaConfig",
     "LlamaForCausalLM",
     "LoraLayer",
