@@ -463,3 +463,15 @@ def test_adapters_train_on_a_quantized_base_that_stays_as_it_is(
     torch.testing.assert_close(logits_of(again), logits_of(family), rtol=0, atol=0)
     fresh = family_of(folder, lora={"rank": 4}, quantization=quantization)
     torch.testing.assert_close(logits_of(fresh).float(), ours, rtol=0, atol=0)
+
+
+def test_a_quantized_base_counts_as_many_parameters(tiny, tmp_path, require):
+    require("bitsandbytes", "pip install 'foretell[orpheus]'")
+    save(tiny, tmp_path, width=128)
+    lora = {"rank": 4, "targets": ["q_proj"]}
+    plain, packed = (
+        family_of(tmp_path, lora=lora, quantization=quantization).architecture()
+        for quantization in (None, "int4")
+    )
+    assert packed == plain
+    assert plain.parts["adapters"] == 2 * 4 * (128 + 128)

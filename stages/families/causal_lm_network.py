@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -206,11 +206,11 @@ class _RowsLayer(CacheLayerMixin):  # type: ignore[misc] # where the package is 
     @classmethod
     def of(cls, parts: Sequence[tuple[Tensor, Tensor]], width: int, tokens: int) -> _RowsLayer:
         """Hold the prompts of all branches, padded on the left to `width`, with room for tokens."""
-        padded = [
+        keys, values = [
             _alternating([functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in tensors])
             for tensors in zip(*parts, strict=True)
         ]
-        return cls(KVCache.with_room(*padded, tokens))
+        return cls(KVCache.with_room(keys, values, tokens))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the prompts are there from the start."""
@@ -257,7 +257,7 @@ def head_error(model: PreTrainedModel) -> float:
 def architecture_of(network: CausalLMNetwork) -> Architecture:
     """How large a network is and what decoding a timestep, S tokens of it, costs."""
     decoder = network.decoder
-    parts = parameters_by_part((_part(name), x.numel()) for name, x in network.named_parameters())
+    parts = parameters_by_part(_sizes(network))
     matrices = [
         (layer.in_features, layer.out_features)
         for layer in decoder.modules()
@@ -270,6 +270,19 @@ def architecture_of(network: CausalLMNetwork) -> Architecture:
         parameters=total, parts=parts, active_parameters=total,
         flops_per_timestep=flops, dense_flops_per_timestep=flops,
     )  # fmt: skip
+
+
+def _sizes(network: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield every parameter's part of the model, and how many numbers it stands for.
+
+    The weight of a quantized layer is packed, so its shape says nothing.
+    """
+    for name, parameter in network.named_parameters():
+        layer = network.get_submodule(name.rpartition(".")[0])
+        size = parameter.numel()
+        if isinstance(layer, nn.Linear) and name.endswith(".weight"):
+            size = layer.in_features * layer.out_features
+        yield _part(name), size
 
 
 def _part(name: str) -> str:
