@@ -33,7 +33,7 @@ from stages.families.causal_lm_base import (
     merged,
     whole_model,
 )
-from stages.families.causal_lm_network import CausalLMNetwork, Decoding, architecture_of, packed
+from stages.families.causal_lm_network import CausalLMNetwork, Decoding, architecture_of, joined
 from stages.families.causal_lm_prompts import PromptReader, load_tokenizer
 from stages.families.hugging_face import PreTrainedModel
 from stages.families.weights import digest_tensors
@@ -76,6 +76,7 @@ class CausalLM:
         self.network: nn.Module = self.module
         self.config = settings
         self.facts = facts
+        self._positions = int(model.config.max_position_embeddings)
         self.condition_dropout = condition_dropout
         self._reader, self._base, self._seed, self._device = reader, base, seed, device
         self._end = self.layout.end_id if full else self.layout.end_code
@@ -239,18 +240,35 @@ class CausalLM:
                 "model ends with the first end of a frame, whatever its slot; set it to 'any'"
             )
         for sample in samples:
-            self._check_length(sample, most_timesteps(sampler, self.timesteps(sample)))
+            timesteps = most_timesteps(sampler, self.timesteps(sample))
+            self._check_length(sample, self._reader.pair(sample), timesteps)
 
-    def _check_length(self, sample: Sample, timesteps: int) -> None:
+    def _check_lengths(
+        self,
+        samples: Sequence[Sample],
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        most: int,
+        lengths: Tensor,
+    ) -> None:
+        """Refuse a sample of `lengths` [B] timesteps, of which none is more than `most`.
+
+        The device is asked for lengths only where a batch may not fit.
+        """
+        longest = max(len(prompt) for pair in pairs for prompt in pair)
+        if longest + most * self.layout.slots > self._positions:
+            for sample, pair, length in zip(samples, pairs, lengths.tolist(), strict=True):
+                self._check_length(sample, pair, length)
+
+    def _check_length(self, sample: Sample, pair: tuple[Tensor, Tensor], timesteps: int) -> None:
         """Refuse a prompt after which not so many timesteps fit."""
-        limit = self.module.model.config.max_position_embeddings
-        prompt = max(len(self._reader.conditional(sample)), len(self._reader.unconditional(sample)))
+        prompt = max(len(pair[0]), len(pair[1]))
         length = prompt + timesteps * self.layout.slots
-        if length > limit:
+        if length > self._positions:
             raise UserError(
                 f"sample {sample['sample_id']!r}: a prompt of {prompt} ids and {timesteps} "
-                f"timesteps of {self.layout.slots} ids are {length}, but the model takes {limit} "
-                "(max_position_embeddings); split the text, or lower sampler.max_timesteps"
+                f"timesteps of {self.layout.slots} ids are {length}, but the model takes "
+                f"{self._positions} (max_position_embeddings); split the text, or lower "
+                "sampler.max_timesteps"
             )
 
     def timesteps(self, sample: Sample) -> int:
@@ -305,7 +323,8 @@ class CausalLM:
         self.module.eval()
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         timesteps = max(policy.limits)
-        prompts = [prompt for sample in samples for prompt in self._prompts(sample, branches)]
+        pairs = [self._reader.pair(sample) for sample in samples]
+        prompts = [prompt for pair in pairs for prompt in pair[:branches]]
         state = self.module.start(prompts, branches, timesteps * self.layout.slots)
         weight, bias = self.module.head_weights()
         shape = (len(samples), self.layout.slots)
@@ -320,11 +339,6 @@ class CausalLM:
             draw=partial(self._draw_codes, state=state, head=(weight.mT, bias)),
             end=partial(policy.end, likeliest=False),
         )
-
-    def _prompts(self, sample: Sample, branches: int) -> list[Tensor]:
-        """The prompts of a row: the conditional one, then the unconditional one."""
-        conditional = self._reader.conditional(sample)
-        return [conditional, self._reader.unconditional(sample)][:branches]
 
     def _step(self, previous: Tensor, state: Decoding) -> Tensor:
         """Read the last token of the timestep `previous` [n, S]; the prompt has been read."""
@@ -390,25 +404,25 @@ class CausalLM:
         """
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         dropped = [False] * len(samples) if unconditional is None else unconditional.tolist()
-        rows, before = [], []
-        for sample, row, length, drop in zip(
-            samples, codes.cpu(), lengths.tolist(), dropped, strict=True
-        ):
-            self._check_length(sample, length)
-            ids = self.module.layout_ids(row[:length]).flatten()[:-1]
-            prompts = self._prompts(sample, 2)
-            for prompt in [prompts[1]] if drop else prompts[:branches]:
-                rows.append((prompt, ids))
-                before.append(len(prompt))
-        states = self.network(
-            packed(rows).to(self.module.device),
-            torch.tensor(before, device=self.module.device),
-            codes.shape[1] * self.layout.slots,
-        )
+        pairs = [self._reader.pair(sample) for sample in samples]
+        self._check_lengths(samples, pairs, codes.shape[1], lengths)
+        prompts = [
+            prompt
+            for (conditional, bare), drop in zip(pairs, dropped, strict=True)
+            for prompt in (bare if drop else conditional, bare)[:branches]
+        ]
+        ids, before = joined(prompts, self._tokens(codes, lengths).repeat_interleave(branches, 0))
+        states = self.network(ids, before, codes.shape[1] * self.layout.slots)
         states = states.unflatten(1, (-1, self.layout.slots))
         weight, bias = self.module.head_weights()
         heads = (LinearOutput(states, weight, bias),)
         return scores(heads, {GROUP: states}, cfg_scale=cfg_scale, branches=branches, linear=linear)
+
+    def _tokens(self, codes: Tensor, lengths: Tensor) -> Tensor:
+        """Ids [B, T · S] of codes [B, T, S]; any ids of audio beyond a length."""
+        codes, lengths = codes.to(self.module.device), lengths.to(self.module.device)
+        beyond = torch.arange(codes.shape[1], device=codes.device) >= lengths[:, None]
+        return self.module.layout_ids(codes.masked_fill(beyond[..., None], self._end)).flatten(1)
 
     def local_parameters(self) -> Iterator[nn.Parameter]:
         """Nothing: there is no local transformer beside the model."""

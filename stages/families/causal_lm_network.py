@@ -239,9 +239,20 @@ class _RowsLayer(CacheLayerMixin):  # type: ignore[misc] # where the package is 
         return -1
 
 
-def packed(rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Join the parts of each row to ids [n, L], padded on the right."""
-    return pad_sequence([torch.cat(list(row)) for row in rows], batch_first=True)
+def joined(prompts: Sequence[Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Put tokens [n, N] behind prompts [P] each, all but the last, where nobody waits for them.
+
+    Returns ids [n, L], of which those behind a row's own mean nothing, and the ids of each prompt
+    [n], both on the device of the tokens.
+    """
+    device = tokens.device
+    before = torch.tensor([len(prompt) for prompt in prompts]).to(device, non_blocking=True)
+    padded = pad_sequence(list(prompts), batch_first=True).to(device, non_blocking=True)
+    places = torch.arange(padded.shape[1] + tokens.shape[1] - 1, device=device)
+    behind = places - before[:, None]
+    spoken = tokens.gather(1, behind.clamp(0, tokens.shape[1] - 1))
+    said = padded[:, places.clamp(max=padded.shape[1] - 1)]
+    return torch.where(behind < 0, said, spoken), before
 
 
 @torch.no_grad()

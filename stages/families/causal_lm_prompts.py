@@ -60,6 +60,10 @@ class PromptReader:
         """Ids [P] int64 of the prompt of the branch without conditions."""
         return self._ids(self._settings.unconditional_prompt, sample)
 
+    def pair(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """The prompts with the conditions and without them; raises UserError."""
+        return self.conditional(sample), self.unconditional(sample)
+
     def fingerprint(self) -> str:
         """Sha256 over tokenizer, prompts and ids: whatever turns conditions into ids."""
         settings = self._settings.model_dump(
