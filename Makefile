@@ -10,8 +10,8 @@ MODELS_READY := $(VENV)/.ready-models
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 MODEL_BENCHMARKS := benchmarks/magpie_online.py benchmarks/magpie_bytes.py \
-  benchmarks/quantized_linear.py
-BENCHMARK_PARTS := %/measure.py %/peers.py %/magpie_shapes.py
+  benchmarks/quantized_linear.py benchmarks/lm_guidance.py
+BENCHMARK_PARTS := %/measure.py %/peers.py %/magpie_shapes.py %/lm_shapes.py %/lm_rivals.py
 BENCHMARKS := $(filter-out $(BENCHMARK_PARTS) $(MODEL_BENCHMARKS),$(wildcard benchmarks/*.py))
 
 # Two processes of one thread do about twice the work of one process with two threads, and spinning

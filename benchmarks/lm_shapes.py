@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from stages.causal_lm_config import CausalLMConfig
 from stages.config import DatasetFacts, RolloutConfig
 from stages.families.causal_lm import CausalLM
 from stages.families.causal_lm_tiny import save_tiny, tiny_config, tiny_tokenizer
+from stages.family import Sample
 from stages.interruption import StopRequest
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
@@ -140,11 +141,11 @@ class Bench:
         ]
 
     def store(
-        self, name: str, count: int, frames: int, target: Mapping[str, Any], profile: str,
+        self, name: str, samples: Sequence[Sample], target: Mapping[str, Any], profile: str,
         **changes: Any,
     ) -> Path:  # fmt: skip
-        """Let the guided teacher score the recordings of `count` samples into a fresh store."""
-        path, samples = self.folder / name, self.samples(count, frames)
+        """Let the guided teacher score recordings into a fresh store."""
+        path = self.folder / name
         family = self.family(**changes)
         # Its branches are as good as untrained ones can be.
         family.condition_dropout = 0.1
@@ -152,7 +153,7 @@ class Bench:
             {
                 "source": "dataset", "guidance": {"scale": CFG_SCALE},
                 "sampler": {"max_timesteps": 2048}, "target": dict(target),
-                "profile": {"kind": profile}, "batch_size": 1, "rollouts_per_shard": count,
+                "profile": {"kind": profile}, "batch_size": 1, "rollouts_per_shard": len(samples),
             }
         )  # fmt: skip
         store = create_store(
