@@ -17,6 +17,8 @@ BaseQuantization = Literal["bf16", "int8", "int4"]
 
 MARK = re.compile(r"<(\w+)>")
 """A special token in a prompt, by its name."""
+FIELD = re.compile(r"\{(text|speaker)\}")
+"""A condition in a prompt."""
 
 
 class SlotLayoutConfig(Record):
@@ -124,11 +126,20 @@ class CausalLMSettings(Record):
                     f"the prompt {prompt!r} names the special tokens {unknown}, but special has "
                     f"{sorted(self.special)}: add them there"
                 )
-            fields = set(re.findall(r"\{(\w*)\}", prompt))
-            if not fields <= {"text", "speaker"}:
-                raise ValueError(f"the prompt {prompt!r} may hold {{text}} and {{speaker}} only")
+            strange = re.findall(r"\S*[<>{}]\S*", FIELD.sub(" ", MARK.sub(" ", prompt)))
+            if strange:
+                raise ValueError(
+                    f"the prompt {prompt!r} holds {strange[0]!r}, which would be read as text: "
+                    "write {text} and {speaker}, and a special token as <name>, with its spelling "
+                    "in special.name.token"
+                )
         if "{text}" not in self.prompt:
             raise ValueError(f"the prompt {self.prompt!r} must hold {{text}}, what is to be said")
+        if "{text}" in self.unconditional_prompt:
+            raise ValueError(
+                f"negative_prompt={self.negative_prompt!r} holds {{text}}, but it is what stands "
+                "there without the text: leave that out"
+            )
         if not MARK.search(self.unconditional_prompt):
             raise ValueError(
                 f"the prompt without conditions, {self.unconditional_prompt!r}, needs a special "

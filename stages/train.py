@@ -94,7 +94,8 @@ def require_match(family: Family, manifest: Manifest) -> None:
             raise UserError(
                 f"the student's {what} ({student}) differ from the store's ({stored}, in "
                 "manifest.json): give the student the teacher's codebooks, frame stacking, local "
-                "transformer and alphabet, or roll out with a teacher that has the student's"
+                "transformer and alphabet (a language model: its tokenizer, prompts, layout and "
+                "vocabulary), or roll out with a teacher that has the student's"
             )
 
 

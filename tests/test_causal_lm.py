@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from stages.causal_lm_config import CausalLMConfig
 from stages.errors import UserError
@@ -47,10 +48,10 @@ def folder(tiny, tmp_path_factory):
     return path
 
 
-def save(tiny, path, seed: int = 0, width: int = 32, size: float = 0.3):
+def save(tiny, path, seed: int = 0, width: int = 32, size: float = 0.3, tied: bool = True):
     config = tiny.tiny_config(
         width=width, layers=2, heads=4, key_value_heads=2, feed_forward=3 * width // 2,
-        positions=256, vocabulary=VOCABULARY,
+        positions=256, vocabulary=VOCABULARY, tied=tied,
     )  # fmt: skip
     special = {"<|start|>": 280, "<|stop|>": 281, "<|speech|>": 282}
     model = tiny.save_tiny(path, config, seed=seed, tokenizer=tiny.tiny_tokenizer(special))
@@ -402,7 +403,11 @@ def test_texts_never_become_special_tokens(folder):
         ({"layout": LAYOUT | {"codes_per_slot": 20}}, "has 361 ids, .* reaches to 439"),
         ({"layout": LAYOUT | {"codes_per_slot": 4}}, "7 codes of 6 entries, .* 7 slots of 4"),
         ({"lora": {"targets": ["kv_proj"]}}, "names 'kv_proj'"),
-        ({"path": "nowhere"}, "no tokenizer can be read from nowhere"),
+        ({"path": "nowhere"}, "nowhere is no folder here"),
+        (
+            {"special": SPECIAL | {"speech": {"id": 400}}},
+            "has the ids 0 to 360, but special gives {'speech': 400}",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_model_is_refused(folder, changes, message):
@@ -475,3 +480,173 @@ def test_a_quantized_base_counts_as_many_parameters(tiny, tmp_path, require):
     )
     assert packed == plain
     assert plain.parts["adapters"] == 2 * 4 * (128 + 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "<start><|stop|>{text}<speech>"}, "holds '<|stop|>', which would be read as"),
+        ({"prompt": "<start>{text.upper}{text}<speech>"}, "holds '{text.upper}', which"),
+        ({"prompt": "<start>{txt}<speech>"}, "holds '{txt}', which"),
+        ({"prompt": "<start>{text}<speach>"}, r"names the special tokens \['speach'\]"),
+        ({"negative_prompt": "<start>{text}<speech>"}, "what stands there without the text"),
+        ({"negative_prompt": "silence"}, "needs a special token"),
+        ({"weights": "fresh", "lora": {"rank": 2}}, "would freeze random weights"),
+        ({"layout": LAYOUT | {"end_id": BASE}}, "end_id=300 lies among the audio's, 300 to 355"),
+    ],
+)  # fmt: skip
+def test_settings_that_mean_something_else_are_refused(folder, changes, message):
+    with pytest.raises(ValidationError, match=message):
+        CausalLMConfig.model_validate(settings(folder, **changes))
+
+
+def test_what_only_the_negative_prompt_reads_is_read(folder):
+    changes = {"prompt": "<start>{text}<speech>", "negative_prompt": "<start>{speaker}<speech>"}
+    assert family_of(folder, **changes).conditions == ("text", "speaker")
+
+
+def copy_of(folder, path, *, without: str = "", **settings: Any):
+    """A copy of a model folder that lacks a file, or whose config.json says something else."""
+    path.mkdir()
+    for file in folder.iterdir():
+        if file.name != without:
+            (path / file.name).write_bytes(file.read_bytes())
+    if settings:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | settings))
+    return path
+
+
+FOLDERS = {
+    "tokenizer": ({"without": "tokenizer.json"}, "no tokenizer can be read from .*model"),
+    "pickled": ({"without": "model.safetensors"}, "no file named model.safetensors .* give a"),
+    "width": ({"intermediate_size": 64}, r"gate_proj.weight has shape \(48, 32\), not \(64, 32\)"),
+    "depth": ({"num_hidden_layers": 3}, "model.layers.2.mlp.up_proj.weight is missing"),
+    "shallow": ({"num_hidden_layers": 1}, "model.layers.1.mlp.up_proj.weight is unknown"),
+    "kind": ({"model_type": "martian"}, "no language model can be read from .*transformers itself"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_is_no_whole_model_is_refused_in_one_line(folder, tmp_path, case):
+    changes, message = FOLDERS[case]
+    broken = copy_of(folder, tmp_path / "model", **changes)
+    if case == "pickled":
+        torch.save({"model.norm.weight": torch.ones(32)}, broken / "pytorch_model.bin")
+    with pytest.raises(UserError, match=message) as caught:
+        family_of(broken)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_of_a_model_folder_is_never_run_whatever_is_answered(folder, tmp_path, monkeypatch):
+    names = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    sly = copy_of(folder, tmp_path / "sly", model_type="own", auto_map=names)
+    (sly / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="transformers itself knows"):
+        family_of(sly)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ([1] * 12, "sample 'cut': its recording has 12 codes, but frames have 7 codes of 0 to 5"),
+        ([1] * 13 + [6], "sample 'cut': its recording has the code 6, but frames have 7"),
+    ],
+)
+def test_a_recording_that_is_no_row_of_frames_is_named(folder, codes, message):
+    with pytest.raises(UserError, match=message):
+        family_of(folder).reference_codes({"sample_id": "cut", "codes": np.array(codes, np.uint16)})
+
+
+def test_layers_are_chosen_of_weights_that_are_copied_alone(folder, tmp_path):
+    adapted(folder, 4).save(tmp_path)
+    for merged in (False, True):
+        student = family_of(folder, lora={"rank": 2, "targets": ["q_proj", "down_proj"]})
+        with pytest.raises(UserError, match=r"init.layers=\[0\] chooses layers"):
+            student.inherit(tmp_path, [0], merged=merged)
+
+
+def test_a_merged_teacher_must_be_what_the_student_was_built_as(tiny, folder, tmp_path):
+    """Else its folder would say another model than the one that was trained."""
+    adapted(folder, 4).save(tmp_path / "teacher")
+    narrow = tmp_path / "narrow"
+    save(tiny, narrow, width=16)
+    student = family_of(narrow, lora={"rank": 2})
+    with pytest.raises(UserError, match=r"holds another kind of model .*hidden_size: 32, not 16"):
+        student.inherit(tmp_path / "teacher", None, merged=True)
+
+
+def test_an_adapter_whose_base_is_gone_says_where_it_was(folder, tmp_path):
+    base = copy_of(folder, tmp_path / "base")
+    adapted(base, 4).save(tmp_path / "student")
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"config.json names the base .*base, which is no folder"):
+        load(tmp_path / "student")
+
+
+def test_an_adapter_of_fit_is_known_to_have_learnt_both_prompts(folder, tmp_path):
+    """Or guidance would be said to mean little when it is opened beside its base."""
+    from stages.causal_lm_config import CausalLMTeacher
+    from stages.config import DatasetFacts
+
+    family = adapted(folder, 4)
+    family.condition_dropout = 0.25
+    family.save(tmp_path)
+    given = settings(folder, adapter=tmp_path)
+    teacher = load_family("causal_lm").pretrained(
+        CausalLMTeacher.model_validate(given), DatasetFacts.model_validate(FACTS),
+        device="cpu", dtype=torch.float32,
+    )  # fmt: skip
+    assert teacher.condition_dropout == 0.25
+
+
+def test_prompts_of_one_length_need_no_mask(folder):
+    """Rows of the same text, alone and with the other branch: the same logits as one by one."""
+    family = family_of(folder, negative_prompt="<start>low: bb<stop><speech>")
+    samples = [samples_of(2)[0] | {"sample_id": f"same{i}", "text": "bb"} for i in range(4)]
+    for scale in (1.0, 2.0):
+        rolled = roll(family, samples, scale)
+        for row, length in enumerate(rolled.lengths.tolist()):
+            codes = rolled.codes[row : row + 1, :length]
+            with torch.no_grad():
+                scored = family.score(
+                    [samples[row]], codes, torch.tensor([length]), cfg_scale=scale
+                )
+            torch.testing.assert_close(
+                scored.logits[0], rolled.logits[row, :length], atol=1e-4, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_are_those_of_a_model_whose_logits_were_all_computed(tiny, tmp_path, tied):
+    """Through the rows of a tied or a separate head, with both prompts in one padded batch."""
+    from transformers import AutoModelForCausalLM
+
+    save(tiny, tmp_path, tied=tied)
+    family, samples = family_of(tmp_path), samples_of(3)
+    codes = torch.nn.utils.rnn.pad_sequence(
+        [family.reference_codes(sample) for sample in samples], batch_first=True
+    )
+    lengths = torch.tensor([family.timesteps(sample) for sample in samples])
+    dropped = torch.tensor([False, True, False])
+    logits = family.score(samples, codes, lengths, unconditional=dropped).logits
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours, theirs = [], []
+    for row, (sample, length) in enumerate(zip(samples, lengths.tolist(), strict=True)):
+        text = [ord(c) for c in f"{sample['speaker']}: {sample['text']}"]
+        text = family._reader.tokenizer(bytes(text).decode(), add_special_tokens=False).input_ids
+        prompt = [280, 281, 282] if dropped[row] else [280, *text, 281, 282]
+        audio = family.layout.to_vocabulary(codes[row, :length].flatten()).tolist()
+        whole = stock(torch.tensor([prompt + audio])).logits[0, len(prompt) - 1 : -1]
+        for position in range(7 * (length - 1) + 1):
+            columns = family.layout.columns(position % 7)
+            code = codes[row].flatten()[position]
+            ours.append(logits[row].flatten(0, 1)[position].log_softmax(-1)[code])
+            theirs.append(whole[position][columns].log_softmax(-1)[code])
+    torch.stack(ours).sum().backward()
+    torch.stack(theirs).sum().backward()
+    expected = dict(stock.named_parameters())
+    for name, parameter in family.module.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-4, rtol=1e-4)

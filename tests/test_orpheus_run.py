@@ -296,11 +296,6 @@ def untrained(base: Path, run: Run, rank: int, beginning: str, *, merged: bool =
 def test_students_come_closer_to_the_guided_teacher(run, base, name, rank, beginning):
     report = json.loads((run.root / "report" / "report.json").read_text())
     trained = divergence(load(run.root / name), run)
-    print(
-        name,
-        trained,
-        divergence(untrained(base, run, rank, beginning, merged="merged" in name), run),
-    )
     assert trained == pytest.approx(report[name]["paired_kl"]["value"], rel=0.2)
     assert trained < divergence(untrained(base, run, rank, beginning, merged="merged" in name), run)
 

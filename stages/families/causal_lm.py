@@ -31,6 +31,7 @@ from stages.families.causal_lm_base import (
     frozen,
     inherited,
     merged,
+    require_architecture,
     whole_model,
 )
 from stages.families.causal_lm_network import CausalLMNetwork, Decoding, architecture_of, joined
@@ -69,7 +70,7 @@ class CausalLM:
         device: str = "cpu",
     ) -> None:
         self.layout = SlotLayout(settings.layout)
-        checkpoint.check_vocabulary(model, self.layout, settings.path)
+        checkpoint.check_vocabulary(model, settings, self.layout, settings.path)
         _check_codes(self.layout, facts)
         full = settings.vocabulary == "full"
         self.module = CausalLMNetwork(model, self.layout, full=full)
@@ -127,10 +128,12 @@ class CausalLM:
         Raises UserError when it cannot be read, or does not fit the layout or the dataset.
         """
         reader = PromptReader(config, load_tokenizer(config.path), config.path)
-        model = checkpoint.load_model(config.path, dtype=dtype)
+        model, dropout = checkpoint.load_model(config.path, dtype=dtype), 0.0
         if config.adapter is not None:
             model = merged(model, config.adapter, config.path)
-        family = cls(model, reader, config, facts)
+            ours = (config.adapter / checkpoint.CONFIG_FILE).is_file()
+            dropout = Saved.read(config.adapter).condition_dropout if ours else 0.0
+        family = cls(model, reader, config, facts, dropout)
         family.module.to(device).eval().requires_grad_(False)
         return family
 
@@ -139,8 +142,9 @@ class CausalLM:
         """Load what `save` wrote, in evaluation mode; raises UserError naming the file."""
         saved = Saved.read(path)
         reader = PromptReader(saved.config, load_tokenizer(path), path)
-        model = checkpoint.load_model(saved.base or path, dtype=dtype)
-        base = None if saved.base is None else Base(saved.base)
+        folder = saved.found_base()
+        model = checkpoint.load_model(folder or path, dtype=dtype)
+        base = None if folder is None else Base(folder)
         if base is not None:
             model = adapted(frozen(model, saved.config.quantization, device), path, base)
         family = cls(model, reader, saved.config, saved.facts, saved.condition_dropout, base)
@@ -186,8 +190,15 @@ class CausalLM:
         lora = self.config.lora
         if lora is None or self._base is None:
             inherited(self.module.model, whole_model(path)[0], path, layers)
-        elif merged:
+            return
+        if layers is not None:
+            raise UserError(
+                f"init.layers={list(layers)} chooses layers whose weights are copied, but a model "
+                "with lora has all of its base's: leave one of the two out"
+            )
+        if merged:
             model, was_adapted = whole_model(path)
+            require_architecture(self.module.model, model, path)
             model = frozen(model, self.config.quantization, self._device)
             self.module.model = adapter.attach(model, lora, seed=self._seed)
             self._base = Base(path, merged=was_adapted)
@@ -276,8 +287,21 @@ class CausalLM:
         return len(sample["codes"]) // self.layout.slots + 1
 
     def reference_codes(self, sample: Sample) -> Tensor:
-        """The recording's own codes [T, S] int64; the last timestep is nothing but ends."""
-        frames = torch.as_tensor(sample["codes"], dtype=torch.int64).reshape(-1, self.layout.slots)
+        """The recording's own codes [T, S] int64; the last timestep is nothing but ends.
+
+        Raises UserError for a last frame that is not whole, and for a code that no codebook has.
+        """
+        codes = torch.as_tensor(sample["codes"], dtype=torch.int64)
+        entries = self.facts.codes_per_codebook
+        strange = codes[(codes < 0) | (codes >= entries)]
+        if len(codes) % self.layout.slots or len(strange):
+            fault = f"the code {int(strange[0])}" if len(strange) else f"{len(codes)} codes"
+            raise UserError(
+                f"sample {sample['sample_id']!r}: its recording has {fault}, but frames have "
+                f"{self.layout.slots} codes of 0 to {entries - 1}: prepare the dataset again, or "
+                "leave it out"
+            )
+        frames = codes.reshape(-1, self.layout.slots)
         ends = frames.new_full((1, self.layout.slots), self.layout.end_code)
         codes = torch.cat([frames, ends])
         return self.layout.to_vocabulary(codes) if self.module.full else codes

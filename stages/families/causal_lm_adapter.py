@@ -149,11 +149,11 @@ def start_from(model: PeftModel, folder: Path, *, base_path: Path, base_fingerpr
     saved = _read(folder)
     saved.require_base(base_path, base_fingerprint)
     sources, layers = saved.layers(), _layers(model)
-    missing = sorted(sources.keys() - layers.keys())
+    missing = sorted({name.rpartition(".")[2] for name in sources.keys() - layers.keys()})
     if missing:
         raise UserError(
-            f"{folder} adapts {', '.join(missing)}, which the model does not: add them to "
-            "lora.targets"
+            f"{folder} adapts {', '.join(missing)}, which the model does not everywhere: add them "
+            "to lora.targets"
         )
     for name, source in sources.items():
         layer = layers[name]

@@ -90,6 +90,15 @@ class Saved:
                 "folder that `fit` or `train` wrote"
             ) from error
 
+    def found_base(self) -> Path | None:
+        """Return the base's folder, or None for a whole model; raises UserError if it is gone."""
+        if self.base is not None and not self.base.is_dir():
+            raise UserError(
+                f"{self.folder / checkpoint.CONFIG_FILE} names the base {self.base}, which is no "
+                "folder here: put the base back there, or correct the name"
+            )
+        return self.base
+
 
 def whole_model(
     folder: Path, *, dtype: torch.dtype = torch.float32
@@ -102,7 +111,7 @@ def whole_model(
     if not (folder / adapter.CONFIG_FILE).is_file():
         return checkpoint.load_model(folder, dtype=dtype), False
     ours = (folder / checkpoint.CONFIG_FILE).is_file()
-    base = Saved.read(folder).base if ours else None
+    base = Saved.read(folder).found_base() if ours else None
     base = base or adapter.named_base(folder)
     return merged(checkpoint.load_model(base, dtype=dtype), folder, base), True
 
@@ -131,6 +140,18 @@ def adapted(model: PreTrainedModel, folder: Path, base: Base) -> PeftModel:
     return adapter.load_adapter(
         model, folder, base_path=base.folder, base_fingerprint=base.fingerprint, trainable=False
     )
+
+
+def require_architecture(model: PreTrainedModel, other: PreTrainedModel, folder: Path) -> None:
+    """Refuse to put a model in the place of another kind of model; `folder` is the new one's."""
+    ours, theirs = checkpoint.computing(model), checkpoint.computing(other)
+    different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+    if different:
+        told = "; ".join(f"{k}: {theirs.get(k)!r}, not {ours.get(k)!r}" for k in different)
+        raise UserError(
+            f"{folder} holds another kind of model than model.path ({told}): give the teacher's "
+            "own base there"
+        )
 
 
 def inherited(

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stages.errors import UserError
+from stages.causal_lm_config import CausalLMSettings
+from stages.errors import UserError, in_one_line
 from stages.families.causal_lm_network import head_error
-from stages.families.causal_lm_prompts import PromptReader
+from stages.families.causal_lm_prompts import PromptReader, require_folder
 from stages.families.hugging_face import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -68,12 +69,14 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
 
     Raises UserError when there is none, or when its layers see less than all that is before them.
     """
+    require_folder(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Without the last word transformers would ask at the terminal whether to run the code.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"no language model can be read from {folder}: {error}; give the folder of a model as "
-            "transformers has it"
+            f"no language model can be read from {folder}: {in_one_line(error)}; give the folder "
+            "of a model as transformers has it, whose kind transformers itself knows"
         ) from error
     for key in OURS:  # transformers takes every key for a setting of its own
         vars(config).pop(key, None)
@@ -96,16 +99,20 @@ def load_model(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
-                attn_implementation=ATTENTION, output_loading_info=True,
+                attn_implementation=ATTENTION, output_loading_info=True, trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # or they are told in a log alone
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"the weights in {folder} cannot be read: {error}; give a folder of safetensors that "
-            "belong to its config.json"
+            f"the weights in {folder} cannot be read: {in_one_line(error)}; give a folder of "
+            "safetensors that belong to its config.json"
         ) from error
     faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     faults += [f"{name} is unknown" for name in sorted(report["unexpected_keys"])]
-    faults += [f"{name} has another shape" for name, *_ in sorted(report["mismatched_keys"])]
+    faults += [
+        f"{name} has shape {tuple(found)}, not {tuple(wanted)}"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
     if faults:
         raise UserError(
             f"the weights in {folder} do not fit its config.json: {'; '.join(faults)}. Give the "
@@ -123,9 +130,17 @@ def fresh_model(folder: Path, *, seed: int) -> PreTrainedModel:
     return _checked(model.float(), folder)
 
 
-def check_vocabulary(model: PreTrainedModel, layout: SlotLayout, folder: Path) -> None:
-    """Refuse a model that has fewer ids than the layout; one may be padded to more."""
+def check_vocabulary(
+    model: PreTrainedModel, settings: CausalLMSettings, layout: SlotLayout, folder: Path
+) -> None:
+    """Refuse a model that has fewer ids than layout or prompts; one may be padded to more."""
     ids = model.get_output_embeddings().weight.shape[0]
+    beyond = {name: token.id for name, token in settings.special.items() if token.id >= ids}
+    if beyond:
+        raise UserError(
+            f"{folder} has the ids 0 to {ids - 1}, but special gives {beyond}: give the ids of "
+            "this model's tokenizer"
+        )
     if ids < layout.least_vocabulary:
         raise UserError(
             f"{folder} has {ids} ids, but the layout reaches to {layout.least_vocabulary - 1}: "

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from stages.causal_lm_config import MARK, CausalLMSettings
-from stages.errors import UserError
+from stages.causal_lm_config import FIELD, MARK, CausalLMSettings
+from stages.errors import UserError, in_one_line
 from stages.families.hugging_face import AutoTokenizer, PreTrainedTokenizerFast
 from stages.family import Sample
-
-CONDITION = re.compile(r"\{(text|speaker)\}")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -23,12 +20,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     Raises UserError when there is none that `tokenizers` reads.
     """
+    require_folder(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"no tokenizer can be read from {folder}: {error}; give the folder of a model with its "
-            "tokenizer.json"
+            f"no tokenizer can be read from {folder}: {in_one_line(error)}; give the folder of a "
+            "model with its tokenizer.json"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
@@ -36,6 +36,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             "tokenizer.json: save it again as a fast one"
         )
     return tokenizer
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse what is no folder, which transformers would take for a name of its hub."""
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is no folder here: give that of a model as transformers has it, or put the "
+            "model there"
+        )
 
 
 class PromptReader:
@@ -46,8 +55,9 @@ class PromptReader:
     ) -> None:
         self.tokenizer = tokenizer
         self._settings, self._folder = settings, folder
-        self.columns = tuple(dict.fromkeys(CONDITION.findall(settings.prompt)))
-        """Columns of a sample that the prompt reads."""
+        prompts = settings.prompt + settings.unconditional_prompt
+        self.columns = tuple(dict.fromkeys(FIELD.findall(prompts)))
+        """Columns of a sample that the prompts read."""
         self._check_special()
 
     def conditional(self, sample: Sample) -> Tensor:
@@ -80,7 +90,7 @@ class PromptReader:
             if place % 2:
                 ids.append(self._settings.special[part].id)
             elif part:
-                ids += self._text_ids(CONDITION.sub(lambda name: sample[name[1]], part), sample)
+                ids += self._text_ids(FIELD.sub(lambda name: sample[name[1]], part), sample)
         return torch.tensor(ids)
 
     def _text_ids(self, text: str, sample: Sample) -> list[int]:
