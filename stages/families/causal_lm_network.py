@@ -206,11 +206,11 @@ class _RowsLayer(CacheLayerMixin):  # type: ignore[misc] # where the package is 
     @classmethod
     def of(cls, parts: Sequence[tuple[Tensor, Tensor]], width: int, tokens: int) -> _RowsLayer:
         """Hold the prompts of all branches, padded on the left to `width`, with room for tokens."""
-        padded = [
+        keys, values = [
             _alternating([functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in tensors])
             for tensors in zip(*parts, strict=True)
         ]
-        return cls(KVCache.with_room(*padded, tokens))
+        return cls(KVCache.with_room(keys, values, tokens))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the prompts are there from the start."""
