@@ -15,14 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from lm_rivals import HARD_SHARE, TEMPERATURE, FullCrossEntropy, LabelledBatch, TwoModels, generate
+from lm_rivals import HARD_SHARE, TEMPERATURE, Labelled, LabelledBatch, TwoModels, generate
 from lm_shapes import CFG_SCALE, FRAME_RATE_HZ, Bench
 from loss_overhead import CodeLearner, Steps, without_target
 from measure import Clock, interleaved, own_peak, report
@@ -42,18 +41,15 @@ TIE = 1e-3
 """Logits that differ by less may change places by rounding."""
 TOP_K = {"kind": "top_k", "k": 64, "temperatures": [1.0, TEMPERATURE]}
 FULL_TOP_K = {"kind": "top_k", "k": 128, "temperatures": [1.0, TEMPERATURE]}
-LOSSES: dict[str, dict[str, float]] = {
-    "kl": {"kl": 1.0},
-    "guide": {"kl": 1 - HARD_SHARE, "ce": HARD_SHARE, "temperature": TEMPERATURE},
-}
-"""What a student learns from the store; `kl` gives the ratios over cross entropy."""
-RIVALS = ("two_models", "two_guided", "full_ce")
-MEASURED = ("ce", "kl", "guide", "two_models")
+LOSS = {"kl": 1 - HARD_SHARE, "ce": HARD_SHARE, "temperature": TEMPERATURE}
+"""The guide's loss, on what the store holds."""
+MEASURED = ("ce", "stored", "two_models")
 """Ways whose memory is measured."""
 ADAPTERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PARTS = ("rollout", "train", "bytes")
-MEMORY_STEPS = 3
+MEMORY_STEPS = 2
 BYTES_ROLLOUTS = 4
+"""Of 127 frames and an end each they fill chunks to the last."""
 
 
 class Rollouts:
@@ -68,7 +64,6 @@ class Rollouts:
         )
         self._prompts = [reader.conditional(sample) for sample in self._samples]
         self._negative = [reader.unconditional(sample) for sample in self._samples]
-
         self.longest = [frames] * count
         """Frames of each row where all have the most."""
         self.ends = [self._family.timesteps(sample) - 1 for sample in self._samples]
@@ -159,19 +154,18 @@ class Student:
         self._state = TrainingState(self._family.module, optimizer, self._place.device)
 
     def steps(self, name: str) -> Steps:
-        """Return the steps of a way: `ce`, one of `LOSSES` or one of `RIVALS`."""
+        """Return the steps of a way: `ce`, `stored`, `two_models` or `two_guided`."""
+        learner: CodeLearner | TargetLearner | TwoModels
         match name:
             case "ce":
                 learner = self._code_learner()
-            case "full_ce":
-                learner = FullCrossEntropy(self._family.module.model, self._labelled())
-            case "two_models" | "two_guided":
+            case "stored":
+                store = PredictionStore.open(self._store)
+                learner = TargetLearner(self._family, store, self._config, 0, self._place)
+            case _:
                 scale = CFG_SCALE if name == "two_guided" else None
                 model = self._family.module.model
                 learner = TwoModels(model, self._teacher, self._labelled(), scale)
-            case _:
-                store = PredictionStore.open(self._store)
-                learner = TargetLearner(self._family, store, self._config(name), 0, self._place)
         return Steps(learner, self._state, self._place, self._bf16)
 
     @cached_property
@@ -179,15 +173,15 @@ class Student:
         """The rival's second model, of the student's size."""
         return self._bench.family().module.model.eval().requires_grad_(False)
 
-    def _config(self, name: str) -> TrainConfig:
-        loss = LOSSES[name]
+    @property
+    def _config(self) -> TrainConfig:
         return TrainConfig.model_validate(
-            {"model": self._family.config, "loss": loss, "optimizer": self._state.config}
+            {"model": self._family.config, "loss": LOSS, "optimizer": self._state.config}
         )
 
     def _code_learner(self) -> CodeLearner:
         store = PredictionStore.open(self._store)
-        reader = StoreBatches(store, self._config("kl"), 0, self._place)
+        reader = StoreBatches(store, self._config, 0, self._place)
         batch = [without_target(reader.restored(part)) for part in reader.batches(0)]
         reader.close()
         return CodeLearner(self._family, [batch], self._options.batch_size)
@@ -197,37 +191,32 @@ class Student:
         samples = self._bench.samples(self._options.batch_size, self._options.train_frames)
         reader = PromptReader(family.config, load_tokenizer(family.config.path), self._bench.folder)
         streams = [layout.from_timesteps(family.reference_codes(sample)) for sample in samples]
-        return LabelledBatch.of(
-            [reader.conditional(sample) for sample in samples],
-            [reader.unconditional(sample) for sample in samples],
-            [layout.to_vocabulary(stream) for stream in streams],
+        audio = [layout.to_vocabulary(stream) for stream in streams]
+        return LabelledBatch(
+            Labelled.of([reader.conditional(sample) for sample in samples], audio),
+            Labelled.of([reader.unconditional(sample) for sample in samples], audio),
         )
 
 
 def time_steps(bench: Bench, options: argparse.Namespace, lora: bool) -> dict[str, float]:
     """Time all steps in turns, print a table, and return the ratios without memory's."""
-    store = bench.folder / "train"
-    student = Student(bench, store, options, lora)
-    names = ("ce", *LOSSES, *RIVALS)
-    ways: dict[str, Callable[[], None]] = {n: partial(student.steps(n), 1) for n in names}
-    over_ce = {name: ways[name] for name in ("ce", *LOSSES)}
-    over_ours = {name: ways[name] for name in ("guide", *RIVALS)}
-    learned = interleaved(over_ce, "ce", 2 * options.repeats, clock(options))
-    rivals = interleaved(over_ours, "guide", options.repeats, clock(options))
+    student = Student(bench, bench.folder / "train", options, lora)
+    names = ("ce", "stored", "two_models", "two_guided")
+    ways = {name: partial(student.steps(name), 1) for name in names}
+    learned = {name: ways[name] for name in ("ce", "stored")}
+    over_ce = interleaved(learned, "ce", 2 * options.repeats, clock(options))
+    rivals = {name: ways[name] for name in ("stored", "two_models", "two_guided")}
+    over_stored = interleaved(rivals, "stored", options.repeats, clock(options))
+    turns = over_stored | over_ce
     if not options.json:
         print(f"\n{bench.name}: steps of a student, {'LoRA' if lora else 'all weights'}")
         for name in names:
-            seconds = (learned | rivals)[name].median_s
-            over = learned[name].slowdown if name in learned else rivals[name].slowdown
-            print(
-                f"{name:<16}{seconds:>8.2f} s{over:>8.3f} × {'ce' if name in learned else 'guide'}"
-            )
+            over = turns[name].median_s / turns["stored"].median_s
+            print(f"{name:<12}{turns[name].median_s:>8.2f} s{over:>8.2f} × stored")
     return {
-        "step_over_ce": learned["kl"].slowdown,
-        "step_over_ce_guide": learned["guide"].slowdown,
-        "step_vs_two_models": rivals["two_models"].slowdown,
-        "step_vs_two_guided_models": rivals["two_guided"].slowdown,
-        "step_vs_full_ce": rivals["full_ce"].slowdown,
+        "step_over_ce": over_ce["stored"].slowdown,
+        "step_vs_two_models": over_stored["two_models"].slowdown,
+        "step_vs_two_guided_models": over_stored["two_guided"].slowdown,
     }
 
 
@@ -244,10 +233,9 @@ def measure_memory(bench: Bench, options: argparse.Namespace, lora: bool) -> dic
         shown = ", ".join(f"{name} {peak / 2**20:.0f} MiB" for name, peak in peaks.items())
         print(f"peak memory: {shown}; the second model's weights {teacher / 2**20:.0f} MiB")
     return {
-        "memory_over_ce": peaks["kl"] / peaks["ce"],
-        "memory_over_ce_guide": peaks["guide"] / peaks["ce"],
-        "memory_vs_two_models": peaks["two_models"] / peaks["guide"],
-        "memory_saved_over_teacher": (peaks["two_models"] - peaks["guide"]) / teacher,
+        "memory_over_ce": peaks["stored"] / peaks["ce"],
+        "memory_vs_two_models": peaks["two_models"] / peaks["stored"],
+        "memory_saved_over_teacher": (peaks["two_models"] - peaks["stored"]) / teacher,
     }
 
 
@@ -260,7 +248,7 @@ def print_peak(name: str, options: argparse.Namespace) -> None:
 
 def measure_bytes(bench: Bench, options: argparse.Namespace) -> dict[str, float]:
     """Store the same rollouts in every way, print kB per second of audio, and return the ratios."""
-    samples = bench.samples(BYTES_ROLLOUTS, options.bytes_frames)
+    samples = bench.samples(BYTES_ROLLOUTS, options.bytes_frames, least=1.0)
     targets = {"slots": TOP_K, "full": FULL_TOP_K}
     sizes = {
         (vocabulary, profile): kilobytes_per_s(
@@ -325,11 +313,11 @@ def main() -> None:
     """Measure, print tables, and end with one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rollouts", type=int, default=8, help="decoded together")
-    parser.add_argument("--frames", type=int, default=36, help="of the longest rollout")
-    parser.add_argument("--tiny-frames", type=int, default=8, help="the same of the shape tiny")
+    parser.add_argument("--frames", type=int, default=30, help="of the longest rollout")
+    parser.add_argument("--tiny-frames", type=int, default=6, help="the same of the shape tiny")
     parser.add_argument("--batch-size", type=int, default=4, help="of a training step")
-    parser.add_argument("--train-frames", type=int, default=24, help="of its longest rollout")
-    parser.add_argument("--bytes-frames", type=int, default=127, help="and an end: half a chunk")
+    parser.add_argument("--train-frames", type=int, default=36, help="of its longest rollout")
+    parser.add_argument("--bytes-frames", type=int, default=127, help="and an end each")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--precision", choices=["fp32", "bf16", "auto"], default="fp32")

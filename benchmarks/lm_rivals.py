@@ -48,38 +48,51 @@ def _padded_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
-    """Prompts with the audio that follows them, padded on the right, where nothing looks."""
+class Labelled:
+    """Prompts with the audio that follows them, padded on the right."""
 
     ids: Tensor
     """[B, L] int64."""
+    mask: Tensor
+    """[B, L] int64: 1 for what is no padding, as transformers' collators give it."""
     labels: Tensor
     """[B, L] int64: the ids of audio, `IGNORED` elsewhere."""
-    negative_ids: Tensor
-    """[B, L'] int64: the same audio after the prompts without conditions."""
-    negative_labels: Tensor
-    """[B, L'] int64."""
 
     @classmethod
-    def of(
-        cls, prompts: Sequence[Tensor], negative: Sequence[Tensor], audio: Sequence[Tensor]
-    ) -> LabelledBatch:
-        """Join prompts [P] of both branches and audio [A] of each row."""
-        return cls(*_labelled(prompts, audio), *_labelled(negative, audio))
+    def of(cls, prompts: Sequence[Tensor], audio: Sequence[Tensor]) -> Labelled:
+        """Join the prompts [P] and the audio [A] of each row."""
+        pairs = list(zip(prompts, audio, strict=True))
+        rows = [torch.cat(pair) for pair in pairs]
+        labels = [torch.cat([torch.full_like(prompt, IGNORED), row]) for prompt, row in pairs]
+        return cls(
+            pad_sequence(rows, batch_first=True),
+            pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        )
+
+    @property
+    def audio(self) -> Tensor:
+        """[B, L - 1] bool: where the next id is audio."""
+        return self.labels[:, 1:] != IGNORED
+
+    def logits(self, model: Any) -> Tensor:
+        """Logits [n, V] of all ids at the n positions that predict audio."""
+        logits = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).logits
+        audio: Tensor = logits[:, :-1][self.audio]
+        return audio
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """The same audio after the prompts of both branches."""
+
+    cond: Labelled
+    uncond: Labelled
 
     @property
     def weight(self) -> float:
         """How many ids are predicted."""
-        return float((self.labels != IGNORED).sum())
-
-
-def _labelled(prompts: Sequence[Tensor], audio: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    pairs = list(zip(prompts, audio, strict=True))
-    labels = [torch.cat([torch.full_like(prompt, IGNORED), row]) for prompt, row in pairs]
-    return (
-        pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True),
-        pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    )
+        return float(self.cond.audio.sum())
 
 
 class TwoModels:
@@ -101,14 +114,12 @@ class TwoModels:
     def objective(self, step: int, batch: LabelledBatch) -> Objective:
         """Return the loss summed over what is predicted."""
         with torch.no_grad():
-            teacher = _audio_logits(self._teacher, batch.ids, batch.labels)
+            teacher = batch.cond.logits(self._teacher)
             if self._scale is not None:
-                other = _audio_logits(self._teacher, batch.negative_ids, batch.negative_labels)
+                other = batch.uncond.logits(self._teacher)
                 teacher = other + self._scale * (teacher - other)
-        student = _audio_logits(self._student, batch.ids, batch.labels)
-        hard = functional.cross_entropy(
-            student, batch.labels[batch.labels != IGNORED], reduction="sum"
-        )
+        student, codes = batch.cond.logits(self._student), batch.cond.labels[:, 1:]
+        hard = functional.cross_entropy(student, codes[batch.cond.audio], reduction="sum")
         soft = functional.kl_div(
             functional.log_softmax(student / TEMPERATURE, -1),
             functional.softmax(teacher / TEMPERATURE, -1),
@@ -116,25 +127,3 @@ class TwoModels:
         )
         total = HARD_SHARE * hard + (1 - HARD_SHARE) * TEMPERATURE**2 * soft
         return Objective(total, {"hard": hard, "soft": soft})
-
-
-class FullCrossEntropy:
-    """Plain cross entropy over all ids, as transformers' own models compute it from labels."""
-
-    def __init__(self, student: Any, batch: LabelledBatch) -> None:
-        self._student, self._batch = student, batch
-
-    def batches(self, position: int) -> Sequence[LabelledBatch]:
-        """Return the one batch."""
-        return [self._batch]
-
-    def objective(self, step: int, batch: LabelledBatch) -> Objective:
-        """Return the loss summed over what is predicted."""
-        total = self._student(input_ids=batch.ids, labels=batch.labels).loss * batch.weight
-        return Objective(total, {"ce": total})
-
-
-def _audio_logits(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
-    """Logits [n, V] of all ids at the n positions that predict audio."""
-    logits = model(input_ids=ids, use_cache=False).logits
-    return logits[:, :-1][labels[:, 1:] != IGNORED]

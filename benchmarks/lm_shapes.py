@@ -126,10 +126,13 @@ class Bench:
         config = CausalLMConfig.model_validate(settings | changes)
         return CausalLM.build(config, self.facts.model_dump(), seed=0)
 
-    def samples(self, count: int, frames: int) -> list[dict[str, Any]]:
-        """Samples of texts that differ in length, with codes of 60 to 100 % of `frames` frames."""
+    def samples(self, count: int, frames: int, least: float = 0.6) -> list[dict[str, Any]]:
+        """Samples of texts that differ in length, with codes of a share of `frames` frames each.
+
+        The shares rise evenly from the `least` to 1.
+        """
         random = np.random.default_rng(0)
-        lengths = np.linspace(0.6 * frames, frames, count).round().astype(int)
+        lengths = np.linspace(least * frames, frames, count).round().astype(int)
         return [
             {
                 "sample_id": f"{number:04d}",
