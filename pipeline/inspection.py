@@ -67,6 +67,7 @@ def describe_store(
         "shards": len(store.committed),
         "planned_shards": store.planned_shards,
         "rollouts": len(store),
+        "rejected": len(store.rejected),
         "timesteps": content.timesteps,
         "audio_s": content.timesteps * manifest.timestep_s,
         "bytes": dict(sorted(content.sizes.items())),

@@ -18,6 +18,7 @@ from stages.replay import Replay
 from stages.sampling import keyed_generator
 from store import PredictionStore
 from store.plan import Plan
+from store.rejected import Rejected
 from store.schema import Fingerprints, Hidden, Manifest, Quantization, Target, TopK
 
 logger = logging.getLogger(__name__)
@@ -69,11 +70,11 @@ def create_store(
             f"the split {config.split!r} of the dataset is empty, so there is nothing to roll "
             "out: choose another rollout.split, or prepare a dataset that has it"
         )
-    if config.source == "teacher":
-        family.check(chosen, config.sampler)
-    if config.source == "dataset":
-        for sample in chosen:
-            require_taught(family, sample, family.reference_codes(sample))
+    rejected: Rejected = ()
+    if config.source in ("teacher", "dataset"):
+        chosen, rejected = _accepted(family, chosen, config)
+        left_out = {sample_id for sample_id, _ in rejected}
+        keys = [key for key in keys if key[0] not in left_out]
     fingerprints = Fingerprints(
         teacher=family.fingerprint() if quantized is None else quantized.fingerprint,
         tokenizer=family.tokenizer_fingerprint(),
@@ -94,7 +95,47 @@ def create_store(
         Plan.of(_shards(keys, family, chosen, seed, config.rollouts_per_shard)),
         conditions_table(family, chosen),
         heads=family.head_weights() if isinstance(config.target, Hidden) else None,
+        rejected=rejected,
     )
+
+
+def _accepted(
+    family: Family, samples: Sequence[Sample], config: RolloutConfig
+) -> tuple[list[Sample], Rejected]:
+    """Part the samples that can be rolled out from the others, which get their reason.
+
+    Raises the first `UserError` when nothing is left: then it is no fault of the samples.
+    """
+    accepted, rejected = [], []
+    first: UserError | None = None
+    for sample in samples:
+        try:
+            _check_sample(family, sample, config)
+        except UserError as error:
+            first = first or error
+            rejected.append((sample["sample_id"], str(error)))
+        else:
+            accepted.append(sample)
+    if first is not None and not accepted:
+        raise first
+    if first is not None:
+        logger.warning(
+            "%d of %d samples are left out, each with its reason in rejected.parquet of the store; "
+            "the first: %s",
+            len(rejected), len(samples), first,
+        )  # fmt: skip
+    return accepted, rejected
+
+
+def _check_sample(family: Family, sample: Sample, config: RolloutConfig) -> None:
+    """Refuse what a rollout would fail on: what the teacher cannot read, say, or learn from."""
+    sampler = config.sampler
+    if config.source == "dataset":
+        require_taught(family, sample, family.reference_codes(sample))
+        # Nothing is drawn: the recording itself must fit, however long it is.
+        lasting = {"max_timesteps": family.timesteps(sample), "min_timesteps": 0}
+        sampler = sampler.model_copy(update=lasting | {"reference_multiple": None})
+    family.check([sample], sampler)
 
 
 def _warn_of_untrained_branch(config: RolloutConfig, family: Family) -> None:

@@ -18,6 +18,7 @@ from store.heads import HEADS_FILE, Heads, check_heads, heads_bytes, read_heads
 from store.layout import Layout, refuse_nesting, refuse_strangers
 from store.plain_file import lies_at
 from store.plan import Plan
+from store.rejected import Rejected, rejected_table
 from store.samples import SampleRows, check_conditions
 from store.schema import Manifest
 from store.sealed import seal, unseal
@@ -28,7 +29,12 @@ MAX_SHOWN_LETTERS = 200
 
 
 def create_store(
-    layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Table, heads: Heads
+    layout: Layout,
+    manifest: Manifest,
+    plan: Plan,
+    samples: pa.Table,
+    heads: Heads,
+    rejected: Rejected = (),
 ) -> None:
     """Make the store unless an equal one exists.
 
@@ -47,6 +53,8 @@ def create_store(
             "plan.parquet": table_bytes(plan.to_table()),
             "samples.parquet": table_bytes(samples),
         }
+        if rejected:
+            contents[layout.rejected.name] = table_bytes(rejected_table(rejected))
         if heads:
             contents[HEADS_FILE] = heads_bytes(heads)
         sums = {name: file_sum(content) for name, content in contents.items()}

@@ -445,7 +445,8 @@ class Manifest(Record):
     """Precision of the teacher's weights, where they were quantized or what that cost was measured;
     what a null would say, as in older stores, is not written."""
     files: dict[str, FileSum] = Field(default_factory=dict)
-    """plan.parquet, samples.parquet and heads; filled in when the store is created."""
+    """plan.parquet, samples.parquet, rejected.parquet and heads, where they are; filled in when the
+    store is created."""
 
     @classmethod
     def completed(cls, content: dict[str, Any]) -> dict[str, Any]:
