@@ -523,6 +523,16 @@ FOLDERS = {
     "width": ({"intermediate_size": 64}, r"gate_proj.weight has shape \(48, 32\), not \(64, 32\)"),
     "depth": ({"num_hidden_layers": 3}, "model.layers.2.mlp.up_proj.weight is missing"),
     "shallow": ({"num_hidden_layers": 1}, "model.layers.1.mlp.up_proj.weight is unknown"),
+    "number": (
+        {"hidden_size": "32"},
+        "Field 'hidden_size' expected int, got str .* give the folder",
+    ),
+    "division": ({"num_attention_heads": 0}, "modulo by zero; give the folder"),
+    "activation": ({"hidden_act": "none"}, "the weights in .* cannot be read: 'none'; give a"),
+    "quantized": (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        "quantized already .*bitsandbytes.* give the model as it was before",
+    ),
     "kind": ({"model_type": "martian"}, "no language model can be read from .*transformers itself"),
 }
 
@@ -536,6 +546,40 @@ def test_a_folder_that_is_no_whole_model_is_refused_in_one_line(folder, tmp_path
     with pytest.raises(UserError, match=message) as caught:
         family_of(broken)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [(8, "has layers of .*sliding_window 8.* everything before"), (256, None), (None, None)],
+)
+def test_a_window_that_hides_what_is_before_is_refused(tiny, tmp_path, window, message):
+    """Scoring would see the window that decoding does not."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+        sliding_window=window, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tiny.tiny_tokenizer({"<|start|>": 280, "<|stop|>": 281, "<|speech|>": 282}).save_pretrained(
+        tmp_path
+    )
+    if message is None:
+        assert family_of(tmp_path).module.vocabulary == WIDTH + 1
+    else:
+        with pytest.raises(UserError, match=message):
+            family_of(tmp_path)
+
+
+def test_a_model_without_a_limit_of_ids_is_refused(folder, tmp_path):
+    """As those whose attention fades with the distance."""
+    endless = copy_of(folder, tmp_path / "endless", model_type="bloom")
+    config = json.loads((endless / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (endless / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="max_position_embeddings None"):
+        family_of(endless)
 
 
 def test_code_of_a_model_folder_is_never_run_whatever_is_answered(folder, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.config import FitConfig
 from stages.dataset import Dataset
 from stages.distributed import Place
+from stages.errors import UserError
 from stages.family import Family, Sample, load_family
 from stages.fit import fit
 from stages.interruption import StopRequest
@@ -138,7 +140,9 @@ def run(base, snac, tone_corpus, tmp_path_factory) -> Run:
         "rounds": {"again": {"teacher": "student"}},
         "students": {
             "student": student_of(model_of(base, 4), "teacher"),
-            "merged": student_of(model_of(base, 2), "merged"),
+            "merged": student_of(
+                model_of(base, 2), "merged", optimizer=SCHEDULE | {"learning_rate": 1e-3}
+            ),
             "small": student_of(model_of(base, 2), "teacher", round="again"),
         },
         "evaluate": {
@@ -425,6 +429,83 @@ def test_the_whole_vocabulary_says_of_a_slot_what_the_slots_say(run, run_on, bas
             ours[:, [*range(ENTRIES), V - 1]].softmax(-1), theirs[:, columns].softmax(-1),
             atol=1e-5, rtol=1e-4,
         )  # fmt: skip
+
+
+# ---- mistakes
+
+MISTAKES: dict[str, tuple[str, str, str]] = {
+    "a temperature that was not stored": (
+        "train:student", "students.student.loss.temperature=3.0",
+        r"loss.temperature=3.0: .* at the temperatures \[1.0, 2.0\] only",
+    ),
+    "a student of the whole vocabulary": (
+        "train:student", "students.student.model.vocabulary=full",
+        "backbone.0:156940, .*backbone.0:4097, .* layout and vocabulary",
+    ),
+    "a student of another prompt": (
+        "train:student", "students.student.model.prompt=<human>{text}<ai>",
+        "student's tokenizer .* differ from the store's .* its tokenizer, prompts",
+    ),
+    "a student of a narrower layout": (
+        "train:student", "students.student.model.layout.codes_per_slot=4000",
+        "backbone.0:4001, .*backbone.0:4097,",
+    ),
+    "a higher rank than the teacher's": (
+        "train:student", "students.student.model.lora.rank=16",
+        "the adapter has rank 8, and 16 is wanted",
+    ),
+    "an end by majority": (
+        "rollout", "rollout.sampler.end_on=majority", "sampler.end_on='majority' is for",
+    ),
+    "more than the context holds": (
+        "rollout", "rollout.sampler.max_timesteps=80",
+        "sample 'clip-.*': a prompt of .* and 80 timesteps of 7 ids are .* takes 512",
+    ),
+    "more ids than a slot has": (
+        "rollout", "rollout.target.k=66", "k is 66 but must be <= 65",
+    ),
+    "an order of slots that is not the dataset's": (
+        "rollout",
+        "teacher.pretrained.layout.slots=[[0,0],[1,0],[1,1],[2,0],[2,1],[2,2],[2,3]]",
+        "the dataset's frames list the codes .* give the order",
+    ),
+    "an adapter of another base": (
+        "rollout", "teacher.pretrained.path=OTHER", "was trained on another base .* give that",
+    ),
+    "no adapter": (
+        "rollout", "teacher.pretrained.adapter=NOWHERE",
+        "adapter_config.json does not exist: give the folder",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_told_in_one_line_before_any_work(run, run_on, base, tmp_path, case):
+    stage, override, message = MISTAKES[case]
+    other = base.with_name("other")
+    if not other.exists():
+        shutil.copytree(base, other)
+        tensors = load_file(other / "model.safetensors")
+        tensors["model.norm.weight"] += 1.0
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    pretrained = MODEL | {"path": str(base), "adapter": str(run.root / "teacher")}
+    source = {"store": str(run.root / "store"), "rollout": None} if stage != "rollout" else {}
+    own = run_on("mistaken", teacher={"pretrained": pretrained}, **source)
+    override = override.replace("OTHER", str(other)).replace("NOWHERE", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=message) as caught:
+        own.do(stage, overrides=(override,))
+    assert "\n" not in str(caught.value)
+    assert not list((own.root / "store").glob("shards/*"))
+    assert not (own.root / "student").exists()
+
+
+def test_a_mistake_ends_a_command_with_code_2(run_on, base):
+    special = MODEL["special"] | {"ai": {"id": 128_262, "token": "<custom_token_5>"}}
+    model = model_of(base, 4, special=special)
+    own = run_on("special", teacher={"model": model}, fit={"optimizer": SCHEDULE})
+    done = foretell("fit", own.path, code=2)
+    assert "has '<custom_token_5>' at id 128261, but special.ai says 128262" in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "special.ai" in line]) == 1
 
 
 # ---- interruptions

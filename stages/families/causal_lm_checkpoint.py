@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stages.causal_lm_config import CausalLMSettings
-from stages.errors import UserError, in_one_line
+from stages.errors import UserError
 from stages.families.causal_lm_network import head_error
-from stages.families.causal_lm_prompts import PromptReader, require_folder
+from stages.families.causal_lm_prompts import PromptReader
 from stages.families.hugging_face import (
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    reading,
     transformers,
 )
 from stages.publish import publish_file, replace_file
@@ -67,20 +67,32 @@ def quiet() -> Iterator[None]:
 def read_model_config(folder: Path) -> PreTrainedConfig:
     """Read the configuration of a model folder.
 
-    Raises UserError when there is none, or when its layers see less than all that is before them.
+    Raises UserError when there is none, for weights that are quantized already, and for layers that
+    see less than all that is before them.
     """
-    require_folder(folder)
-    try:
+    fault = f"no language model can be read from {folder}"
+    advice = "give the folder of a model whose kind transformers itself knows"
+    with reading(folder, fault, advice):
         # Without the last word transformers would ask at the terminal whether to run the code.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"no language model can be read from {folder}: {in_one_line(error)}; give the folder "
-            "of a model as transformers has it, whose kind transformers itself knows"
-        ) from error
     for key in OURS:  # transformers takes every key for a setting of its own
         vars(config).pop(key, None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        raise UserError(
+            f"{folder / CONFIG_FILE} has max_position_embeddings {positions!r}, where the number "
+            "of ids stands that the model takes at most: give a model that has one"
+        )
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        raise UserError(
+            f"{folder} holds weights that are quantized already ({quantized}): give the model as "
+            "it was before, and say in `quantization` how it is kept in memory"
+        )
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    window = getattr(config, "sliding_window", None)  # some say it without naming layers
+    if window is not None and window < positions:
+        kinds.add(f"sliding_window {window}")
     if kinds:
         raise UserError(
             f"{folder} has layers of {sorted(kinds)}; foretell decodes models whose layers all "
@@ -95,18 +107,14 @@ def load_model(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     Raises UserError when weights are missing, left over, damaged or pickled.
     """
     config = read_model_config(folder)
-    try:
-        with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
-                attn_implementation=ATTENTION, output_loading_info=True, trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # or they are told in a log alone
-            )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"the weights in {folder} cannot be read: {in_one_line(error)}; give a folder of "
-            "safetensors that belong to its config.json"
-        ) from error
+    fault = f"the weights in {folder} cannot be read"
+    advice = "give a folder of safetensors that belong to its config.json"
+    with reading(folder, fault, advice), quiet():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
+            attn_implementation=ATTENTION, output_loading_info=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # or they are told in a log alone
+        )  # fmt: skip
     faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     faults += [f"{name} is unknown" for name in sorted(report["unexpected_keys"])]
     faults += [
@@ -124,7 +132,9 @@ def load_model(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
 def fresh_model(folder: Path, *, seed: int) -> PreTrainedModel:
     """Build the model of a folder's configuration on the CPU, fp32, with weights of `seed`."""
     config = read_model_config(folder)
-    with torch.random.fork_rng(devices=[]), quiet():
+    fault = f"no language model can be built of {folder}"
+    advice = "correct its config.json"
+    with reading(folder, fault, advice), torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
     return _checked(model.float(), folder)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stages.causal_lm_config import FIELD, MARK, CausalLMSettings
-from stages.errors import UserError, in_one_line
-from stages.families.hugging_face import AutoTokenizer, PreTrainedTokenizerFast
+from stages.errors import UserError
+from stages.families.hugging_face import AutoTokenizer, PreTrainedTokenizerFast, reading
 from stages.family import Sample
 
 
@@ -20,31 +20,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     Raises UserError when there is none that `tokenizers` reads.
     """
-    require_folder(folder)
-    try:
+    fault = f"no tokenizer can be read from {folder}"
+    with reading(folder, fault, "give the folder of a model with its tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"no tokenizer can be read from {folder}: {in_one_line(error)}; give the folder of a "
-            "model with its tokenizer.json"
-        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"the tokenizer in {folder} is a {type(tokenizer).__name__}, which keeps no "
             "tokenizer.json: save it again as a fast one"
         )
     return tokenizer
-
-
-def require_folder(folder: Path) -> None:
-    """Refuse what is no folder, which transformers would take for a name of its hub."""
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is no folder here: give that of a model as transformers has it, or put the "
-            "model there"
-        )
 
 
 class PromptReader:
