@@ -47,6 +47,7 @@ MEASURED = ("ce", "stored", "two_models")
 """Ways whose memory is measured."""
 ADAPTERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PARTS = ("rollout", "train", "bytes")
+STUDENTS = ("whole", "lora")
 MEMORY_STEPS = 2
 BYTES_ROLLOUTS = 4
 """Of 127 frames and an end each they fill chunks to the last."""
@@ -225,8 +226,9 @@ def measure_memory(bench: Bench, options: argparse.Namespace, lora: bool) -> dic
     weights = (bench.folder / "base" / WEIGHTS_FILE).stat()
     peaks, teacher = {}, weights.st_size
     for name in MEASURED:
-        arguments = [*sys.argv[1:], "--memory-of", name, "--folder", str(bench.folder.parent)]
-        command = [sys.executable, __file__, *arguments, *(["--lora"] if lora else [])]
+        student = ["--students", "lora" if lora else "whole"]
+        more = ["--memory-of", name, "--folder", str(bench.folder.parent), *student]
+        command = [sys.executable, __file__, *sys.argv[1:], *more]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[name] = int(done.stdout)
     if not options.json:
@@ -242,7 +244,8 @@ def measure_memory(bench: Bench, options: argparse.Namespace, lora: bool) -> dic
 def print_peak(name: str, options: argparse.Namespace) -> None:
     """Take steps of one way, and print the peak memory of this process."""
     bench = Bench("mid", options.folder)
-    Student(bench, bench.folder / "train", options, options.lora).steps(name)(MEMORY_STEPS)
+    lora = options.students == ["lora"]
+    Student(bench, bench.folder / "train", options, lora).steps(name)(MEMORY_STEPS)
     print(own_peak())
 
 
@@ -301,7 +304,8 @@ def measure_all(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         ratios |= {f"{name}_tiny": ratio for name, ratio in found.items()}
     if "train" in options.parts:
         mid.store("train", mid.samples(options.batch_size, options.train_frames), TOP_K, "fast")
-        for lora in (False, True):
+        for student in options.students:
+            lora = student == "lora"
             found = time_steps(mid, options, lora) | measure_memory(mid, options, lora)
             ratios |= {f"{name}_lora" if lora else name: ratio for name, ratio in found.items()}
     if "bytes" in options.parts:
@@ -320,6 +324,7 @@ def main() -> None:
     parser.add_argument("--bytes-frames", type=int, default=127, help="and an end each")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--precision", choices=["fp32", "bf16", "auto"], default="fp32")
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall",
@@ -327,7 +332,6 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the last line only")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    parser.add_argument("--lora", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)

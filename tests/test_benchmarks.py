@@ -32,6 +32,8 @@ SMALL = {
         "5",
         "--repeats",
         "1",
+        "--students",
+        "whole",
     ],
     "loss_overhead": ["--ways", "top_k", "--batches", "1", "--timesteps", "6", "--repeats", "1"],
     "magpie_bytes": ["--shape", "tiny", "--frames", "6"],
