@@ -5,7 +5,8 @@ must give the same codes; greedy, in fp32. `train`: a student's optimizer step o
 against cross entropy, and against the guide's step with teacher and student in memory, which
 computes all ids (`lm_rivals`). `bytes`: what the targets of a second of audio take on disk. All are
 of one thread for the model, timed in turns; peak memory is that of processes of their own.
-Ratios without a shape in their name are of `mid`.
+Ratios without a shape in their name are of `mid`, and those of a step of a student that trains
+adapters, as the guide's does; `whole` is one that trains all weights.
 """
 
 from __future__ import annotations
@@ -307,7 +308,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         for student in options.students:
             lora = student == "lora"
             found = time_steps(mid, options, lora) | measure_memory(mid, options, lora)
-            ratios |= {f"{name}_lora" if lora else name: ratio for name, ratio in found.items()}
+            ratios |= {name if lora else f"{name}_whole": ratio for name, ratio in found.items()}
     if "bytes" in options.parts:
         ratios |= measure_bytes(tiny, options)
     return ratios

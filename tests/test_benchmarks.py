@@ -33,7 +33,7 @@ SMALL = {
         "--repeats",
         "1",
         "--students",
-        "whole",
+        "lora",
     ],
     "loss_overhead": ["--ways", "top_k", "--batches", "1", "--timesteps", "6", "--repeats", "1"],
     "magpie_bytes": ["--shape", "tiny", "--frames", "6"],
