@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
 from fractions import Fraction
@@ -546,7 +547,10 @@ def test_the_report_without_listeners_says_nothing_of_them(run):
 def browser(tmp_path):
     chromium = find_chromium()
     if chromium is None:
-        pytest.skip("no Chromium is installed: put one on the path, or name it in CHROMIUM")
+        reason = "no Chromium is installed: put one on the path, or name it in CHROMIUM"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
     with Browser(chromium, tmp_path / "profile") as browser:
         yield browser
 
