@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -204,11 +203,3 @@ def write_weights(path: Path, model: PreTrainedModel) -> None:
         once.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))
     with publish_file(path / WEIGHTS_FILE) as draft:
         save_file(dict(once.values()), draft, metadata={"format": "pt"})
-
-
-def copy_model(source: Path, target: Path) -> None:
-    """Copy the files of a model folder that transformers reads."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in (".json", ".safetensors", ".model", ".jinja"):
-            shutil.copyfile(file, target / file.name)
