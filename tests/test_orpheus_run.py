@@ -431,6 +431,28 @@ def test_the_whole_vocabulary_says_of_a_slot_what_the_slots_say(run, run_on, bas
         )  # fmt: skip
 
 
+def test_a_student_of_the_whole_vocabulary_learns_from_its_own_store(run, run_on, base):
+    pretrained = MODEL | {
+        "path": str(base), "adapter": str(run.root / "teacher"), "vocabulary": "full",
+    }  # fmt: skip
+    model = model_of(base, 2, vocabulary="full")
+    schedule = SCHEDULE | {"steps": 12, "batch_size": 2, "log_every": 4}
+    own = run_on(
+        "whole", teacher={"pretrained": pretrained},
+        rollout=ROLLOUT | {"variations": 1, "samples": 2, "batch_size": 2},
+        students={"student": student_of(model, "teacher", optimizer=schedule)},
+    )  # fmt: skip
+    own.do("rollout", "train:student")
+    store = PredictionStore.open(own.root / "store")
+    assert [stream.vocabulary for stream in store.manifest.streams] == [VOCABULARY] * 7
+    for key in store:
+        relative = store[key].codes.astype(int) - FIRST - 4096 * np.arange(7)
+        ends = store[key].codes == END
+        assert (ends | ((relative >= 0) & (relative < ENTRIES))).all(), "drawn of its slot alone"
+    lines = [json.loads(x) for x in (own.root / "student" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["total"] < lines[0]["total"]
+
+
 # ---- mistakes
 
 MISTAKES: dict[str, tuple[str, str, str]] = {
