@@ -224,8 +224,7 @@ def time_steps(bench: Bench, options: argparse.Namespace, lora: bool) -> dict[st
 
 def measure_memory(bench: Bench, options: argparse.Namespace, lora: bool) -> dict[str, float]:
     """Measure peak memory of processes of their own, print it, and return the ratios."""
-    weights = (bench.folder / "base" / WEIGHTS_FILE).stat()
-    peaks, teacher = {}, weights.st_size
+    peaks, teacher = {}, (bench.folder / "base" / WEIGHTS_FILE).stat().st_size
     for name in MEASURED:
         student = ["--students", "lora" if lora else "whole"]
         more = ["--memory-of", name, "--folder", str(bench.folder.parent), *student]
@@ -238,7 +237,6 @@ def measure_memory(bench: Bench, options: argparse.Namespace, lora: bool) -> dic
     return {
         "memory_over_ce": peaks["stored"] / peaks["ce"],
         "memory_vs_two_models": peaks["two_models"] / peaks["stored"],
-        "memory_saved_over_teacher": (peaks["two_models"] - peaks["stored"]) / teacher,
     }
 
 
