@@ -139,14 +139,17 @@ class CausalLM:
 
     @classmethod
     def load(cls, path: Path, *, device: str, dtype: torch.dtype) -> Self:
-        """Load what `save` wrote, in evaluation mode; raises UserError naming the file."""
+        """Load what `save` wrote, in evaluation mode; raises UserError naming the file.
+
+        The base of adapters is loaded as it is, whatever it was kept in while they were trained.
+        """
         saved = Saved.read(path)
         reader = PromptReader(saved.config, load_tokenizer(path), path)
         folder = saved.found_base()
         model = checkpoint.load_model(folder or path, dtype=dtype)
         base = None if folder is None else Base(folder)
         if base is not None:
-            model = adapted(frozen(model, saved.config.quantization, device), path, base)
+            model = adapted(model, path, base)
         family = cls(model, reader, saved.config, saved.facts, saved.condition_dropout, base)
         family.module.to(device).eval()
         return family
