@@ -156,8 +156,8 @@ class CausalLMConfig(CausalLMSettings):
     lora: LoraConfig | None = None
     """Adapters to train on the frozen model; null trains all of its weights."""
     quantization: BaseQuantization | None = None
-    """How the frozen model is kept in memory while adapters are trained, the rest of it in bf16; null
-    keeps all of it in fp32."""
+    """How the frozen model is kept while adapters are trained, the rest of it in bf16; null keeps
+    all of it in fp32."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
