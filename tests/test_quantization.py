@@ -17,8 +17,8 @@ import torch
 import yaml
 from torch import nn
 
-from pipeline.assembly import Assembly
 from pipeline.inspection import describe_store, store_text
+from pipeline.teachers import Teachers
 from stages.audit import audit, audit_samples, predictions
 from stages.config import QuantizationConfig, RolloutConfig
 from stages.errors import UserError
@@ -592,7 +592,7 @@ def test_the_full_and_the_quantized_teacher_are_never_in_memory_together(
     quantized_run, monkeypatch
 ):
     run = quantized_run(quantization={"method": "int8"}, audit_samples=1)
-    load, loaded = Assembly._teacher, []
+    load, loaded = Teachers.load, []
 
     def watched(self, *arguments):
         assert [each() for each in loaded] == [None] * len(loaded)
@@ -600,6 +600,6 @@ def test_the_full_and_the_quantized_teacher_are_never_in_memory_together(
         loaded.append(weakref.ref(family.module))
         return family
 
-    monkeypatch.setattr(Assembly, "_teacher", watched)
+    monkeypatch.setattr(Teachers, "load", watched)
     run.do("rollout")
     assert len(loaded) == 2
