@@ -20,7 +20,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from lm_rivals import HARD_SHARE, TEMPERATURE, Labelled, LabelledBatch, TwoModels, generate
 from lm_shapes import CFG_SCALE, FRAME_RATE_HZ, Bench
@@ -32,6 +31,7 @@ from stages.data import StoreBatches
 from stages.distributed import Place, computes_bf16
 from stages.families.causal_lm_checkpoint import WEIGHTS_FILE, quiet
 from stages.families.causal_lm_prompts import PromptReader, load_tokenizer
+from stages.families.hugging_face import PeftLoraConfig, inject_adapter_in_model
 from stages.optimization import TrainingState
 from stages.sampling import RolloutPolicy
 from stages.train import TargetLearner
@@ -149,8 +149,8 @@ class Student:
             options.precision == "auto" and computes_bf16(self._place.device)
         )
         if lora:
-            adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules=list(ADAPTERS))
-            peft.inject_adapter_in_model(adapters, self._family.module.model)
+            adapters = PeftLoraConfig(r=16, lora_alpha=32, target_modules=list(ADAPTERS))
+            inject_adapter_in_model(adapters, self._family.module.model)
         self._family.module.train()
         optimizer = OptimizerConfig(steps=1, batch_size=options.batch_size)
         self._state = TrainingState(self._family.module, optimizer, self._place.device)

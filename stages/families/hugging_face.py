@@ -13,7 +13,7 @@ with silenced():
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from peft import LoraConfig as PeftLoraConfig
-    from peft import PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import get_pattern_key
     from safetensors import SafetensorError
@@ -46,6 +46,7 @@ __all__ = [
     "PreTrainedTokenizerFast",
     "get_pattern_key",
     "get_peft_model",
+    "inject_adapter_in_model",
     "reading",
     "transformers",
 ]
