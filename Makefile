@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # The model packages behind extras, which tests compare with; the demo needs none of them.
-MODELS := magpie
+MODELS := magpie,orpheus
 MODELS_READY := $(VENV)/.ready-models
 # The engines that benchmarks compare with pin other versions (numpy < 2.2), so they live apart.
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
-MODEL_BENCHMARKS := benchmarks/magpie_online.py benchmarks/magpie_bytes.py
-BENCHMARK_PARTS := %/measure.py %/peers.py %/magpie_shapes.py
+MODEL_BENCHMARKS := benchmarks/magpie_online.py benchmarks/magpie_bytes.py \
+  benchmarks/quantized_linear.py benchmarks/lm_guidance.py
+BENCHMARK_PARTS := %/measure.py %/peers.py %/magpie_shapes.py %/lm_shapes.py %/lm_rivals.py
 BENCHMARKS := $(filter-out $(BENCHMARK_PARTS) $(MODEL_BENCHMARKS),$(wildcard benchmarks/*.py))
 
 # Two processes of one thread do about twice the work of one process with two threads, and spinning

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from guided_decoding import build
-from measure import interleaved, report
+from measure import interleaved, own_peak, report
 from torch.nn import functional
 
 from stages.config import OptimizerConfig, RolloutConfig, TrainConfig
@@ -183,9 +183,7 @@ def peak_bytes(name: str, folder: Path, options: argparse.Namespace) -> int:
     steps = student.steps(name)
     if student.place.device.type != "cuda":
         steps(MEMORY_STEPS)
-        # Not ru_maxrss: a process inherits that from the one that started it.
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+        return own_peak()
     torch.cuda.reset_peak_memory_stats()
     steps(MEMORY_STEPS)
     return torch.cuda.max_memory_allocated()

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from magpie_shapes import CFG_SCALE, CONTEXT_FRAMES, Bench
-from measure import report
+from measure import own_peak, report
 from omegaconf import OmegaConf
 
 from stages.config import TrainConfig
@@ -221,16 +221,6 @@ def measure_memory(way: str, folder: Path) -> None:
         case _:
             raise ValueError(f"there is no way {way!r}")
     print(json.dumps(own_peak()))
-
-
-def own_peak() -> int:
-    """Peak resident memory of this process in bytes.
-
-    The counter of getrusage begins at the peak of whoever started the process.
-    """
-    status = Path("/proc/self/status").read_text()
-    kilobytes = next(x.split()[1] for x in status.splitlines() if x.startswith("VmHWM:"))
-    return int(kilobytes) * 1024
 
 
 def main() -> None:

@@ -76,6 +76,15 @@ def interleaved(
     return turns | {reference: Turns(anchors[1:], anchors[:-1])}
 
 
+def own_peak() -> int:
+    """Peak resident memory of this process in bytes.
+
+    Not ru_maxrss: a process inherits that from the one that started it.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
 def report(script: str, ratios: Mapping[str, float], packages: Sequence[str] = ()) -> None:
     """Print the last line of a benchmark: one JSON object for machines to read.
 

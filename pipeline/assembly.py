@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,10 +17,13 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.config import RunConfig
+from pipeline.exclusion import alone
 from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stage_identity
 from pipeline.record import own_usage
 from pipeline.results import write_report
+from pipeline.teachers import Teachers, load_model, teacher_path
+from stages.architecture import Architecture
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
 from stages.dataset import Dataset, read_header
 from stages.distributed import Place, choose_device, peak_device_bytes, place
@@ -34,12 +38,9 @@ from stages.prepare import prepare
 from stages.replay import Replay, open_replay
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
-from stages.saved_model import saved_family
 from stages.train import train
 from store import PredictionStore
-from store.schema import Fast, changed_fields
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from store.schema import Fast, Manifest, changed_fields
 
 Section = TypeVar("Section")
 
@@ -56,20 +57,23 @@ class Assembly:
         """Most memory that the stage held on the accelerator."""
 
     def run(self, stage: str) -> bool:
-        """Do a stage (`train:NAME` for a student); False when stopped with more to do."""
+        """Do a stage (`train:NAME` for a student, `rollout:NAME` for a round).
+
+        Returns False when it was stopped with more to do.
+        """
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        name, _, student = stage.partition(":")
+        name, _, part = stage.partition(":")
         match name:
             case "prepare":
                 return self._prepare()
             case "fit":
                 return self._fit()
             case "draw":
-                return self._draw()
+                return self._draw(part or None)
             case "rollout":
-                return self._rollout()
+                return self._rollout(part or None)
             case "train":
-                return self._train(student)
+                return self._train(part)
             case "evaluate":
                 return self._evaluate()
             case _:
@@ -88,7 +92,9 @@ class Assembly:
         dataset = Dataset.open(self._folders.dataset)
         with place(config.optimizer.device) as here:
             facts = dataset.facts.model_dump(mode="json")
-            family = load_family(model.family).build(model, facts, seed=self._config.seed)
+            family = load_family(model.family).build(
+                model, facts, seed=self._config.seed, device=str(here.device)
+            )
             family.adopt_codebooks(dataset.audio_codec().code_vectors())
             family.module.to(here.device)
             finished = fit(
@@ -105,36 +111,43 @@ class Assembly:
             self.peak_device_bytes = peak_device_bytes(here.device)
         return finished
 
-    def _draw(self) -> bool:
-        config, device, dataset = self._rollout_inputs()
-        student = _load(_given(config.student, "rollout.student"), device, config.precision)
+    def _draw(self, round_name: str | None) -> bool:
+        config, device, dataset = self._rollout_inputs(round_name)
+        student = load_model(_given(config.student, "rollout.student"), device, config.precision)
         finished = draw_codes(
-            student, dataset.samples(config.split), config, self._folders.draws,
+            student, dataset.samples(config.split), config, self._folders.draws_of(round_name),
             seed=self._config.seed, task=self._task, tasks=self._tasks, stop=self._stop,
         )  # fmt: skip
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
 
-    def _rollout(self) -> bool:
-        config, device, dataset = self._rollout_inputs()
-        teacher = self._teacher(dataset, device, config.precision)
-        replay = self._replay(config, teacher, dataset)
-        samples = dataset.samples(config.split if replay is None else replay.manifest.split)
-        origin: dict[str, str] = {}
-        if config.source == "student":
-            settings = draw_settings(config, teacher, samples, self._config.seed)
-            origin = draw_origin(self._folders.draws, settings)
-        store = create_store(
-            self._folders.store,
-            config,
-            teacher,
-            samples,
-            facts=dataset.facts,
-            dataset_fingerprint=dataset.header.fingerprint,
-            seed=self._config.seed,
-            student_fingerprint=origin.get("student", ""),
-            replay=replay,
-        )
+    def _rollout(self, round_name: str | None) -> bool:
+        config, device, dataset = self._rollout_inputs(round_name)
+        path, draws = self._folders.store_of(round_name), self._folders.draws_of(round_name)
+        teachers = Teachers(self._config, dataset, device)
+        # One process audits; those that start beside it wait here, and find its store.
+        with alone(path.with_name(f"{path.name}.lock")) if config.audited else nullcontext():
+            full = teachers.in_full(config, path, round_name)
+            teacher, quantized = teachers.for_rollout(config, round_name)
+            replay = self._replay(config, teacher, dataset, path)
+            samples = dataset.samples(config.split if replay is None else replay.manifest.split)
+            origin: dict[str, str] = {}
+            if config.source == "student":
+                settings = draw_settings(config, teacher, samples, self._config.seed)
+                origin = draw_origin(draws, settings)
+            store = create_store(
+                path,
+                config,
+                teacher,
+                samples,
+                facts=dataset.facts,
+                dataset_fingerprint=dataset.header.fingerprint,
+                seed=self._config.seed,
+                student_fingerprint=origin.get("student", ""),
+                replay=replay,
+                quantized=quantized,
+                quantization=teachers.audited(config, teacher, quantized, full),
+            )
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
         finished = rollout(
             teacher,
@@ -143,25 +156,28 @@ class Assembly:
             shards,
             batch_size=config.batch_size,
             stop=self._stop,
-            draws=read_draws(self._folders.draws, shards, origin) if origin else replay,
+            draws=read_draws(draws, shards, origin) if origin else replay,
         )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
 
-    def _replay(self, config: RolloutConfig, teacher: Family, dataset: Dataset) -> Replay | None:
+    def _replay(
+        self, config: RolloutConfig, teacher: Family, dataset: Dataset, path: Path
+    ) -> Replay | None:
         if config.replay is None:
             return None
-        fingerprint = dataset.header.fingerprint
-        return open_replay(config.replay, teacher, fingerprint, self._folders.store)
+        return open_replay(config.replay, teacher, dataset.header.fingerprint, path)
 
-    def _rollout_inputs(self) -> tuple[RolloutConfig, torch.device, Dataset]:
-        config = _given(self._config.rollout, "rollout")
+    def _rollout_inputs(
+        self, round_name: str | None
+    ) -> tuple[RolloutConfig, torch.device, Dataset]:
+        config = _given(self._config.rollout_of(round_name), "rollout")
         device = choose_device(config.device)
         return config, device, Dataset.open(self._folders.dataset)
 
     def _train(self, name: str) -> bool:
         config = self._config.students[name]
-        store = PredictionStore.open(self._folders.store, cached_shards=config.buffer_shards)
+        store = self._store(config)
         self._require_same_dataset(store)
         with place(config.optimizer.device) as here:
             family = self._student(config, store, here)
@@ -177,6 +193,16 @@ class Assembly:
             )
             self.peak_device_bytes = peak_device_bytes(here.device)
         return finished
+
+    def _store(self, config: TrainConfig) -> PredictionStore:
+        """Open the store that a student learns from."""
+        path = self._folders.store_of(config.round)
+        if config.round is not None and not (path / "manifest.json").exists():
+            raise UserError(
+                f"{path} is not there yet, which the round {config.round!r} makes: `foretell run` "
+                f"does all stages in order, and `foretell rollout --round {config.round}` this one"
+            )
+        return PredictionStore.open(path, cached_shards=config.buffer_shards)
 
     def _require_same_dataset(self, store: PredictionStore) -> None:
         """Refuse a store of another dataset than the run's; a store alone needs none."""
@@ -200,7 +226,7 @@ class Assembly:
             )
         family_class = load_family(config.model.family)
         if config.init.kind == "checkpoint":
-            student = _load(_given(config.init.path, "init.path"), here.device, "fp32")
+            student = load_model(_given(config.init.path, "init.path"), here.device, "fp32")
             different = changed_fields(student.config, config.model)
             if different:
                 raise UserError(
@@ -208,10 +234,12 @@ class Assembly:
                     f"section model ({_differences(different)}): give the checkpoint's"
                 )
             return student
-        family = family_class.build(config.model, manifest.conditioning, seed=self._config.seed)
-        if config.init.kind == "teacher":
-            given = self._config.teacher and self._config.teacher.pretrained
-            family.inherit(given.path if given else self._folders.teacher, config.init.layers)
+        family = family_class.build(
+            config.model, manifest.conditioning, seed=self._config.seed, device=str(here.device)
+        )
+        if config.init.kind in ("teacher", "merged"):
+            path, merged = teacher_path(self._config, config.round), config.init.kind == "merged"
+            family.inherit(path, config.init.layers, merged=merged)
         family.module.to(here.device)
         return family
 
@@ -224,7 +252,7 @@ class Assembly:
         if reference is None:
             return False
         result = evaluate(
-            self._contenders(dataset, device, reference.manifest.guidance.scale),
+            self._contenders(dataset, device, reference.manifest),
             reference,
             samples,
             dataset,
@@ -264,7 +292,7 @@ class Assembly:
             }
         )
         path = self._folders.report / "reference"
-        teacher = self._teacher(dataset, device, settings.precision)
+        teacher, quantized = Teachers(self._config, dataset, device).for_rollout(settings)
         store = create_store(
             path,
             settings,
@@ -273,6 +301,8 @@ class Assembly:
             facts=dataset.facts,
             dataset_fingerprint=dataset.header.fingerprint,
             seed=config.seed,
+            quantized=quantized,
+            quantization=None if quantized is None else quantized.record,
         )
         finished = rollout(
             teacher,
@@ -285,32 +315,25 @@ class Assembly:
         return PredictionStore.open(path) if finished else None
 
     def _contenders(
-        self, dataset: Dataset, device: torch.device, cfg_scale: float
+        self, dataset: Dataset, device: torch.device, manifest: Manifest
     ) -> list[Contender]:
-        """Return what is compared: the teacher with and without guidance, and every student."""
-        teacher = partial(self._teacher, dataset, device, "fp32")
+        """Return what is compared: the teacher with and without guidance, and every student.
+
+        A quantized teacher is the one that wrote the store; others are in fp32.
+        """
+        teacher = partial(Teachers(self._config, dataset, device).speaking, manifest)
+        architecture = None
+        if manifest.quantization is not None:
+            architecture = Architecture.model_validate(manifest.architecture)
+        scale = manifest.guidance.scale
         systems = [
-            Contender("teacher_guided", teacher, cfg_scale),
-            Contender("teacher_unguided", teacher, 1.0),
+            Contender("teacher_guided", teacher, scale, architecture),
+            Contender("teacher_unguided", teacher, 1.0, architecture),
         ]
         for name in self._config.students:
-            load = partial(_load, self._folders.student(name), device, "fp32")
+            load = partial(load_model, self._folders.student(name), device, "fp32")
             systems.append(Contender(system_name(name), load, 1.0))
         return systems
-
-    def _teacher(self, dataset: Dataset, device: torch.device, precision: str) -> Family:
-        """Load the teacher from its folder, or from where it was trained."""
-        given = _given(self._config.teacher, "teacher").pretrained
-        if given is None:
-            return _load(self._folders.teacher, device, precision)
-        family = load_family(given.family)
-        return family.pretrained(given, dataset.facts, device=str(device), dtype=DTYPES[precision])
-
-
-def _load(folder: Path, device: torch.device, precision: str) -> Family:
-    """Load a finished model of whatever family its folder says."""
-    family = load_family(saved_family(folder))
-    return family.load(folder, device=str(device), dtype=DTYPES[precision])
 
 
 def _differences(fields: Mapping[str, tuple[Any, Any]]) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from tqdm import tqdm
@@ -24,10 +24,19 @@ from pipeline.inspection import (
     verification_text,
 )
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
+from pipeline.listening import (
+    SheetOptions,
+    export_document,
+    export_sheets,
+    export_text,
+    tally_answers,
+    tally_text,
+)
 from pipeline.progress import progress, stages_of
 from pipeline.run import do_stage, run, under_torchrun
 from stages.errors import UserError
 from stages.interruption import stop_request
+from stages.listening import Kind
 from store import StoreError
 from store import verify as check
 from store.convert import convert as convert_store
@@ -87,6 +96,10 @@ def rollout(
         Path | None,
         typer.Option(metavar="STORE", help="Score the codes of this store; generate nothing."),
     ] = None,
+    round_: Annotated[
+        str | None,
+        typer.Option("--round", help="Roll out this round, whose teacher is a student."),
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Stage one: store what the guided teacher predicts; alone it does all that is missing."""
@@ -94,16 +107,18 @@ def rollout(
         task is not None and tasks is not None and task >= tasks
     ):
         raise UserError(f"--task {task} with --tasks {tasks}: give both, with task below tasks")
-    overrides = [*(set_ or []), *(_replaying(replay) if replay is not None else [])]
-    _stage("rollout", config, overrides, None if task is None else f"{task}/{tasks}")
+    section = "rollout" if round_ is None else f"rounds.{round_}.rollout"
+    overrides = [*(set_ or []), *(_replaying(section, replay) if replay is not None else [])]
+    stage = "rollout" if round_ is None else f"rollout:{round_}"
+    _stage(stage, config, overrides, None if task is None else f"{task}/{tasks}")
 
 
-def _replaying(store: Path) -> list[str]:
+def _replaying(section: str, store: Path) -> list[str]:
     """Return the overrides that --replay stands for."""
     return [
-        "rollout.source=replay",
-        f"rollout.replay={json.dumps(str(store))}",
-        "rollout.student=null",
+        f"{section}.source=replay",
+        f"{section}.replay={json.dumps(str(store))}",
+        f"{section}.student=null",
     ]
 
 
@@ -115,15 +130,15 @@ def train(
 ) -> None:
     """Stage two: train the students from the store; alone or under torchrun."""
     settings = load_config(config, set_ or [])
-    names = [student] if student is not None else list(settings.students)
-    for name in names:
+    students = [stage for stage in stages_of(settings) if stage.startswith("train:")]
+    for stage in students if student is None else [f"train:{student}"]:
         if under_torchrun():
             from pipeline.worker import main as worker  # noqa: PLC0415
 
-            code = worker([f"train:{name}", str(config), *(f"--set={s}" for s in set_ or [])])
+            code = worker([stage, str(config), *(f"--set={s}" for s in set_ or [])])
         else:
             with stop_request() as stop:
-                code = do_stage(f"train:{name}", config, set_ or [], settings, stop)
+                code = do_stage(stage, config, set_ or [], settings, stop)
         if code != FINISHED:
             raise typer.Exit(code)
 
@@ -132,6 +147,47 @@ def train(
 def evaluate(config: Config, set_: Set = None) -> None:
     """Compare teacher, guided and unguided, with the students; write the report."""
     _stage("evaluate", config, set_)
+
+
+@app.command()
+def listen(
+    config: Config,
+    sheets: Annotated[int, typer.Option(help="Sheets, for as many listeners.", min=1)] = 1,
+    items: Annotated[
+        int | None, typer.Option(help="Samples of the report that are heard; all.", min=1)
+    ] = None,
+    system: Annotated[
+        list[str] | None,
+        typer.Option(help="System that is heard, `recording` among them; all of the report."),
+    ] = None,
+    only: Annotated[
+        Literal["mos", "ab"] | None, typer.Option(help="Rate clips, or compare pairs; both.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of orders and names.", min=0)] = 0,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write blind listening sheets of a finished evaluation, and their key."""
+    settings = load_config(config, set_ or [])
+    kinds: tuple[Kind, ...] = ("mos", "ab") if only is None else (only,)
+    options = SheetOptions(sheets, items, tuple(system or ()), kinds, seed)
+    key = export_sheets(settings, options)
+    _print(export_document(settings, key), as_json, lambda: export_text(settings, key))
+
+
+@app.command()
+def tally(
+    config: Config,
+    answers: Annotated[
+        list[Path], typer.Argument(help="All filled answers files.", show_default=False)
+    ],
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Sum up what listeners answered; exit code 1 where something in the files does not count."""
+    result = tally_answers(load_config(config, set_ or []), answers)
+    _print(result.model_dump(mode="json"), as_json, lambda: tally_text(result))
+    raise typer.Exit(FAILED if result.faults or not result.answers else FINISHED)
 
 
 @app.command(name="run")

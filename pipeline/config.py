@@ -17,7 +17,7 @@ from stages.errors import UserError
 from stages.loss_config import LOSS_FORMS
 from stages.model_config import ModelConfig, PretrainedConfig
 from stages.prepare_config import PrepareConfig
-from store.schema import Record
+from store.schema import Guidance, Record
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LARGEST_FILE_BYTES = 2**20
@@ -44,6 +44,15 @@ class TeacherConfig(Record):
         return self
 
 
+class RoundConfig(Record):
+    """A further round of stage one: what a student has learnt teaches the next ones."""
+
+    teacher: str
+    """Name of the student that is rolled out, once it is trained."""
+    rollout: RolloutConfig | None = None
+    """Settings of the round; null takes those of the run's own rollout, without guidance."""
+
+
 class RunConfig(Record):
     """Everything a run needs; the stages it names are the stages that `foretell run` does."""
 
@@ -65,6 +74,8 @@ class RunConfig(Record):
     """Stage one."""
     store: Path | None = None
     """Folder of an existing store to train from; by default the run's own."""
+    rounds: dict[str, RoundConfig] = Field(default_factory=dict)
+    """Further rounds of stage one by name, each with a store that students may learn from."""
     students: dict[str, TrainConfig] = Field(default_factory=dict)
     """Stage two: the students by name; the one called `student` leads the report."""
     evaluate: EvaluateConfig | None = None
@@ -79,6 +90,23 @@ class RunConfig(Record):
                 "beginning with a letter or digit"
             )
         return name
+
+    def rollout_of(self, round_name: str | None) -> RolloutConfig | None:
+        """Return the settings of a round of stage one; None stands for the run's own."""
+        if round_name is None:
+            return self.rollout
+        own = self.rounds[round_name].rollout
+        if own is not None or self.rollout is None:
+            return own
+        return self.rollout.model_copy(update={"guidance": Guidance(scale=1)})
+
+    @field_validator("rounds")
+    @classmethod
+    def _check_rounds(cls, rounds: dict[str, RoundConfig]) -> dict[str, RoundConfig]:
+        for name in rounds:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a round name: use letters, digits, '_', '-'")
+        return rounds
 
     @field_validator("students")
     @classmethod
@@ -98,6 +126,57 @@ class RunConfig(Record):
         if self.prepare is not None and self.dataset is not None:
             raise ValueError("give prepare (to make a dataset) or dataset (a prepared one)")
         return self
+
+    @model_validator(mode="after")
+    def _check_chain(self) -> Self:
+        for name, round_ in self.rounds.items():
+            if round_.teacher not in self.students:
+                raise ValueError(
+                    f"rounds.{name}.teacher is {round_.teacher!r}, which is no student: give one "
+                    f"of {', '.join(map(repr, self.students)) or 'students, which has none'}"
+                )
+            self._check_guidance(name)
+        for name, student in self.students.items():
+            if student.round is not None and student.round not in self.rounds:
+                raise ValueError(
+                    f"students.{name}.round is {student.round!r}, which is no round: give one of "
+                    f"{', '.join(map(repr, self.rounds)) or 'rounds, which has none'}"
+                )
+        for name in self.students:
+            self._check_beginning(name)
+        return self
+
+    def _check_guidance(self, name: str) -> None:
+        """Refuse to guide a student: training never drops its conditions, so it cannot be."""
+        rollout = self.rollout_of(name)
+        if rollout is None:
+            raise ValueError(
+                f"rounds.{name}.rollout is null, and there is no section rollout to take its "
+                "settings from: give either"
+            )
+        both = getattr(rollout.target, "branches", "guided") == "both"
+        if both or rollout.guidance.scale != 1:
+            asked = "target.branches: both" if both else f"guidance.scale {rollout.guidance.scale}"
+            wanted = "target.branches: guided" if both else "guidance: {scale: 1}"
+            raise ValueError(
+                f"rounds.{name} rolls out with {asked}, but its teacher is a student, which learns "
+                "without dropped conditions and has no unconditional branch: give it a section "
+                f"rollout with {wanted}"
+            )
+
+    def _check_beginning(self, student: str) -> None:
+        """Refuse a student that waits for itself."""
+        seen = [student]
+        while (name := self.students[seen[-1]].round) is not None:
+            seen.append(self.rounds[name].teacher)
+            if seen[-1] == student:
+                chain = " <- ".join(seen)
+                raise ValueError(
+                    f"student {student!r} would learn from itself ({chain}): let one of them learn "
+                    "from the run's own store (round: null)"
+                )
+            if seen[-1] in seen[:-1]:
+                return  # said of another student
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -143,10 +222,12 @@ def _apply(document: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     place = document
     for section in sections:
-        inner = place.setdefault(section, {})
+        inner = place.get(section, {})
         if not isinstance(inner, dict):
             raise UserError(f"--set {override!r}: {section!r} is a value, not a section")
-        place = inner
+        # A section may stand in several places (YAML anchors): only the one that is named changes.
+        place[section] = dict(inner)
+        place = place[section]
     place[last] = value
 
 

@@ -45,10 +45,23 @@ class RunFolders:
         """Codes that a student drew for the teacher to score."""
         return self.root / "draws"
 
+    def store_of(self, round_name: str | None) -> Path:
+        """The prediction store of a round; None stands for the run's own."""
+        return self.store if round_name is None else self.root / f"store_{round_name}"
+
+    def draws_of(self, round_name: str | None) -> Path:
+        """The codes that a student drew for a round; None stands for the run's own."""
+        return self.draws if round_name is None else self.root / f"draws_{round_name}"
+
     @property
     def report(self) -> Path:
         """Report, audio and the reference store of the evaluation."""
         return self.root / "report"
+
+    @property
+    def listening(self) -> Path:
+        """Listening sheets, their key, and what listeners answered."""
+        return self.root / "listening"
 
     @property
     def stages(self) -> Path:

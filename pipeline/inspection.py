@@ -67,6 +67,7 @@ def describe_store(
         "shards": len(store.committed),
         "planned_shards": store.planned_shards,
         "rollouts": len(store),
+        "rejected": len(store.rejected),
         "timesteps": content.timesteps,
         "audio_s": content.timesteps * manifest.timestep_s,
         "bytes": dict(sorted(content.sizes.items())),
@@ -80,6 +81,7 @@ def describe_store(
         "lineage": [ancestor.model_dump(mode="json") for ancestor in manifest.lineage],
         "teacher": manifest.fingerprints.teacher,
         "architecture": manifest.architecture,
+        "quantization": manifest.quantization and manifest.quantization.model_dump(mode="json"),
         "cfg_scale": manifest.guidance.scale,
         "family": manifest.family,
         "source": manifest.source,
@@ -230,6 +232,34 @@ def _architecture(counted: Document) -> str:
     return "\n".join(lines)
 
 
+def _quantization(found: Document) -> str:
+    lines = [f"weights and arithmetic in {found['dtype']}"]
+    if found["method"] != "none":
+        backend = f"{found['backend']} {found['backend_version']}"
+        lines.append(f"{found['method']} by {backend}: {', '.join(found['layers'])}")
+    if found["kept"]:
+        kept = (f"{name} ({reason})" for name, reason in found["kept"].items())
+        lines.append(f"kept: {', '.join(kept)}")
+    return "\n".join([*lines, *audit_lines(found["audit"])])
+
+
+def audit_lines(audit: Document | None) -> list[str]:
+    """Return what an audit found, for people to read; nothing where there was none."""
+    if audit is None:
+        return []
+    measured = f"{audit['samples']} recordings, {audit['predictions']:,} predictions"
+    if audit["kl_mean"] is None:
+        return [
+            f"from float32, over {measured}: mean squared difference {audit['mse']:.3g}, "
+            f"{audit['mse_share']:.2%} of the mean square"
+        ]
+    return [
+        f"KL from float32, over {measured}: mean {audit['kl_mean']:.3g} nats, largest of a "
+        f"recording {audit['kl_largest']:.3g}, 99 % below {audit['kl_p99']:.3g}; most probable id "
+        f"the same in {audit['agreement']:.2%}"
+    ]
+
+
 SHOWN: dict[str, Callable[[Any], str]] = {
     "streams": _streams,
     "bytes": _bytes,
@@ -238,6 +268,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "weight": lambda weight: f"{weight:,g}",
     "weights": _weights,
     "architecture": _architecture,
+    "quantization": _quantization,
 }
 """Values that are written otherwise than as they are."""
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
 
 from pipeline.figures import colour
 from stages.report_schema import SYSTEMS, Comparison, Metric, Report, System
+from stages.tally import Tally
 
 LABELS = {
+    "recording": "recording",
     "codec_copy": "codec copy",
     "teacher_guided": "teacher, guided",
     "teacher_unguided": "teacher, unguided",
@@ -39,9 +41,9 @@ def system_label(name: str) -> str:
 
 def system_colour(name: str, report: Report) -> int:
     """Return the colour of a system's marks: the same wherever it appears."""
-    return (
-        SYSTEMS.index(name) if name in SYSTEMS else 4 + list(report.__pydantic_extra__).index(name)
-    )
+    named = [*SYSTEMS, *report.__pydantic_extra__]
+    # The recording is no system of the report; it looks like its copy.
+    return named.index(name) if name in named else 0
 
 
 def system_dot(name: str, report: Report) -> str:
@@ -69,7 +71,7 @@ def significant(value: float) -> str:
     return f"{value:.3g}".replace("-", "−")
 
 
-METRICS = {
+MAIN_METRICS = {
     "wer": Shown("WER", "word error rate; lower is better", decimals(3)),
     "cer": Shown("CER", "character error rate; lower is better", decimals(3)),
     "wer_second": Shown("WER, second judge", "by the second recogniser", decimals(3)),
@@ -80,23 +82,45 @@ METRICS = {
     "mos": Shown("MOS, predicted", "1 to 5; higher is better", decimals(2)),
     "speaker_similarity": Shown("Speaker similarity", "to the recording; higher", decimals(3)),
     "speaker_contrast": Shown("Other speakers", "similarity to the others; lower", decimals(3)),
-    "duration_ratio": Shown("Duration", "per second of recording; near 1", decimals(2)),
-    "repetition": Shown("Repetition", "words said again, per word; lower", decimals(3)),
-    "ended": Shown("Ended", "share that stopped by itself; higher", decimals(3)),
-    "rtf": Shown("Real-time factor", "decoding seconds per second; lower", significant),
+    "success": Shown("Success", "ended, heard, of plausible duration; higher", decimals(3)),
+    "rtf": Shown("Real-time factor", "generation per second of audio; lower", significant),
+    "rtf_single": Shown("Real-time factor, single", "each sample alone; lower", significant),
     "parameters": Shown("Parameters", "of the model", short_count),
     "active_parameters": Shown("Active", "parameters that a position visits", short_count),
     "flops_per_timestep": Shown("FLOPs", "per timestep and pass, without attention", short_count),
     "dense_flops_per_timestep": Shown("FLOPs, dense", "were all experts one layer", short_count),
     "passes": Shown("Passes", "forward passes per timestep", decimals(0)),
 }
-"""Metrics in the order of the table."""
+"""What systems are compared by, in the order of the table."""
+
+SPEECH_METRICS = {
+    "ended": Shown("Ended", "share that stopped by itself; higher", decimals(3)),
+    "silent": Shown("Silent", "share below −60 dBFS, empty or not finite; lower", decimals(3)),
+    "duration_s": Shown("Duration", "mean, in seconds", decimals(2)),
+    "duration_p5_s": Shown("Duration, shortest 5 %", "up to, in seconds", decimals(2)),
+    "duration_median_s": Shown("Duration, median", "in seconds", decimals(2)),
+    "duration_p95_s": Shown("Duration, longest 5 %", "from, in seconds", decimals(2)),
+    "duration_ratio": Shown("To the recordings", "all seconds per all; near 1", decimals(2)),
+    "duration_ratio_mean": Shown("To the recording", "mean of the ratios; near 1", decimals(2)),
+    "duration_ratio_p5": Shown("To the recording, 5 %", "a twentieth is shorter", decimals(2)),
+    "duration_ratio_median": Shown("To the recording, median", "near 1", decimals(2)),
+    "duration_ratio_p95": Shown("To the recording, 95 %", "a twentieth is longer", decimals(2)),
+    "longest_run_frames": Shown("Longest run", "equal frames in a row, mean", decimals(2)),
+    "repeated_pairs": Shown("Repeated pairs", "of frames, share; near the copy's", decimals(3)),
+    "repeated_fours": Shown("Repeated fours", "of frames, share; near the copy's", decimals(3)),
+    "looped": Shown("Looped tail", "share that ends in a loop; lower", decimals(3)),
+    "repetition": Shown("Repetition", "words said again, per word; lower", decimals(3)),
+}
+"""What the clips are like, in the order of the table."""
+
+METRICS = MAIN_METRICS | SPEECH_METRICS
+"""All metrics of a report."""
 
 
-def metric_table(report: Report) -> str:
+def metric_table(report: Report, metrics: Mapping[str, Shown]) -> str:
     """Return the table of metrics × systems, without the metrics that nobody measured."""
     systems = report.systems
-    measured = [m for m in METRICS if any(getattr(s, m) is not None for s in systems.values())]
+    measured = [m for m in metrics if any(getattr(s, m) is not None for s in systems.values())]
     if not measured:
         return ""
     head = "".join(f"<th>{system_dot(n, report)}{escape(system_label(n))}</th>" for n in systems)
@@ -146,6 +170,35 @@ def _comparison_row(comparison: Comparison) -> str:
         f"{escape(system_label(comparison.against))}</span></th><td>{escape(shown.title)}</td>"
         f"{_metric_cell(difference, shown.show)}<td>{differs}</td></tr>"
     )
+
+
+def rating_table(heard: Tally, report: Report) -> str:
+    """Return the table of mean opinion scores of listeners, or nothing without any."""
+    if not heard.ratings:
+        return ""
+    rows = "".join(
+        f"<tr><th>{system_dot(name, report)}{escape(system_label(name))}</th>"
+        f"{_metric_cell(rating.mos, decimals(2))}<td>{rating.answers}</td>"
+        f"<td>{rating.listeners}</td></tr>"
+        for name, rating in heard.ratings.items()
+    )
+    head = "<th>system</th><th>MOS, 1 to 5</th><th>answers</th><th>listeners</th>"
+    return html_table(head, rows)
+
+
+def preference_table(heard: Tally, report: Report) -> str:
+    """Return the table of what listeners preferred, or nothing without any."""
+    if not heard.preferences:
+        return ""
+    rows = "".join(
+        f"<tr><th>{system_dot(pair.system, report)}{escape(system_label(pair.system))}"
+        f'<span class="unit">against {escape(system_label(pair.against))}</span></th>'
+        f"<td>{pair.preferred}</td><td>{pair.rejected}</td><td>{pair.equal}</td>"
+        f"{_metric_cell(pair.share, decimals(3))}<td>{significant(pair.p_value)}</td></tr>"
+        for pair in heard.preferences
+    )
+    head = "<th>systems</th><th>preferred</th><th>the other</th><th>no difference</th>"
+    return html_table(f"{head}<th>share preferred</th><th>sign test, p</th>", rows)
 
 
 MARKDOWN_METRICS = ("wer", "paired_kl", "agreement", "mos", "rtf", "passes", "parameters")

@@ -34,10 +34,25 @@ class Progress(Record):
 
 
 def stages_of(config: RunConfig) -> list[str]:
-    """Return the stages that a configuration names, in order; students as `train:NAME`."""
-    fixed = [name for name in ("prepare", "fit", "rollout") if getattr(config, name) is not None]
-    students = [f"train:{name}" for name in config.students]
-    return fixed + students + ([] if config.evaluate is None else ["evaluate"])
+    """Return the stages that a configuration names, in order.
+
+    Students are `train:NAME` and rounds `rollout:NAME`, each after what it depends on.
+    """
+    stages = [name for name in ("prepare", "fit", "rollout") if getattr(config, name) is not None]
+    for student in config.students:
+        stages += _until_trained(config, student)
+    stages += [f"rollout:{name}" for name in config.rounds]
+    stages += [] if config.evaluate is None else ["evaluate"]
+    return list(dict.fromkeys(stages))
+
+
+def _until_trained(config: RunConfig, student: str) -> list[str]:
+    """Return the rounds and students that lead to a student, itself the last."""
+    name = config.students[student].round
+    if name is None:
+        return [f"train:{student}"]
+    teacher = config.rounds[name].teacher
+    return [*_until_trained(config, teacher), f"rollout:{name}", f"train:{student}"]
 
 
 def progress(config: RunConfig, stage: str) -> Progress:
@@ -60,7 +75,7 @@ def progress(config: RunConfig, stage: str) -> Progress:
 
 def _units(config: RunConfig, folders: RunFolders, stage: str) -> tuple[int, int]:
     """Return (planned, done) of a stage, in its own unit of work."""
-    name, _, student = stage.partition(":")
+    name, _, part = stage.partition(":")
     match name:
         case "prepare":
             return 1, int((folders.dataset / "dataset.json").exists())
@@ -68,10 +83,10 @@ def _units(config: RunConfig, folders: RunFolders, stage: str) -> tuple[int, int
             steps = config.fit.optimizer.steps if config.fit else 0
             return steps, _steps_done(folders.teacher, steps)
         case "rollout":
-            return _shards(folders.store)
+            return _shards(folders.store_of(part or None))
         case "train":
-            steps = config.students[student].optimizer.steps
-            return steps, _steps_done(folders.student(student), steps)
+            steps = config.students[part].optimizer.steps
+            return steps, _steps_done(folders.student(part), steps)
         case _:
             return 1, int((folders.report / "report.json").exists())
 
@@ -92,7 +107,7 @@ def _shards(path: Path) -> tuple[int, int]:
 
 def stage_identity(config: RunConfig, stage: str) -> str:
     """Return what the result of a stage depends on, upstream stages included."""
-    name, _, student = stage.partition(":")
+    name, _, part = stage.partition(":")
     match name:
         case "prepare":
             return identity("prepare", config.prepare, _inputs(config, config.prepare))
@@ -102,12 +117,14 @@ def stage_identity(config: RunConfig, stage: str) -> str:
                 "fit", _dataset(config), config.teacher, inputs, config.fit, config.seed
             )
         case "rollout":
-            inputs = _inputs(config, config.rollout)
-            return identity("rollout", _teacher(config), *_rollout(config), inputs, config.seed)
+            rollout = config.rollout_of(part or None)
+            inputs = _inputs(config, rollout)
+            taught_by = _teacher_of(config, part or None)
+            return identity("rollout", taught_by, *_rollout(rollout), inputs, config.seed)
         case "train":
-            settings = config.students[student]
-            inputs = _inputs(config, settings)
-            return identity("train", _store(config), settings, inputs, config.seed)
+            student = config.students[part]
+            inputs = _inputs(config, student)
+            return identity("train", _store(config, student.round), student, inputs, config.seed)
         case _:
             students = [stage_identity(config, f"train:{name}") for name in config.students]
             return identity("evaluate", _teacher(config), config.evaluate, *students)
@@ -136,16 +153,24 @@ def _teacher(config: RunConfig) -> str:
     return identity("checkpoint", _dataset(config), config.teacher, inputs)
 
 
-def _rollout(config: RunConfig) -> tuple[RolloutConfig | str | None, ...]:
+def _teacher_of(config: RunConfig, round_name: str | None) -> str:
+    """Return what the teacher of a round depends on: the run's own, or a student."""
+    if round_name is None:
+        return _teacher(config)
+    return stage_identity(config, f"train:{config.rounds[round_name].teacher}")
+
+
+def _rollout(settings: RolloutConfig | None) -> tuple[RolloutConfig | str | None, ...]:
     """Return the settings of stage one, and the store that it replays, by what is in it."""
-    settings = config.rollout
     if settings is None or settings.replay is None:
         return (settings,)
     codes = PredictionStore.open(settings.replay).fingerprint
     return settings.model_copy(update={"replay": None}), codes
 
 
-def _store(config: RunConfig) -> str:
+def _store(config: RunConfig, round_name: str | None) -> str:
+    if round_name is not None:
+        return stage_identity(config, f"rollout:{round_name}")
     if config.rollout is not None and config.store is None:
         return stage_identity(config, "rollout")
     return PredictionStore.open(RunFolders(config).store).fingerprint

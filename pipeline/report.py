@@ -15,10 +15,14 @@ from pydantic import JsonValue, ValidationError
 
 from pipeline.figures import bar_rows, interval_rows, line_plot
 from pipeline.metric_tables import (
+    MAIN_METRICS,
     METRICS,
+    SPEECH_METRICS,
     comparison_table,
     html_table,
     metric_table,
+    preference_table,
+    rating_table,
     significant,
     system_colour,
     system_dot,
@@ -27,26 +31,32 @@ from pipeline.metric_tables import (
 from stages.errors import UserError
 from stages.publish import replace_file
 from stages.report_schema import AudioClip, AudioSample, Metric, Report, System
+from stages.tally import Tally
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, heard: Tally | None = None) -> Path:
     """Read `folder`/report.json and write `folder`/report.html; returns the path of the page.
 
-    Raises `UserError` when report.json is missing or of another shape, or a wav file is missing.
+    `heard` is what listeners answered. Raises `UserError` when report.json is missing or of another
+    shape, or a wav file is missing.
     """
+    page = folder / "report.html"
+    replace_file(page, render(read_report(folder), folder, heard).encode())
+    return page
+
+
+def read_report(folder: Path) -> Report:
+    """Read `folder`/report.json; raises `UserError` when it is missing or of another shape."""
     source = folder / "report.json"
     try:
-        report = Report.read(source)
+        return Report.read(source)
     except FileNotFoundError:
         raise UserError(f"{source} does not exist: run `foretell evaluate` first") from None
     except ValidationError as error:
         raise UserError(f"{source} is not a report of this version: {error}") from None
-    page = folder / "report.html"
-    replace_file(page, render(report, folder).encode())
-    return page
 
 
-def render(report: Report, folder: Path) -> str:
+def render(report: Report, folder: Path, heard: Tally | None = None) -> str:
     """Return the page; `folder` holds the wav files that the report names."""
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     return template.substitute(
@@ -54,15 +64,18 @@ def render(report: Report, folder: Path) -> str:
         style=Path(__file__).with_name("report.css").read_text(encoding="utf-8"),
         run=escape(report.run),
         lead=escape(_lead(report)),
-        sections="\n".join(filter(None, _sections(report, folder))),
+        sections="\n".join(filter(None, _sections(report, folder, heard))),
     )
 
 
-def _sections(report: Report, folder: Path) -> Iterator[str]:
+def _sections(report: Report, folder: Path, heard: Tally | None) -> Iterator[str]:
     yield _warnings(report)
     yield _section("At a glance", "", _glance(report))
-    yield _section("Systems", SYSTEMS_HINT, _error_rates(report) + metric_table(report))
+    systems = _error_rates(report) + metric_table(report, MAIN_METRICS)
+    yield _section("Systems", SYSTEMS_HINT + _rtf_hint(report), systems)
+    yield _section("Listeners", *_listeners(report, heard))
     yield _section("Paired differences", COMPARISONS_HINT, comparison_table(report))
+    yield _section("Duration and repetition", SPEECH_HINT, metric_table(report, SPEECH_METRICS))
     yield _section("Listen", _listen_hint(report), _audio(report, folder))
     yield _section("Cost of the stages", STAGES_HINT, _stages(report))
     yield _section("Loss curves", LOSSES_HINT, _losses(report))
@@ -74,6 +87,10 @@ SYSTEMS_HINT = (
     "codec copy is the recording through the audio codec, a ceiling for whatever speaks its codes."
 )
 COMPARISONS_HINT = "Where the interval leaves out zero, the difference is more than chance."
+SPEECH_HINT = (
+    "Repetition counts frames of the audio codec that are equal in every code, within one clip; "
+    "the codec copy shows how much of it speech itself has. Quantiles are those of these samples."
+)
 STAGES_HINT = (
     "Every stage is a process of its own: teacher and student never share memory. Peak memory is "
     "summed over the processes of a stage that ran together, time over its attempts."
@@ -81,6 +98,17 @@ STAGES_HINT = (
 LOSSES_HINT = (
     "Means over the steps between two lines of the training log; the legend shows the last value."
 )
+
+
+def _rtf_hint(report: Report) -> str:
+    """Say at which batch size real-time factors were taken, where the settings tell."""
+    evaluation = report.settings.get("evaluate")
+    if not isinstance(evaluation, dict) or "batch_size" not in evaluation:
+        return ""
+    return (
+        " The real-time factor is the seconds of generation per second of audio made, audio codec "
+        f"left out, in batches of {evaluation['batch_size']}."
+    )
 
 
 def _section(title: str, hint: str, content: str) -> str:
@@ -170,6 +198,18 @@ def _error_rates(report: Report) -> str:
         return ""
     figure = interval_rows(rows, METRICS["wer"].show)
     return f'<div class="card" style="margin-bottom:12px"><h3>Word error rate</h3>{figure}</div>'
+
+
+def _listeners(report: Report, heard: Tally | None) -> tuple[str, str]:
+    """Return what to know of the answers of listeners, and their tables."""
+    if heard is None:
+        return "", ""
+    hint = (
+        f"{heard.answers} answers of {len(heard.listeners)} listeners who did not know whom they "
+        "heard. Intervals of opinion scores draw sentences and listeners; those of shares are "
+        "exact for independent answers, among the answers that found a difference."
+    )
+    return hint, rating_table(heard, report) + preference_table(heard, report)
 
 
 def _listen_hint(report: Report) -> str:

@@ -16,6 +16,7 @@ from pipeline.record import StageRecord, Usage, read_record
 from stages.evaluate import Evaluation
 from stages.report_schema import Report, StageCost, read_losses
 from store import PredictionStore
+from store.schema import Quantization
 
 
 def write_report(
@@ -44,7 +45,7 @@ def write_report(
         settings=config.model_dump(mode="json"),
         fingerprints=reference.manifest.fingerprints.model_dump(),
         environment=environment(),
-        warnings=tuple(_warnings(config, found)),
+        warnings=tuple(_warnings(config, reference, found)),
     )
     report.write(folders.report / "report.json")
     page.write_report(folders.report)
@@ -84,8 +85,19 @@ def environment() -> dict[str, str]:
     }
 
 
-def _warnings(config: RunConfig, found: Evaluation) -> list[str]:
-    warnings = [f"{use.name} gave no numbers: {use.reason}" for use in found.judges if use.reason]
+def _precision(quantization: Quantization | None) -> list[str]:
+    if quantization is None or quantization.method == "none":
+        return []
+    return [
+        f"the teacher was evaluated as it wrote the store: {len(quantization.layers)} of its "
+        f"linear layers hold their weights in {quantization.method} ({quantization.backend} "
+        f"{quantization.backend_version})"
+    ]
+
+
+def _warnings(config: RunConfig, reference: PredictionStore, found: Evaluation) -> list[str]:
+    warnings = _precision(reference.manifest.quantization)
+    warnings += [f"{use.name} gave no numbers: {use.reason}" for use in found.judges if use.reason]
     if found.sentences < 50:
         warnings.append(
             f"only {found.sentences} different sentences were spoken: intervals are wide, and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,8 +65,11 @@ def do_stage(
 
 def _parts(config: RunConfig, stage: str) -> tuple[str, ...]:
     """Return what a stage does one after the other, each in processes of its own."""
-    drawn = stage == "rollout" and config.rollout is not None and config.rollout.source == "student"
-    return ("draw", stage) if drawn else (stage,)
+    name, _, part = stage.partition(":")
+    rollout = config.rollout_of(part or None) if name == "rollout" else None
+    if rollout is None or rollout.source != "student":
+        return (stage,)
+    return (stage.replace("rollout", "draw", 1), stage)
 
 
 def _attempt(
@@ -84,7 +88,7 @@ def _attempt(
         arguments.append(f"--task={task}")
     processes = 1 if task is not None else _processes(config, stage)
     code, wall_s, usages = launch(arguments, processes, stop)
-    identity = stage_identity(config, "rollout" if stage == "draw" else stage)
+    identity = stage_identity(config, re.sub("^draw", "rollout", stage))
     record = read_record(folders.stages, stage)
     if record is None or record.identity != identity:
         record = StageRecord(stage=stage, identity=identity)
@@ -94,14 +98,15 @@ def _attempt(
 
 
 def _processes(config: RunConfig, stage: str) -> int:
-    name, _, student = stage.partition(":")
+    name, _, part = stage.partition(":")
     match name:
         case "fit":
             return config.fit.optimizer.processes if config.fit else 1
         case "rollout" | "draw":
-            return config.rollout.processes if config.rollout else 1
+            rollout = config.rollout_of(part or None)
+            return rollout.processes if rollout else 1
         case "train":
-            return config.students[student].optimizer.processes
+            return config.students[part].optimizer.processes
         case _:
             return 1
 

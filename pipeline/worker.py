@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.worker", description=__doc__)
-    parser.add_argument("stage", help="prepare, fit, draw, rollout, train:NAME or evaluate")
+    parser.add_argument("stage", help="prepare, fit, rollout[:NAME], train:NAME, ...")
     parser.add_argument("config", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     place = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,12 @@ ENVELOPE_HZ = 100
 
 FULL_SCALE = 32768
 """Of 16-bit samples."""
+
+CLIPPED = 0.999
+"""Magnitude from which a sample counts as clipped."""
+
+QUIETEST = 0.1
+"""Share of a recording in which nothing is heard but its noise."""
 
 
 class AudioError(Exception):
@@ -82,6 +89,29 @@ def trim_silence(waveform: Tensor, rate_hz: int, below_peak_db: float, keep_s: f
 def level_dbfs(waveform: Tensor) -> float:
     """Root-mean-square level of a waveform [samples] in dB of full scale; -inf for silence."""
     return float(10 * torch.log10(waveform.double().square().mean()))
+
+
+def clipped_share(waveform: Tensor) -> float:
+    """Share of the samples of a waveform [samples] that lie at full scale, within 0.1 % of it."""
+    return float((waveform.abs() >= CLIPPED).double().mean())
+
+
+def estimate_snr_db(waveform: Tensor, rate_hz: int) -> float:
+    """Estimate how far the speech of a waveform [samples] stands out from its noise, in dB.
+
+    The noise is as loud as the quietest tenth of all stretches of 10 ms, in which no one speaks;
+    the speech is what the mean power of all exceeds it by. Stretches of digital silence say nothing
+    and are left out; without others the estimate is -inf. Noise that is there only while someone
+    speaks is not found, and speech without a pause is taken for noise.
+    """
+    window = max(1, rate_hz // ENVELOPE_HZ)
+    whole = waveform[: len(waveform) // window * window].double()
+    power = whole.view(-1, window).square().mean(dim=1)
+    power = power[power > 1 / FULL_SCALE**2]
+    if not len(power):
+        return -math.inf
+    noise = torch.quantile(power, QUIETEST)
+    return float(10 * torch.log10((power.mean() - noise).clamp(min=0) / noise))
 
 
 def set_level(waveform: Tensor, target_dbfs: float) -> Tensor:

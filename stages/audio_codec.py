@@ -40,6 +40,9 @@ class AudioCodec(Protocol):
     """Codec frames per second of audio."""
     codebooks: int
     codes_per_codebook: int
+    slots: tuple[tuple[int, int], ...]
+    """Per code of a frame (level, place), as `FrameSlots` has it; empty where all levels have one
+    rate."""
 
     def encode(self, waveforms: Sequence[Tensor]) -> list[np.ndarray]:
         """Waveforms [samples] float32 at `sample_rate_hz` → codes [F, C] uint16, in order."""
@@ -64,6 +67,8 @@ class ResidualMel:
     Codebook i holds the k-means centroids of what codebooks 0 … i-1 left over.
     Centred: frame f spans samples f·hop·mels_per_frame onward; the end is padded with silence.
     """
+
+    slots: tuple[tuple[int, int], ...] = ()
 
     def __init__(
         self,

@@ -6,14 +6,33 @@ Nothing here imports torch, so that reading a configuration stays fast.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from stages.loss_config import LossConfig, LossForm
 from stages.model_config import ModelConfig
 from stages.ranges import Positive, Share, Weight
-from store.schema import Fast, Full, Guidance, Profile, Record, Sampler, Target, TopK
+from store.schema import (
+    Fast,
+    Full,
+    Guidance,
+    Profile,
+    QuantizationMethod,
+    Record,
+    Sampler,
+    Target,
+    TopK,
+)
+
+AUDIT_SAMPLES = 8
+"""Recordings on which a quantized teacher is compared with itself, unless told otherwise."""
 
 JudgeName = Literal["whisper", "pocketsphinx", "distillmos", "resemblyzer"]
 
@@ -35,6 +54,20 @@ class DatasetFacts(Record):
     """Fingerprint of the audio codec, hexadecimal."""
     context_frames: int = 0
     """Codec frames of the context clip of a sample; 0 when samples have none."""
+    slots: tuple[tuple[int, int], ...] = ()
+    """Per code of a frame (level, place): which of the level's codes it is; empty where the audio
+    codec has one rate, so that a frame has one code of each codebook."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out slots where there are none, as before there were any.
+
+        Fingerprints of models and manifests of stores have the facts in them.
+        """
+        content: dict[str, Any] = serialise(self)
+        if not self.slots:
+            content.pop("slots", None)
+        return content
 
 
 class OptimizerConfig(Record):
@@ -91,6 +124,15 @@ class FitConfig(Record):
     """Batches of the dev split whose loss is reported at every checkpoint."""
 
 
+class QuantizationConfig(Record):
+    """Weights of the teacher's linear layers in fewer bits; needs `foretell[orpheus]`."""
+
+    method: QuantizationMethod
+    """`int8`, or `int4`: nf4 in blocks of 64 weights."""
+    keep: tuple[str, ...] = ()
+    """Linear layers that stay as they are, by name or a pattern like `*.down`; heads do anyway."""
+
+
 class RolloutConfig(Record):
     """Stage one: what the teacher predicts, and how it is stored."""
 
@@ -122,10 +164,21 @@ class RolloutConfig(Record):
     """Rollouts generated together; part of the plan of a reproducible store."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Weights and arithmetic of the teacher."""
+    quantization: QuantizationConfig | None = None
+    """Holds its linear layers in fewer bits; arithmetic stays that of `precision`."""
+    audit_samples: int | None = Field(None, ge=0)
+    """Recordings on which the teacher is compared with itself in fp32; null: 8 if quantized."""
     processes: Positive = 1
     """Processes that `run` starts on this machine."""
     device: str = "auto"
     """Torch device; `auto` takes CUDA where it is present."""
+
+    @property
+    def audited(self) -> int:
+        """Recordings of the audit, by what is asked for."""
+        if self.audit_samples is not None:
+            return self.audit_samples
+        return 0 if self.quantization is None else AUDIT_SAMPLES
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -151,12 +204,13 @@ class RolloutConfig(Record):
 class InitConfig(Record):
     """Where the weights of a student come from."""
 
-    kind: Literal["fresh", "checkpoint", "teacher"] = "fresh"
-    """`fresh` draws them, `checkpoint` loads `path`, `teacher` copies from the teacher's file."""
+    kind: Literal["fresh", "checkpoint", "teacher", "merged"] = "fresh"
+    """`fresh` draws them, `checkpoint` loads `path`, `teacher` copies from the teacher's file, and
+    `merged` too, whose adapters become part of the weights, below fresh ones."""
     path: Path | None = None
     """Checkpoint folder, for `checkpoint`."""
     layers: tuple[int, ...] | None = None
-    """Decoder layers of the teacher to keep, in order, for `teacher`; null spreads them evenly."""
+    """Decoder layers of the teacher to keep, in order; null spreads them evenly."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -191,6 +245,8 @@ class TrainConfig(Record):
     """What it minimises: its terms by weight, or a `recipe`."""
     optimizer: OptimizerConfig
     """Steps, batches and learning rate."""
+    round: str | None = None
+    """Round of stage one whose store it learns from, of `rounds`; null is the run's own."""
     variations: Literal["all", "one"] = "all"
     """Rollouts of a sample in an epoch: `all` its variations, or `one` that the epoch draws."""
     buffer_shards: Positive = 4
@@ -219,7 +275,11 @@ class EvaluateConfig(Record):
     seed: int = Field(0, ge=0)
     """Seed of the rollouts and of the bootstrap."""
     batch_size: Positive = 32
-    """Rollouts decoded together; real-time factors are taken at this size."""
+    """Rollouts decoded together; the real-time factor `rtf` is taken at this size."""
+    single_samples: int = Field(8, ge=0)
+    """Samples generated once more, each alone, for the real-time factor `rtf_single`."""
+    plausible_duration: tuple[float, float] = (0.5, 2.0)
+    """Least and most seconds per second of the recording for a rollout to be a success."""
     processes: Positive = 2
     """Processes of one thread each that judge; they change nothing but the time."""
     device: str = "auto"
@@ -231,3 +291,13 @@ class EvaluateConfig(Record):
         if len(set(judges)) < len(judges):
             raise ValueError(f"judges={list(judges)} names a judge twice; name each once")
         return judges
+
+    @field_validator("plausible_duration")
+    @classmethod
+    def _check_duration(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < bounds[0] <= 1 <= bounds[1]:
+            raise ValueError(
+                f"plausible_duration={list(bounds)} does not hold the recording's own duration: "
+                "give a number above 0 and at most 1, and one of at least 1"
+            )
+        return bounds

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from stages.config import OptimizerConfig, TrainConfig
 from stages.distributed import Place
 from stages.errors import UserError
-from stages.family import Family, Sample
+from stages.family import Family, Predicted, Sample, require_taught
 from stages.host_memory import HostMemory
 from stages.loader import Loader
 from stages.loss_config import Mean
@@ -46,7 +46,7 @@ class CodeBatch:
     lengths: Tensor
     """[B] int64."""
     element_weights: Tensor
-    """[B, T, C] float32: 1 for every prediction that counts, else 0."""
+    """[B, T, C] float32: 1 for every code that is predicted, else 0."""
 
     @cached_property
     def weight(self) -> float:
@@ -69,14 +69,19 @@ class TargetBatch:
     """[B] int64."""
     target: RestoredTarget
     """[B, T, C, ...]; NaN beyond a length, so that reading there shows."""
+    predicted: Tensor
+    """[B, T, C] bool: which codes are predicted; none beyond a length."""
     element_weights: Tensor
-    """[B, T, C] float32: what each prediction of the rollout weighs, 0 beyond its length."""
+    """[B, T, C] float32: what each prediction of the rollout weighs, 0 where none is."""
     weight: float
     """By what the sum of the loss is divided: the weights of the predictions, or the rollouts."""
 
 
 class DatasetBatches:
-    """Micro-batches of a dataset's own codes, for this process's share of every global batch."""
+    """Micro-batches of a dataset's own codes, for this process's share of every global batch.
+
+    Raises `UserError` for a sample that has nothing to learn from.
+    """
 
     def __init__(
         self,
@@ -90,6 +95,9 @@ class DatasetBatches:
             raise UserError("the train split of the dataset is empty: prepare one with samples")
         self._samples, self._place, self._config = samples, place, config
         self._codes = [family.reference_codes(sample) for sample in samples]
+        for sample, codes in zip(samples, self._codes, strict=True):
+            require_taught(family, sample, codes)
+        self._predicted = family.predicted
         self._order = Order.of([np.array([len(codes) for codes in self._codes])], seed)
 
     def batches(self, position: int) -> list[CodeBatch]:
@@ -103,15 +111,17 @@ class DatasetBatches:
         """`share` is [B, 2]: index of the sample, epoch."""
         device = self._place.device
         codes = [self._codes[index] for index, _ in share]
-        lengths = torch.tensor([len(c) for c in codes], device=device)
-        padded = pad_sequence(codes, batch_first=True).to(device)
-        ones = torch.ones(len(codes), device=device), torch.ones(padded.shape[2], device=device)
+        lengths = torch.tensor([len(c) for c in codes])
+        padded = pad_sequence(codes, batch_first=True)
+        ones = torch.ones(len(codes)), torch.ones(padded.shape[2])
+        predicted = None if self._predicted is None else self._predicted(padded)
+        weights = element_weights(lengths, *ones, padded.shape[1], predicted)
         return CodeBatch(
             samples=[self._samples[index] for index, _ in share],
             epochs=share[:, 1].tolist(),
-            codes=padded,
-            lengths=lengths,
-            element_weights=element_weights(lengths, *ones, padded.shape[1]),
+            codes=padded.to(device),
+            lengths=lengths.to(device),
+            element_weights=weights.to(device),
         )
 
 
@@ -124,7 +134,11 @@ class HostBatch:
     samples: Sequence[Sample]
     lengths: Sequence[int]
     arrays: Packed
-    """`lengths` [B] int64, `weights` [B] float32 of each prediction, and [B, T, ...] all others."""
+    """`lengths` [B] int64, `weights` [B] float32 of each prediction, and [B, T, ...] all others.
+
+    `predicted` [B, T, C] uint8 is there where not all codes are predicted; it is 1 for those that
+    are and lie within the length, and for streams that are read.
+    """
     weight: float
     """By what the sum of the loss is divided: the weights of the predictions, or the rollouts."""
 
@@ -150,14 +164,38 @@ class BatchReader:
     """Over what the loss of a batch is a mean."""
     groups: frozenset[str] | None = None
     """The groups of streams whose predictions count; None for all."""
+    predicted: Predicted | None = None
+    """What tells which of their codes are predicted; None where all are."""
 
     def __call__(self, position: int) -> list[HostBatch]:
-        """Return the micro-batches of the global batch that starts at `position`."""
+        """Return the micro-batches of the global batch that starts at `position`.
+
+        Raises `UserError` where nothing of the global batch has a weight, or a rollout has nothing
+        that is predicted.
+        """
         rollouts = self.order.take(position, self.batch_size)
         epochs = self.order.epochs(position, self.batch_size)
         batch = np.column_stack([rollouts, epochs])
         share = rank_share(batch, self.rank, self.world_size)
-        return [self._read(part) for part in _micro(share, self.micro_batch_size)]
+        batches = [self._read(part) for part in _micro(share, self.micro_batch_size)]
+        if not any(batch.arrays["weights"].any() for batch in batches):
+            self._require_weight(rollouts)
+        return batches
+
+    def _require_weight(self, rollouts: Array) -> None:
+        """Refuse a global batch [n, 2] whose rollouts weigh nothing, also those of other ranks."""
+        shards = [self.store.committed[place] for place in rollouts[:, 0].tolist()]
+        rows = rollouts[:, 1].tolist()
+        tables = {shard: self.store.rollout_table(shard) for shard in dict.fromkeys(shards)}
+        if any(tables[shard].weights.item(row) for shard, row in zip(shards, rows, strict=True)):
+            return
+        sample_id, variation = self.store.plan[shards[0]][rows[0]]
+        reason = tables[shards[0]].stop_reasons[rows[0]]
+        raise UserError(
+            f"a batch of {len(rows)} rollouts has nothing to learn from, for all of them weigh 0: "
+            f"the first, {sample_id!r} variation {variation}, ended by {reason!r}. Raise "
+            "optimizer.batch_size, or roll out again with weights above 0 in rollout.sampler"
+        )
 
     def _read(self, part: Array) -> HostBatch:
         """`part` is [B, 3]: place of the shard, row in the shard, epoch."""
@@ -166,15 +204,17 @@ class BatchReader:
         rows, epochs = part[:, 1].tolist(), part[:, 2].tolist()
         spans = [Span.of_shard(held[s], row) for s, row in zip(shards, rows, strict=True)]
         samples = self.store.samples_at(shards, rows)
-        manifest = of_groups(self.store.manifest, self.groups)
-        return host_batch(manifest, spans, samples, epochs, self.memory, self.mean)
+        return host_batch(
+            self.store.manifest, spans, samples, epochs, self.memory, self.mean, self.groups,
+            self.predicted,
+        )  # fmt: skip
 
 
 class StoreBatches:
     """Micro-batches of a store's rollouts, for this process's share of every global batch.
 
     They are read ahead as `config.loader` says; `close` ends that. Only predictions of the streams
-    of `groups` count, where they are given.
+    of `groups` count, where they are given, and of their codes those that `predicted` marks.
     """
 
     def __init__(
@@ -184,6 +224,7 @@ class StoreBatches:
         seed: int,
         place: Place,
         groups: Collection[str] | None = None,
+        predicted: Predicted | None = None,
     ) -> None:
         self._manifest, self._device = store.manifest, place.device
         loss = config.loss.terms_config
@@ -211,6 +252,7 @@ class StoreBatches:
             HostMemory(pin=pin and not config.loader.workers),
             loss.mean,
             None if groups is None else frozenset(groups),
+            predicted,
         )
         self._loader = Loader(
             reader, config.loader, config.optimizer.batch_size, _pinned if pin else None
@@ -288,30 +330,42 @@ def host_batch(
     epochs: Sequence[int],
     memory: HostMemory,
     mean: Mean = "predictions",
+    groups: Collection[str] | None = None,
+    predicted: Predicted | None = None,
 ) -> HostBatch:
     """Pad the codes and the target's arrays of some rollouts of a store into one batch.
 
     A `mean` over rollouts spreads the weight of each over its predictions, and the batch then
-    counts as many as it has, whatever they weigh.
+    counts as many as it has, whatever they weigh. Only predictions of the streams of `groups`
+    count, where they are given, and of their codes those that `predicted` marks. Raises `UserError`
+    for a rollout without any.
     """
     prefix = f"{manifest.target.kind}."
     first = spans[0].arrays
     like = {name: first[name] for name in first if name == "codes" or name.startswith(prefix)}
     lengths = np.array([span.stop - span.start for span in spans])
-    weights, streams = np.array([span.weight for span in spans], np.float32), len(manifest.streams)
-    if mean == "rollouts":
-        weights, total = (weights / (lengths * streams)).astype(np.float32), float(len(spans))
-    else:
-        total = float(lengths @ weights.astype(np.float64)) * streams
     frame = len(spans), int(lengths.max())
     shapes = {name: (array.dtype, (*frame, *array.shape[1:])) for name, array in like.items()}
-    each = {"lengths": lengths, "weights": weights}
-    arrays = Packed.empty(shapes | {n: (a.dtype, a.shape) for n, a in each.items()}, memory)
+    if predicted is not None:
+        shapes["predicted"] = np.dtype(np.uint8), shapes["codes"][1]
+    each = {"lengths": lengths.dtype, "weights": np.dtype(np.float32)}
+    arrays = Packed.empty(shapes | {n: (t, frame[:1]) for n, t in each.items()}, memory)
     filled = arrays.as_numpy()
-    for name, values in each.items():
-        filled[name][:] = values
     for name in like:
         pad(filled[name], name, spans)
+
+    if predicted is None:
+        counts = lengths * len(of_groups(manifest, groups).streams)
+    else:
+        places = _places(manifest, groups)
+        counts = _mark(filled["predicted"], filled["codes"], lengths, places, predicted)
+        _require_predicted(spans, counts)
+    weights = np.array([span.weight for span in spans], np.float32)
+    if mean == "rollouts":
+        weights, total = (weights / counts).astype(np.float32), float(len(spans))
+    else:
+        total = float(counts @ weights.astype(np.float64))
+    filled["lengths"][:], filled["weights"][:] = lengths, weights
     return HostBatch(
         keys=[span.key for span in spans],
         epochs=epochs,
@@ -320,6 +374,33 @@ def host_batch(
         arrays=arrays,
         weight=total,
     )
+
+
+def _mark(
+    out: np.ndarray,
+    codes: np.ndarray,
+    lengths: np.ndarray,
+    places: slice | list[int],
+    predicted: Predicted,
+) -> np.ndarray:
+    """Write into `out` [B, T, C] which codes are predicted; return how many of each row, [B]."""
+    out[:] = 0
+    out[:, :, places] = predicted(torch.from_numpy(codes[:, :, places].astype(np.int64))).numpy()
+    out[np.arange(out.shape[1]) >= lengths[:, None]] = 0
+    counts: np.ndarray = out.sum((1, 2), dtype=np.int64)
+    return counts
+
+
+def _require_predicted(spans: Sequence[Span], counts: np.ndarray) -> None:
+    """Refuse a rollout of whose codes none is predicted."""
+    for span, count in zip(spans, counts.tolist(), strict=True):
+        if not count:
+            sample_id, variation = span.key
+            raise UserError(
+                f"the rollout {sample_id!r} variation {variation} has nothing to learn from: its "
+                f"{span.stop - span.start} timesteps hold no code that the model predicts; leave "
+                "the sample out of the dataset and roll out again"
+            )
 
 
 def pad(out: np.ndarray, name: str, spans: Sequence[Span]) -> None:
@@ -349,12 +430,16 @@ def restored_batch(
     target = {n.removeprefix(prefix): arrays[n] for n in arrays.fields if n.startswith(prefix)}
     if not isinstance(manifest.target, Hidden):  # whose states lie apart by group
         target = {name: values[:, :, kept] for name, values in target.items()}
-    lengths, streams = arrays["lengths"], torch.ones(len(manifest.streams), device=device)
+    lengths = arrays["lengths"]
+    if "predicted" in arrays.fields:
+        predicted = arrays["predicted"][:, :, kept].bool()
+    else:
+        within = torch.arange(max(batch.lengths), device=device) < lengths.unsqueeze(1)
+        predicted = within.unsqueeze(-1).expand(-1, -1, len(manifest.streams))
     if "codes" in arrays.fields:
         codes = arrays["codes"][:, :, kept].long()
     else:
-        frame = len(batch.keys), max(batch.lengths), len(streams)
-        codes = torch.zeros(frame, dtype=torch.int64, device=device)
+        codes = torch.zeros(predicted.shape, dtype=torch.int64, device=device)
     return TargetBatch(
         keys=batch.keys,
         epochs=batch.epochs,
@@ -362,7 +447,8 @@ def restored_batch(
         codes=codes,
         lengths=lengths,
         target=restore(target, manifest, heads, device, scale),
-        element_weights=element_weights(lengths, arrays["weights"], streams, codes.shape[1]),
+        predicted=predicted,
+        element_weights=predicted * arrays["weights"][:, None, None],
         weight=batch.weight,
     )
 
@@ -391,11 +477,13 @@ def rollout_batches(
     size: int,
     device: torch.device,
     groups: Collection[str] | None = None,
+    predicted: Predicted | None = None,
 ) -> Iterator[TargetBatch]:
     """Yield the rollouts of `keys` in order, `size` at a time.
 
     Branches that are stored apart are mixed at the scale at which the codes were drawn. Of the
-    streams those of `groups` are kept, where they are given.
+    streams those of `groups` are kept, where they are given; of their codes those count that
+    `predicted` marks.
     """
     manifest, heads, memory = store.manifest, _heads(store, device), HostMemory()
     scale = manifest.guidance.scale if manifest.branches == "both" else None
@@ -403,6 +491,7 @@ def rollout_batches(
         rollouts = [store[key] for key in keys[start : start + size]]
         samples = store.samples_of([rollout.sample_id for rollout in rollouts])
         spans = [Span.of(rollout) for rollout in rollouts]
-        kept = of_groups(manifest, groups)
-        batch = host_batch(kept, spans, samples, [0] * len(spans), memory)
+        batch = host_batch(
+            manifest, spans, samples, [0] * len(spans), memory, groups=groups, predicted=predicted
+        )
         yield restored_batch(batch, manifest, heads, device, scale, groups)

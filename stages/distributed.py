@@ -40,7 +40,9 @@ class Place:
         """Return `module` with gradients averaged over all processes."""
         if self.world_size == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module)
+        # Buffers are tables that training leaves alone. Sent around with every pass, they would let
+        # the leading process wait for the others, which do not validate.
+        return nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False)
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -24,7 +24,7 @@ from stages.measure import (
 )
 from stages.metrics import Bootstrap, Ratio
 from stages.publish import replace_file
-from stages.report_schema import AudioSample, Comparison, JudgeUse, System
+from stages.report_schema import RECORDING, AudioSample, Comparison, JudgeUse, System
 from store import PredictionStore
 
 AUDIO = "audio"
@@ -64,7 +64,7 @@ def evaluate(
     _claim(folder / "identity", identity)
     chosen = [samples[sample_id] for sample_id, _ in reference]
     audio_codec = dataset.audio_codec()
-    write_recordings(dataset, chosen, folder / AUDIO / verdict.RECORDING)
+    write_recordings(dataset, chosen, folder / AUDIO / RECORDING)
     copy = _measure_once(folder, "codec_copy", partial(measure_copy, chosen, audio_codec))
     measures = [copy]
     for contender in contenders:
@@ -81,6 +81,7 @@ def evaluate(
                     samples,
                     audio_codec,
                     batch_size=config.batch_size,
+                    single_samples=config.single_samples,
                 ),
             )
         )
@@ -117,11 +118,16 @@ def _sum_up(
     texts = [sample["text"] for sample in samples]
     bootstrap = Bootstrap.over(texts, draws=config.bootstrap_draws, seed=config.seed)
     found: dict[str, dict[str, Ratio]] = {
-        measure.name: verdict.ratios(measure, measures[0], samples, heard) for measure in measures
+        measure.name: verdict.ratios(
+            measure, measures[0], samples, heard, config.plausible_duration
+        )
+        for measure in measures
     }
     return Evaluation(
         systems={
-            measure.name: verdict.system_numbers(measure, found[measure.name], bootstrap)
+            measure.name: verdict.system_numbers(
+                measure, measures[0], found[measure.name], bootstrap
+            )
             for measure in measures
         },
         comparisons=verdict.comparisons(found, bootstrap),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 Sample = Mapping[str, Any]
 """One row of samples.parquet: `sample_id` and the conditioning columns that a family reads."""
+
+Predicted = Callable[[Tensor], Tensor]
+"""Of codes [..., T, C] int64 marks [..., T, C] bool those that a model predicts and is taught.
+
+Later timesteps change nothing of earlier ones, so that what pads a batch never matters."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +176,27 @@ class Family(Protocol):
     conditions: tuple[str, ...]
     condition_dropout: float
     """Share of training samples whose conditions were dropped; guidance needs more than 0."""
+    full_precision: tuple[str, ...]
+    """Patterns of the names of linear layers in `module` that are never quantized: output heads,
+    and layers whose weight is read by other than their own forward."""
+
+    @property
+    def predicted(self) -> Predicted | None:
+        """What tells which codes count; None where all do, as with continuous streams.
+
+        It travels to the processes that read batches, so it may hold settings but not the model.
+        """
+        ...
 
     @classmethod
-    def build(cls, config: Any, facts: Mapping[str, Any], *, seed: int) -> Self:
-        """Build a model with fresh weights for a dataset's facts (alphabet, speakers, codes)."""
+    def build(
+        cls, config: Any, facts: Mapping[str, Any], *, seed: int, device: str = "cpu"
+    ) -> Self:
+        """Build a model with fresh weights for a dataset's facts (alphabet, speakers, codes).
+
+        It is to be trained on `device`, where what a family quantizes goes at once; the rest is on
+        the CPU until its module is moved.
+        """
         ...
 
     @classmethod
@@ -200,8 +222,12 @@ class Family(Protocol):
         """
         ...
 
-    def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
-        """Copy weights from a teacher's folder, or pretrained file, without building its model."""
+    def inherit(self, path: Path, layers: Sequence[int] | None, *, merged: bool = False) -> None:
+        """Copy weights from a teacher's folder, or pretrained file, without building its model.
+
+        `merged` makes the teacher's adapters part of the weights that are copied, instead of the
+        start of the student's; a family without adapters raises `UserError`.
+        """
         ...
 
     def architecture(self) -> Architecture:
@@ -302,6 +328,20 @@ def has_linear_heads(family: Family) -> bool:
     return {head.group for head in family.heads} == {stream.group for stream in family.streams}
 
 
+def require_taught(family: Family, sample: Sample, codes: Tensor) -> None:
+    """Refuse a recording, as its codes [T, C], that would teach nothing; raises `UserError`."""
+    if not len(codes):
+        reason = "its recording has no timestep"
+    elif family.predicted is not None and not bool(family.predicted(codes).any()):
+        reason = f"of its {len(codes)} timesteps family {family.name!r} predicts no code"
+    else:
+        return
+    raise UserError(
+        f"sample {sample['sample_id']!r} has nothing to learn from: {reason}; leave it out of the "
+        "dataset"
+    )
+
+
 def load_family(name: FamilyName) -> type[Family]:
     """Import the family `name`; raises `UserError` with the pip command if a package is missing."""
     family: type[Family] = _find(f"family {name!r}", *FAMILIES[name])
@@ -335,6 +375,7 @@ def _find(what: str, module_name: str, class_name: str, extra: str | None) -> An
 
 
 FAMILIES: dict[FamilyName, tuple[str, str, str | None]] = {
+    "causal_lm": ("stages.families.causal_lm", "CausalLM", "orpheus"),
     "codec_lm": ("stages.families.codec_lm", "CodecLM", None),
     "magpie": ("stages.families.magpie", "Magpie", "magpie"),
 }
@@ -342,5 +383,6 @@ FAMILIES: dict[FamilyName, tuple[str, str, str | None]] = {
 
 AUDIO_CODECS: dict[str, tuple[str, str, str]] = {
     "nemo": ("stages.families.nemo_codec", "NemoCodec", "magpie"),
+    "snac": ("stages.families.snac_codec", "SnacCodec", "orpheus"),
 }
 """Kind of audio codec → the same; the module of a package's codecs stands beside its models."""

@@ -40,7 +40,7 @@ def joint_losses(
         "ce": _cross_entropy,
         "nrmse": _nrmse,
     }
-    temperature = config.temperature
+    (temperature,) = config.temperatures  # `LossConfig` refuses one for each prediction
     values: dict[str, list[Tensor]] = {name: [] for name in config.terms}
     gradients = []
     by_group = [x.split_with_sizes(list(groups), 1) for x in (student, teacher, codes, weights)]

@@ -34,7 +34,7 @@ from stages.divergences import (
 from stages.errors import UserError
 from stages.family import Family, LinearOutput
 from stages.joint_losses import joint_losses
-from stages.loss_config import LossConfig
+from stages.loss_config import ByEntropy, LossConfig
 from stages.student_logits import HeadedLogits, StudentLogits, WholeLogits
 from stages.support import Held, require
 from stages.targets import (
@@ -187,7 +187,8 @@ def _block(student: Tensor, batch: _Batch, rows: Tensor, uneven: bool) -> tuple[
     }
     if not isinstance(target, ContinuousTarget) and not batch.config.joint:
         batch.forbidden.fill_(gradient, 0.0)
-    if uneven:
+    # Few blocks hold such a stream; asking an accelerator which would wait for it.
+    if uneven and not (present.is_cpu and bool(present.all())):
         mask = ~present[(...,) + (None,) * (gradient.dim() - present.dim())]
         gradient.masked_fill_(mask, 0.0)
     return sums, gradient
@@ -205,14 +206,15 @@ def _passes(target: Rows, codes: Tensor, weights: Tensor, batch: _Batch) -> Iter
             student, target.logits, codes, weights, batch.groups, config
         )
         return
-    temperature, k = config.temperature, config.reverse_kl_top_k
-    divergences, draws = _divergences(config), list(_draws(target, codes, config))
+    k, divergences = config.reverse_kl_top_k, _divergences(config)
+    temperature = _temperature(target, config) if divergences else 1.0
+    draws = list(_draws(target, codes, config))
     if k is not None and "reverse_kl" in divergences:
         reverse = {"reverse_kl": divergences.pop("reverse_kl")}
         yield lambda student: _at_student_top_k(
             student, target, reverse, k, weights, forbidden, temperature
         )
-    together = draws if temperature == 1.0 else []
+    together = draws if _is_one(temperature) else []
     if divergences or together:
         yield lambda student: _compared(
             student, target, divergences, together, weights, forbidden, temperature
@@ -223,6 +225,36 @@ def _passes(target: Rows, codes: Tensor, weights: Tensor, batch: _Batch) -> Iter
         yield lambda student: _nrmse(student, target, weights, forbidden, config)
     if config.logit_mse:
         yield lambda student: _logit_mse(student, target, weights, forbidden, config)
+
+
+def _temperature(target: Rows, config: LossConfig) -> float | Tensor:
+    """The temperature of the divergences, or one for each prediction [n, C, 1].
+
+    Where the teacher is sure, a temperature above 1 brings out what it thinks of the other ids;
+    where it is not, that is in plain sight, and a high one would flatten it (as in 2605.20357).
+    """
+    rule = config.temperature
+    if not isinstance(rule, ByEntropy):
+        return rule
+    assert isinstance(target, DenseTarget | SparseTarget)  # `stages.support` refuses others
+    nats = entropy(target)
+    chosen = torch.full_like(nats, rule.temperatures[0])
+    for threshold, temperature in rule.by_entropy[1:]:
+        chosen = torch.where(nats >= threshold, temperature, chosen)
+    return chosen.unsqueeze(-1)
+
+
+def entropy(target: DenseTarget | SparseTarget) -> Tensor:
+    """Return the teacher's entropy [..., C] at temperature 1, in nats.
+
+    Of a sparse target it is that of K + 1 categories, the last being everything else: it falls
+    short by the tail's mass times the entropy within the tail, which was not stored.
+    """
+    if isinstance(target, DenseTarget):
+        teacher = _whole(target, 1.0)
+    else:
+        teacher = Distribution.of(target.logprobs(1.0))
+    return -(teacher.shares * teacher.logs).sum(-1)
 
 
 Divergences = Mapping[str, tuple[float, Divergence]]
@@ -272,7 +304,7 @@ def _compared(
     draws: Sequence[_Draws],
     weights: Tensor,
     forbidden: Forbidden,
-    temperature: float,
+    temperature: float | Tensor,
 ) -> tuple[Terms, Tensor]:
     """Compare the student with the teacher's probabilities, and with ids drawn from them."""
     logits = _tempered(forbidden.fill_(student), temperature)
@@ -291,7 +323,7 @@ def _at_student_top_k(
     k: int,
     weights: Tensor,
     forbidden: Forbidden,
-    temperature: float,
+    temperature: float | Tensor,
 ) -> tuple[Terms, Tensor]:
     """Compare over the student's own k likeliest ids and one category for the rest."""
     assert isinstance(target, DenseTarget)  # `stages.support` refuses others
@@ -301,13 +333,17 @@ def _at_student_top_k(
     return _distances(logits, ids, teacher, divergences, (), weights, temperature)
 
 
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _is_one(temperature: float | Tensor) -> bool:
+    return isinstance(temperature, float) and temperature == 1.0
 
 
-def _whole(target: DenseTarget, temperature: float) -> Distribution:
+def _tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    return logits if _is_one(temperature) else logits.div_(temperature)
+
+
+def _whole(target: DenseTarget, temperature: float | Tensor) -> Distribution:
     """The teacher's distribution over all ids."""
-    logits = target.logits if temperature == 1.0 else target.logits / temperature
+    logits = target.logits if _is_one(temperature) else target.logits / temperature
     return AllIds(logits).distribution()
 
 
@@ -318,13 +354,13 @@ def _distances(
     divergences: Divergences,
     draws: Sequence[_Draws],
     weights: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
 ) -> tuple[Terms, Tensor]:
     """Values [n, C] and gradient [n, C, V] of divergences and draws; `logits` is used up.
 
     `teacher` is over all V ids, or over `ids` [n, C, K] and the rest. Divergences are multiplied by
-    T², so that their gradients do not shrink with the temperature (1503.02531); draws are compared
-    at temperature 1.
+    T² (each by its own where `temperature` is [n, C, 1]), so that their gradients do not shrink
+    with the temperature (1503.02531); draws are compared at temperature 1.
     """
     means = [logits.gather(-1, draw.ids).mean(-1, keepdim=True) for draw in draws]
     student = AllIds(logits) if ids is None else KeptIds(logits, ids)
@@ -333,9 +369,10 @@ def _distances(
     rows = weights.unsqueeze(-1)
     if teacher is not None:
         ours = student.distribution()
+        t = temperature.squeeze(-1) if isinstance(temperature, Tensor) else temperature
         for name, (factor, divergence) in divergences.items():
             value, slope = divergence(teacher, ours)
-            values[name] = value * temperature**2
+            values[name] = value * t**2
             # Of T² the division of the logits by T takes back one.
             slopes.append(slope.mul_(rows * (factor * temperature)))
     shares: list[Tensor] = []
@@ -459,12 +496,20 @@ def cross_entropy(student: Tensor, codes: Tensor) -> Tensor:
 
 
 def element_weights(
-    lengths: Tensor, rollout_weights: Tensor, stream_weights: Tensor, timesteps: int
+    lengths: Tensor,
+    rollout_weights: Tensor,
+    stream_weights: Tensor,
+    timesteps: int,
+    predicted: Tensor | None = None,
 ) -> Tensor:
-    """Return the weight [B, T, C] of every prediction: rollout × stream, 0 beyond the length."""
+    """Return the weight [B, T, C] of every prediction: rollout × stream, 0 beyond the length.
+
+    Where `predicted` [B, T, C] is given, only what it marks counts.
+    """
     valid = torch.arange(timesteps, device=lengths.device) < lengths.unsqueeze(1)
     per_rollout = (valid * rollout_weights.unsqueeze(1)).unsqueeze(-1)
-    return per_rollout * stream_weights
+    weights = per_rollout * stream_weights
+    return weights if predicted is None else weights * predicted
 
 
 def stream_weights(

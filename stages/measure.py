@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.architecture import Architecture
-from stages.audio import write_wav
+from stages.audio import level_dbfs, write_wav
 from stages.audio_codec import AudioCodec
 from stages.data import TargetBatch, of_groups, rollout_batches
 from stages.dataset import Dataset
 from stages.errors import UserError
 from stages.family import Family, Sample, has_linear_heads
+from stages.frame_repetition import ends_in_loop, longest_run, repeated_ngrams
 from stages.losses import kl_divergence
 from stages.publish import replace_file
 from stages.rollout import finite_steps, policy_for, split
@@ -29,6 +30,9 @@ from store.schema import Latent, Record, Stream
 
 COMPARED_VALUES = 2**24
 """Logits that are compared at once; it bounds memory (64 MiB of float32)."""
+
+SILENCE_DBFS = -60.0
+"""Level below which a clip counts as silent, as `prepare` counts recordings."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,30 @@ class Contender:
     """Loads the model."""
     cfg_scale: float
     """Guidance while it speaks and is compared; 1 for none."""
+    architecture: Architecture | None = None
+    """Its size, where the model that is loaded does not know it, being quantized."""
 
     @property
     def passes(self) -> int:
         """Forward passes per timestep."""
         return 1 if self.cfg_scale == 1 else 2
+
+
+class Spoken(Record):
+    """What one clip is like, before anyone listens to it."""
+
+    audio_s: float
+    """Seconds of audio."""
+    sounds: bool
+    """Whether there is audio that is finite everywhere and at least as loud as −60 dBFS."""
+    longest_run: int
+    """Frames of the longest run of one frame."""
+    repeated_pairs: float
+    """Share of the pairs of neighbouring frames that stood before in the clip."""
+    repeated_fours: float
+    """Share of the runs of four frames that stood before in the clip."""
+    ends_in_loop: bool
+    """Whether its last frames go round in a circle."""
 
 
 class Measure(Record):
@@ -56,17 +79,24 @@ class Measure(Record):
     """Size and cost of the model; null where there is none."""
     passes: int
     decode_s: float
-    """Seconds of generation, audio codec left out."""
+    """Seconds of generation of all samples in batches, audio codec left out."""
+    single_s: tuple[float, ...] = ()
+    """Seconds of generation of the first samples, each alone."""
     kl_sum: tuple[float, ...] = ()
     """Summed KL(guided teacher ‖ system) over the sample's predictions, in nats."""
     agreed: tuple[int, ...] = ()
     """Predictions whose most probable id is the guided teacher's."""
     predictions: tuple[int, ...] = ()
-    """Predictions of the reference rollout: timesteps × streams."""
-    audio_s: tuple[float, ...]
-    """Seconds of audio that were spoken."""
+    """Predictions of the reference rollout: its codes that are predicted, of all streams."""
+    spoken: tuple[Spoken, ...]
+    """What the clips are like."""
     ended: tuple[bool, ...] = ()
     """Whether the rollout ended by itself."""
+
+    @property
+    def audio_s(self) -> tuple[float, ...]:
+        """Seconds of audio of every clip."""
+        return tuple(clip.audio_s for clip in self.spoken)
 
 
 @torch.inference_mode()
@@ -78,11 +108,13 @@ def measure(
     folder: Path,
     *,
     batch_size: int,
+    single_samples: int,
 ) -> Measure:
     """Compare a system with the reference store on the same codes, then let it speak.
 
-    Writes one wav file per sample into `folder`. All systems draw with the same keyed uniform
-    numbers, so differences between them are paired.
+    Writes one wav file per sample into `folder`. The first `single_samples` are generated once
+    more, each alone, for their time. All systems draw with the same keyed uniform numbers, so
+    differences between them are paired.
     """
     folder.mkdir(parents=True, exist_ok=True)
     family = contender.load()
@@ -90,30 +122,50 @@ def measure(
     keys, groups = list(reference.keys()), _groups(family)
     compared = [
         row
-        for batch in rollout_batches(reference, keys, batch_size, _device(family), groups)
+        for batch in rollout_batches(
+            reference, keys, batch_size, _device(family), groups, family.predicted
+        )
         for row in _compare(family, contender.cfg_scale, reference, batch)
     ]
-    spoken, decode_s = _speak(family, contender, reference, samples, batch_size)
-    for index, (frames, _) in enumerate(spoken):
-        waveform = audio_codec.decode(frames.numpy())
-        write_wav(folder / wav_name(index), waveform, audio_codec.output_sample_rate_hz)
+    said, decode_s = _speak(family, contender, reference, samples, batch_size)
+    single_s = _single_times(family, contender, reference, samples, single_samples)
+    spoken = tuple(
+        _write_clip(folder / wav_name(index), frames.numpy(), audio_codec)
+        for index, (frames, _) in enumerate(said)
+    )
     kl, agreed, predictions = zip(*compared, strict=True)
     return Measure(
         name=contender.name,
-        architecture=family.architecture(),
+        architecture=contender.architecture or family.architecture(),
         passes=contender.passes,
         decode_s=decode_s,
+        single_s=single_s,
         kl_sum=kl,
         agreed=agreed,
         predictions=predictions,
-        audio_s=tuple(len(frames) / audio_codec.frame_rate_hz for frames, _ in spoken),
-        ended=tuple(ended for _, ended in spoken),
+        spoken=spoken,
+        ended=tuple(ended for _, ended in said),
     )
 
 
 def wav_name(index: int) -> str:
     """File of the sample with this place in the reference store; sample ids name no files."""
     return f"{index:05d}.wav"
+
+
+def _write_clip(path: Path, frames: np.ndarray, audio_codec: AudioCodec) -> Spoken:
+    """Write what frames [F, codebooks] sound like, and say what they are like."""
+    waveform = audio_codec.decode(frames) if len(frames) else torch.zeros(0)
+    finite = bool(waveform.isfinite().all())
+    write_wav(path, waveform.nan_to_num(0, 0, 0), audio_codec.output_sample_rate_hz)
+    return Spoken(
+        audio_s=len(frames) / audio_codec.frame_rate_hz,
+        sounds=finite and len(waveform) > 0 and level_dbfs(waveform) >= SILENCE_DBFS,
+        longest_run=longest_run(frames),
+        repeated_pairs=repeated_ngrams(frames, 2),
+        repeated_fours=repeated_ngrams(frames, 4),
+        ends_in_loop=ends_in_loop(frames, audio_codec.frame_rate_hz),
+    )
 
 
 def _device(family: Family) -> torch.device:
@@ -151,9 +203,10 @@ def _compare(
                     "no divergence can be measured: set evaluate.target to full, hidden or top_k"
                 )
             student = forbidden.filled(scores.logits_at(row, timesteps).float())
-            kl += float(kl_divergence(student, target).sum())
-            agreed += int((student.argmax(-1) == _likeliest(target)).sum())
-        yield kl, agreed, length * streams
+            counts = batch.predicted[row, timesteps]
+            kl += float(kl_divergence(student, target)[counts].sum())
+            agreed += int((student.argmax(-1) == _likeliest(target))[counts].sum())
+        yield kl, agreed, int(batch.predicted[row].sum())
 
 
 def _likeliest(target: DenseTarget | SparseTarget) -> Tensor:
@@ -181,6 +234,25 @@ def _speak(
         decode_s += time.perf_counter() - started
         spoken += [(family.frames(c), e) for c, e in zip(codes, ended, strict=True)]
     return spoken, decode_s
+
+
+def _single_times(
+    family: Family,
+    contender: Contender,
+    reference: PredictionStore,
+    samples: Mapping[str, Sample],
+    count: int,
+) -> tuple[float, ...]:
+    """Seconds that each of the first `count` samples takes when it is generated alone.
+
+    Drawing is keyed, so these are the rollouts of the batches once more.
+    """
+    times = []
+    for key in list(reference.keys())[:count]:
+        started = time.perf_counter()
+        _generate(family, contender, reference, [key], samples)
+        times.append(time.perf_counter() - started)
+    return tuple(times)
 
 
 def _warm_up(
@@ -213,19 +285,16 @@ def measure_copy(samples: Sequence[Sample], audio_codec: AudioCodec, folder: Pat
     """Decode the recordings' own codes: the ceiling of what any system can sound like."""
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    seconds = []
+    spoken = []
     for index, sample in enumerate(tqdm(samples, "codec copy", unit="clip", disable=None)):
-        frames = np.asarray(sample["codes"]).reshape(-1, audio_codec.codebooks)
-        write_wav(
-            folder / wav_name(index), audio_codec.decode(frames), audio_codec.output_sample_rate_hz
-        )
-        seconds.append(len(frames) / audio_codec.frame_rate_hz)
+        frames = np.asarray(sample["codes"], np.int64).reshape(-1, audio_codec.codebooks)
+        spoken.append(_write_clip(folder / wav_name(index), frames, audio_codec))
     return Measure(
         name="codec_copy",
         architecture=None,
         passes=0,
         decode_s=time.perf_counter() - started,
-        audio_s=tuple(seconds),
+        spoken=tuple(spoken),
     )
 
 

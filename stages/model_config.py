@@ -7,10 +7,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from stages.causal_lm_config import CausalLMConfig, CausalLMTeacher
 from stages.ranges import Positive, Share
 from store.schema import Record
 
-FamilyName = Literal["codec_lm", "magpie"]
+FamilyName = Literal["codec_lm", "magpie", "causal_lm"]
 
 
 class LocalTransformerConfig(Record):
@@ -137,6 +138,11 @@ class MagpieTeacher(MagpieSettings):
     audio_codec: Path | None = None
     """The audio codec's .nemo; null takes the file that the model's configuration names."""
 
+    @property
+    def weights(self) -> Path:
+        """What a student that begins as its teacher reads."""
+        return self.path
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.path.suffix not in (".nemo", ".ckpt"):
@@ -152,5 +158,7 @@ class MagpieTeacher(MagpieSettings):
         return self
 
 
-ModelConfig = Annotated[CodecLMConfig | MagpieConfig, Field(discriminator="family")]
-PretrainedConfig = MagpieTeacher
+ModelConfig = Annotated[
+    CodecLMConfig | MagpieConfig | CausalLMConfig, Field(discriminator="family")
+]
+PretrainedConfig = Annotated[MagpieTeacher | CausalLMTeacher, Field(discriminator="family")]

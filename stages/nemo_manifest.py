@@ -28,7 +28,7 @@ class ManifestRow(BaseModel):
     offset: float | None = Field(None, ge=0)
     """Seconds into the audio at which the clip begins; null takes the whole file."""
     duration: float | None = Field(None, gt=0)
-    """Seconds of the clip; read only beside an `offset`, for it may be rounded."""
+    """Seconds of the clip; cuts only beside an `offset`, for it may be rounded."""
     text: str | None = None
     """What is said."""
     normalized_text: str | None = None

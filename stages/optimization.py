@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class Objective:
     total: Tensor
     """Scalar to differentiate: a sum, not yet divided by the weight of the batch."""
     terms: Mapping[str, Tensor]
-    """What the log shows the means of: its parts and other scalars, summed in the same way."""
+    """What the log shows means of beside the total: its parts and other scalars, summed alike."""
 
 
 class Learner(Protocol[Batch]):
@@ -128,7 +128,7 @@ def optimize(
                 # Data parallelism averages gradients; the loss is a mean over the global batch.
                 share = objective.total * (place.world_size / max(weight, 1e-9))
                 torch.autograd.backward(share)
-            report.add(objective.terms)
+            report.add({**objective.terms, "total": objective.total})
         gradient_norm = state.update(learning_rate(config, state.step))
         report.step(state.step, local_weight, gradient_norm)
 
@@ -170,23 +170,25 @@ class TrainingState:
         self.config = config
         self.step = 0
         self.position = 0
+        # What is frozen already, such as the model under adapters, belongs to no checkpoint.
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._names: dict[Tensor, str] = {p: name for name, p in trained.items()}
         self._optimizer = torch.optim.AdamW(
-            _parameter_groups(module, config.weight_decay),
+            _parameter_groups(trained.values(), config.weight_decay),
             lr=config.learning_rate,
             betas=config.betas,
             fused=device.type in ("cpu", "cuda"),
         )
-        self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._average: dict[str, Tensor] = {}
         if config.ema_decay is not None:
-            self._average = {n: p.detach().clone() for n, p in module.named_parameters()}
+            self._average = {name: p.detach().clone() for name, p in trained.items()}
 
     def update(self, rate: float) -> float:
         """Take one optimizer step with the gradients at hand; return their norm before clipping.
 
         Raises FloatingPointError when the gradient is not finite; the weights are then untouched.
         """
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(list(self._names), self.config.clip_norm)
         if not bool(norm.isfinite()):
             raise FloatingPointError(
                 f"the gradient of optimizer step {self.step} is not finite: the learning rate "
@@ -205,19 +207,19 @@ class TrainingState:
     @torch.no_grad()
     def _update_average(self) -> None:
         if self.config.ema_decay is not None:
-            for name, parameter in self.module.named_parameters():
+            for parameter, name in self._names.items():
                 self._average[name].lerp_(parameter, 1 - self.config.ema_decay)
 
     @torch.no_grad()
     def adopt_average(self) -> None:
         """Replace the weights by their moving average, where one is kept."""
-        for name, parameter in self.module.named_parameters():
+        for parameter, name in self._names.items():
             if name in self._average:
                 parameter.copy_(self._average[name])
 
     def checkpoint(self, identity: str) -> Checkpoint:
         """Return the state as tensors by name and three values."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.module.named_parameters()}
+        tensors = {f"model.{name}": p.detach() for p, name in self._names.items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self._average.items()}
         for parameter, moments in self._optimizer.state.items():
             for kind, tensor in moments.items():
@@ -254,9 +256,11 @@ class TrainingState:
         self.step, self.position = checkpoint.step, checkpoint.position
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def _parameter_groups(
+    trained: Iterable[nn.Parameter], weight_decay: float
+) -> list[dict[str, object]]:
     """Split the parameters: matrices decay, vectors (biases, norms) do not."""
-    parameters = list(module.parameters())
+    parameters = list(trained)
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

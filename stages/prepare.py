@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,17 +31,19 @@ from stages.dataset import (
     read_header,
 )
 from stages.distributed import choose_device
+from stages.encoded_parts import EncodedParts, parts_folder, remove_parts
 from stages.errors import UserError
 from stages.family import load_audio_codec_class
 from stages.prepare_config import (
     AudioCodecConfig,
     FitAudioCodecConfig,
-    NemoAudioCodecConfig,
+    LoadAudioCodecConfig,
     PrepareConfig,
     VoicesConfig,
 )
 from stages.publish import publish_folder
 from stages.recordings import find_table
+from stages.rejections import kind_of, rejection_table
 from stages.screening import (
     Clip,
     Screened,
@@ -53,26 +56,50 @@ from stages.screening import (
 from stages.voices import make_corpus
 from store.errors import explain_os_errors
 
+logger = logging.getLogger(__name__)
+
 
 def prepare(config: PrepareConfig, out: Path, corpus: Path | None = None) -> Dataset:
     """Check, resample and encode the recordings of a source into the dataset folder `out`.
 
     The demo's voices, if configured, first speak into `corpus` (beside `out` unless given).
     A rejected recording is listed in rejected.parquet and stops nothing. A dataset that the same
-    settings made from the same table is opened as it is. The folder appears whole or not at all.
+    settings made from the same table is opened as it is. The folder appears whole or not at all;
+    what an interrupted run encoded is not encoded again.
     Raises UserError when the source cannot be used, when nothing is accepted, or when `out` was
     made otherwise; StoreError when the disk fails.
     """
     if out.exists():
-        return _reopen(config, out)
+        dataset = _reopen(config, out)
+        remove_parts(out)
+        return dataset
     with explain_os_errors(f"prepare {out}"):
         source = config.source
         if config.voices is not None:
             source = make_corpus(config.voices, corpus or out.with_name("corpus"))
         assert source is not None
         with publish_folder(out) as draft:
-            _write_dataset(config, find_table(source), draft)
-    return Dataset.open(out)
+            _write_dataset(config, find_table(source), draft, parts_folder(out))
+    dataset = Dataset.open(out)
+    remove_parts(out)
+    _tell(dataset)
+    return dataset
+
+
+def _tell(dataset: Dataset) -> None:
+    """Log what was accepted, and a table of what was not."""
+    header = dataset.header
+    accepted, left_out = sum(header.samples.values()), sum(header.rejected.values())
+    splits = ", ".join(
+        f"{split} {header.samples[split]} ({header.duration_s[split] / 60:.1f} min)"
+        for split in SPLITS
+    )
+    logger.info(
+        "%s: %d of %d recordings accepted: %s", dataset.path, accepted, accepted + left_out, splits
+    )
+    if left_out:
+        table = rejection_table(dataset.rejected())
+        logger.info("%d rejected, each with its reason in rejected.parquet:\n%s", left_out, table)
 
 
 def _reopen(config: PrepareConfig, out: Path) -> Dataset:
@@ -112,7 +139,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_dataset(config: PrepareConfig, table: Path, draft: Path) -> None:
+def _write_dataset(config: PrepareConfig, table: Path, draft: Path, parts: Path) -> None:
     spilled = draft / "audio.pcm"
     asked = _open_audio_codec(config.audio_codec)
     screened = screen(config, table, asked.sample_rate_hz, spilled)
@@ -121,7 +148,7 @@ def _write_dataset(config: PrepareConfig, table: Path, draft: Path) -> None:
     if not any(splits[clip.text] == "train" for clip in screened.clips):
         raise UserError(_nothing_left(table, screened, config))
     audio_codec = _fitted(asked, screened, splits)
-    samples = _encode(screened, splits, audio_codec, config)
+    samples = _encode(screened, splits, EncodedParts(parts, audio_codec), config)
     references = _references(screened, splits, audio_codec.sample_rate_hz)
     rejected = [dict(zip(REJECTED.names, pair, strict=True)) for pair in screened.rejected]
     audio_codec.save(draft / "audio_codec")
@@ -137,6 +164,7 @@ def _write_dataset(config: PrepareConfig, table: Path, draft: Path) -> None:
         frame_rate_hz=audio_codec.frame_rate_hz,
         audio_codec=audio_codec.fingerprint(),
         context_frames=round(config.context_s * audio_codec.frame_rate_hz),
+        slots=audio_codec.slots,
     )
     header = _header(config, table, samples, screened, facts, audio_codec.sample_rate_hz)
     (draft / "dataset.json").write_text(header.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -146,12 +174,12 @@ def _open_audio_codec(asked: AudioCodecConfig) -> AudioCodec | FitAudioCodecConf
     """Open the audio codec that is given; one that is to be fitted remains its settings."""
     if isinstance(asked, FitAudioCodecConfig):
         return asked
-    if isinstance(asked, NemoAudioCodecConfig):
-        nemo: AudioCodec = load_audio_codec_class("nemo").open(
-            asked.path, choose_device(asked.device)
-        )
-        return nemo
-    return load_audio_codec(asked.path)
+    if isinstance(asked, LoadAudioCodecConfig):
+        return load_audio_codec(asked.path)
+    opened: AudioCodec = load_audio_codec_class(asked.kind).open(
+        asked.path, choose_device(asked.device)
+    )
+    return opened
 
 
 def _fitted(
@@ -206,18 +234,18 @@ def _nothing_left(table: Path, screened: Screened, config: PrepareConfig) -> str
 
 
 def _kinds(screened: Screened) -> dict[str, int]:
-    return dict(sorted(Counter(reason.split(":")[0] for _, reason in screened.rejected).items()))
+    return dict(sorted(Counter(kind_of(reason) for _, reason in screened.rejected).items()))
 
 
 def _encode(
-    screened: Screened, splits: dict[str, str], audio_codec: AudioCodec, config: PrepareConfig
+    screened: Screened, splits: dict[str, str], parts: EncodedParts, config: PrepareConfig
 ) -> pa.Table:
     """The samples table, in the source's order."""
-    clips = screened.clips
-    codes = _encode_parts(clips, screened, audio_codec, "encoding")
+    clips, audio_codec = screened.clips, parts.audio_codec
+    codes = _encode_stretches(clips, screened, parts, "encoding")
     named = list(dict.fromkeys(clip.context for clip in clips if clip.context is not None))
     heard = dict(
-        zip(named, _encode_parts(named, screened, audio_codec, "encoding contexts"), strict=True)
+        zip(named, _encode_stretches(named, screened, parts, "encoding contexts"), strict=True)
     )
     contexts = _contexts(clips, codes, heard, splits, audio_codec.frame_rate_hz, config)
     return pa.table(
@@ -235,14 +263,14 @@ def _encode(
     )
 
 
-def _encode_parts(
-    parts: Sequence[Stretch], screened: Screened, audio_codec: AudioCodec, progress: str
+def _encode_stretches(
+    stretches: Sequence[Stretch], screened: Screened, parts: EncodedParts, progress: str
 ) -> list[np.ndarray]:
-    """Codes [F, C] of parts of the spilled audio, in order."""
+    """Codes [F, C] of stretches of the spilled audio, in order."""
     codes: list[np.ndarray] = []
-    for start in trange(0, len(parts), BATCH_CLIPS, desc=progress, unit="batch", disable=None):
-        batch = parts[start : start + BATCH_CLIPS]
-        codes += audio_codec.encode([screened.waveform(part) for part in batch])
+    for start in trange(0, len(stretches), BATCH_CLIPS, desc=progress, unit="batch", disable=None):
+        batch = stretches[start : start + BATCH_CLIPS]
+        codes += parts.encode([screened.waveform(stretch) for stretch in batch])
     return codes
 
 

@@ -123,8 +123,20 @@ class NemoAudioCodecConfig(Record):
         return self
 
 
+class SnacAudioCodecConfig(Record):
+    """A SNAC audio codec, as Orpheus speaks it."""
+
+    kind: Literal["snac"]
+    path: Path
+    """Its folder: config.json with model.safetensors or pytorch_model.bin; the dataset keeps a
+    copy."""
+    device: str = "auto"
+    """Torch device that encodes; `auto` takes CUDA where it is present."""
+
+
 AudioCodecConfig = Annotated[
-    FitAudioCodecConfig | LoadAudioCodecConfig | NemoAudioCodecConfig, Field(discriminator="kind")
+    FitAudioCodecConfig | LoadAudioCodecConfig | NemoAudioCodecConfig | SnacAudioCodecConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -149,7 +161,7 @@ class PrepareConfig(Record):
     single_speaker: str | None = None
     """Speaker of every clip; null reads the speaker column of the source."""
     audio_codec: AudioCodecConfig = FitAudioCodecConfig()
-    """The audio codec: fitted here, loaded, or NeMo's."""
+    """The audio codec: fitted here, loaded, NeMo's or SNAC."""
     lower_case: bool = True
     """Lower-case the texts; false for a model whose tokenizer tells capitals apart."""
     alphabet: str | None = None
@@ -160,6 +172,12 @@ class PrepareConfig(Record):
     """Longest clip that is accepted, in seconds after trimming."""
     silence_dbfs: float = -60.0
     """Clips whose level lies below are rejected as silent, in dB of full scale."""
+    duration_tolerance_s: float | None = Field(None, ge=0)
+    """Seconds that the duration a row declares may differ from its audio's; null compares none."""
+    max_clipped_share: Share | None = None
+    """Largest share of samples at full scale that is accepted; null accepts any."""
+    min_snr_db: float | None = None
+    """Least estimated ratio of speech to noise that is accepted, in dB; null accepts any."""
     trim: TrimConfig | None = TrimConfig()
     """Silence cut from both ends; null keeps it."""
     level_dbfs: float | None = Field(-23.0, lt=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,22 @@ from stages.audio import SUFFIXES, AudioError, read_audio
 from stages.errors import UserError
 from stages.nemo_manifest import SUFFIXES as MANIFESTS
 from stages.nemo_manifest import ManifestRow, manifest_rows, names_speakers
+
+COLUMNS, OPTIONAL_COLUMNS = ("clip_id", "text", "audio"), ("speaker", "duration_s")
+"""Columns of a parquet table: those that it must have, and what else is read."""
+
+CSV_COLUMNS = ("id", "text", "normalised text", "speaker")
+"""Columns of a CSV table without a header."""
+HEADERS = {
+    "clip_id": "id", "sample_id": "id", "file": "id", "file_name": "id",
+    "transcript": "text", "transcription": "text",
+    "normalised": "normalised text", "normalized": "normalised text",
+    "normalised_text": "normalised text", "normalized_text": "normalised text",
+    "normalized text": "normalised text", "normalised_transcription": "normalised text",
+    "normalized_transcription": "normalised text",
+    "speaker_id": "speaker",
+} | {name: name for name in CSV_COLUMNS}  # fmt: skip
+"""What a header may call them, in any case of letters."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,8 @@ class Recording:
     """What shows the voice, where the row names it."""
     fault: str | None = None
     """Why the row cannot be used: a kind, a colon, and what was found."""
+    declared_s: float | None = None
+    """Seconds that the row says its audio lasts, where it does."""
 
 
 def find_table(source: Path) -> Path:
@@ -124,35 +142,62 @@ def _rows(table: Path, root: Path) -> Iterator[Recording]:
 
 
 def _csv_rows(table: Path) -> Iterator[Recording]:
-    """LJSpeech's form: `id|text[|normalised text[|speaker]]`, no header, no quoting."""
+    """LJSpeech's form: `id|text[|normalised text[|speaker]]`, no quoting.
+
+    A first line that is nothing but names of columns, id and text among them, is a header.
+    """
     try:
         lines = table.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{table} is not UTF-8 ({error}); convert it with iconv") from error
+    header: tuple[str, ...] | None = None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         cells = [cell.strip() for cell in line.split("|")]
-        if not 2 <= len(cells) <= 4:
+        if number == 1 and (header := _header(cells)) is not None:
+            continue
+        known = (len(header), len(header)) if header else (2, len(CSV_COLUMNS))
+        if not known[0] <= len(cells) <= known[1]:
+            expected = "|".join(header or CSV_COLUMNS)
             raise UserError(
-                f"{table} line {number} has {len(cells)} columns, but 2 to 4 are known: "
-                "id|text|normalised text|speaker"
+                f"{table} line {number} has {len(cells)} columns, but {_span(*known)} are known: "
+                f"{expected}"
             )
-        normalised = cells[2] if len(cells) > 2 and cells[2] else cells[1]
-        speaker = cells[3] if len(cells) > 3 else None
-        audio = Audio(f"wavs/{cells[0]}")
-        yield Recording(cells[0], normalised, speaker, audio, len(cells) > 3)
+        row = dict(zip(header or CSV_COLUMNS, cells, strict=False))
+        text = row.get("normalised text") or row["text"]
+        audio = Audio(f"wavs/{row['id']}")
+        yield Recording(row["id"], text, row.get("speaker"), audio, "speaker" in row)
+
+
+def _header(cells: Sequence[str]) -> tuple[str, ...] | None:
+    """Columns that a header names, by the names used here; None where the cells are a row."""
+    columns = tuple(HEADERS.get(cell.lower(), "") for cell in cells)
+    whole = "" not in columns and {"id", "text"} <= set(columns)
+    return columns if whole and len(set(columns)) == len(columns) else None
+
+
+def _span(least: int, most: int) -> str:
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def _parquet_rows(table: Path) -> Iterator[Recording]:
-    """Columns clip_id, text, audio and, if there, speaker; audio a path or a struct of bytes."""
+    """Columns clip_id, text, audio and, if there, speaker and duration_s.
+
+    Audio is a path, or a struct of bytes and path.
+    """
     file = _open_parquet(table)
-    spoken = "speaker" in file.schema_arrow.names
-    columns = ["clip_id", "text", "audio", *(["speaker"] if spoken else [])]
-    for batch in file.iter_batches(batch_size=64, columns=columns):
+    present = [name for name in (*COLUMNS, *OPTIONAL_COLUMNS) if name in file.schema_arrow.names]
+    for batch in file.iter_batches(batch_size=64, columns=present):
         for row in batch.to_pylist():
-            audio, sample_id = _audio(row["audio"]), row["clip_id"] or ""
-            yield Recording(sample_id, row["text"], row.get("speaker"), audio, spoken)
+            yield Recording(
+                sample_id=row["clip_id"] or "",
+                text=row["text"],
+                speaker=row.get("speaker"),
+                audio=_audio(row["audio"]),
+                has_speaker_column="speaker" in present,
+                declared_s=row.get("duration_s"),
+            )
 
 
 def _manifest_rows(table: Path, root: Path) -> Iterator[Recording]:
@@ -161,7 +206,8 @@ def _manifest_rows(table: Path, root: Path) -> Iterator[Recording]:
     for sample_id, row, fault in manifest_rows(table, root):
         speaker = None if row.speaker is None else str(row.speaker)
         text = row.normalized_text or row.text
-        yield Recording(sample_id, text, speaker, _clip(row), spoken, _context(row), fault)
+        audio, context = _clip(row), _context(row)
+        yield Recording(sample_id, text, speaker, audio, spoken, context, fault, row.duration)
 
 
 def _clip(row: ManifestRow) -> Audio | None:
@@ -184,13 +230,17 @@ def _open_parquet(table: Path) -> pq.ParquetFile:
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{table} cannot be read as parquet: {error}") from error
     schema = file.schema_arrow
-    lacking = [name for name in ("clip_id", "text", "audio") if name not in schema.names]
+    lacking = [name for name in COLUMNS if name not in schema.names]
     if lacking:
         raise UserError(f"{table} lacks the columns {lacking}; it has {schema.names}")
     for name in {"clip_id", "text", "speaker"} & set(schema.names):
         kind = schema.field(name).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise UserError(f"{table} has {name} of type {kind}; make it a string column")
+    if "duration_s" in schema.names:
+        kind = schema.field("duration_s").type
+        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+            raise UserError(f"{table} has duration_s of type {kind}; make it a number of seconds")
     return file
 
 

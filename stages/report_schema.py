@@ -16,6 +16,9 @@ from store.schema import Record
 SYSTEMS = ("codec_copy", "teacher_guided", "teacher_unguided", "student")
 """Systems with a fixed name, in the order in which they are shown."""
 
+RECORDING = "recording"
+"""Folder of the recordings themselves, beside those of the systems."""
+
 NOT_LOSSES = ("step", "learning_rate", "gradient_norm", "steps_per_s", "data_wait_share")
 """Fields of a training log that are no loss terms."""
 
@@ -56,12 +59,40 @@ class System(Record):
     """Mean cosine between the speaker embeddings of the clip and of its recording."""
     speaker_contrast: Metric | None = None
     """Mean cosine between the embedding of the clip and recordings of the other speakers."""
-    duration_ratio: Metric | None = None
-    """Seconds generated per second of the recordings."""
-    repetition: Metric | None = None
-    """Words heard again directly after themselves, beyond the text's own, per reference word."""
+    success: Metric | None = None
+    """Share of samples whose rollout ended by itself, is heard and is of a plausible duration."""
     ended: Metric | None = None
     """Share of rollouts that ended by themselves."""
+    silent: Metric | None = None
+    """Share of clips that are empty, not finite, or below −60 dBFS."""
+    duration_s: Metric | None = None
+    """Mean duration of the clips, in seconds."""
+    duration_p5_s: Metric | None = None
+    """Duration that a twentieth of the clips fall short of, in seconds."""
+    duration_median_s: Metric | None = None
+    """Median duration of the clips, in seconds."""
+    duration_p95_s: Metric | None = None
+    """Duration that a twentieth of the clips exceed, in seconds."""
+    duration_ratio: Metric | None = None
+    """Seconds generated per second of the recordings, over the corpus."""
+    duration_ratio_mean: Metric | None = None
+    """Mean over clips of their seconds per second of their recording."""
+    duration_ratio_p5: Metric | None = None
+    """Ratio to the recording that a twentieth of the clips fall short of."""
+    duration_ratio_median: Metric | None = None
+    """Median ratio to the recording."""
+    duration_ratio_p95: Metric | None = None
+    """Ratio to the recording that a twentieth of the clips exceed."""
+    longest_run_frames: Metric | None = None
+    """Mean over clips of the longest run of one codec frame, in frames."""
+    repeated_pairs: Metric | None = None
+    """Mean over clips of the share of pairs of frames that stood before: seq-rep-2."""
+    repeated_fours: Metric | None = None
+    """Mean over clips of the share of runs of four frames that stood before: seq-rep-4."""
+    looped: Metric | None = None
+    """Share of clips that end in the same stretch three times over, for at least 0.5 s."""
+    repetition: Metric | None = None
+    """Words heard again directly after themselves, beyond the text's own, per reference word."""
     paired_kl: Metric | None = None
     """Mean KL(guided teacher ‖ system) per timestep and stream on the same codes, in nats."""
     paired_mse: Metric | None = None
@@ -69,7 +100,10 @@ class System(Record):
     agreement: Metric | None = None
     """Share of predictions whose most probable id is that of the guided teacher."""
     rtf: Metric | None = None
-    """Real-time factor: seconds of decoding per second of audio."""
+    """Real-time factor: seconds of generation per second of audio made, audio codec left out, in
+    batches of `evaluate.batch_size`."""
+    rtf_single: Metric | None = None
+    """The same of the first `evaluate.single_samples` samples, each generated alone."""
     parameters: Metric | None = None
     """Parameters of the model."""
     active_parameters: Metric | None = None

@@ -9,14 +9,17 @@ from pathlib import Path
 import pyarrow as pa
 from pydantic import ValidationError
 
+from stages.architecture import Architecture
 from stages.config import DatasetFacts, RolloutConfig
 from stages.errors import UserError
-from stages.family import Family, Sample
+from stages.family import Family, Sample, require_taught
+from stages.quantization import Quantized
 from stages.replay import Replay
 from stages.sampling import keyed_generator
 from store import PredictionStore
 from store.plan import Plan
-from store.schema import Fingerprints, Hidden, Manifest, Target, TopK
+from store.rejected import Rejected
+from store.schema import Fingerprints, Hidden, Manifest, Quantization, Target, TopK
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ def create_store(
     seed: int,
     student_fingerprint: str = "",
     replay: Replay | None = None,
+    quantized: Quantized | None = None,
+    quantization: Quantization | None = None,
 ) -> PredictionStore:
     """Create the store that a rollout configuration describes, or open the one that is there.
 
@@ -42,7 +47,9 @@ def create_store(
     of other settings, another teacher or another dataset, naming what differs, and `UserError`
     for a teacher of another audio codec or without linear heads for a `hidden` target, too small a
     `k` and an empty split.
-    `student_fingerprint` names the student that drew the codes, where the source is one.
+    `student_fingerprint` names the student that drew the codes, where the source is one;
+    `quantized` is what the teacher was before it was quantized, and `quantization` the record of
+    its precision.
     """
     if replay is not None:
         config, seed = replay.settings(config), replay.manifest.seed
@@ -63,10 +70,13 @@ def create_store(
             f"the split {config.split!r} of the dataset is empty, so there is nothing to roll "
             "out: choose another rollout.split, or prepare a dataset that has it"
         )
-    if config.source == "teacher":
-        family.check(chosen, config.sampler)
+    rejected: Rejected = ()
+    if config.source in ("teacher", "dataset"):
+        chosen, rejected = _accepted(family, chosen, config)
+        left_out = {sample_id for sample_id, _ in rejected}
+        keys = [key for key in keys if key[0] not in left_out]
     fingerprints = Fingerprints(
-        teacher=family.fingerprint(),
+        teacher=family.fingerprint() if quantized is None else quantized.fingerprint,
         tokenizer=family.tokenizer_fingerprint(),
         audio_codec=facts.audio_codec,
         dataset=dataset_fingerprint,
@@ -74,7 +84,8 @@ def create_store(
         codes="" if replay is None else replay.fingerprint,
     )
     try:
-        manifest = _manifest(config, family, facts, fingerprints, seed)
+        architecture = family.architecture() if quantized is None else quantized.architecture
+        manifest = _manifest(config, family, facts, fingerprints, seed, architecture, quantization)
     except ValidationError as error:
         faults = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
         raise UserError(f"the section rollout does not fit the teacher: {faults}") from None
@@ -84,7 +95,47 @@ def create_store(
         Plan.of(_shards(keys, family, chosen, seed, config.rollouts_per_shard)),
         conditions_table(family, chosen),
         heads=family.head_weights() if isinstance(config.target, Hidden) else None,
+        rejected=rejected,
     )
+
+
+def _accepted(
+    family: Family, samples: Sequence[Sample], config: RolloutConfig
+) -> tuple[list[Sample], Rejected]:
+    """Part the samples that can be rolled out from the others, which get their reason.
+
+    Raises the first `UserError` when nothing is left: then it is no fault of the samples.
+    """
+    accepted, rejected = [], []
+    first: UserError | None = None
+    for sample in samples:
+        try:
+            _check_sample(family, sample, config)
+        except UserError as error:
+            first = first or error
+            rejected.append((sample["sample_id"], str(error)))
+        else:
+            accepted.append(sample)
+    if first is not None and not accepted:
+        raise first
+    if first is not None:
+        logger.warning(
+            "%d of %d samples are left out, each with its reason in rejected.parquet of the store; "
+            "the first: %s",
+            len(rejected), len(samples), first,
+        )  # fmt: skip
+    return accepted, rejected
+
+
+def _check_sample(family: Family, sample: Sample, config: RolloutConfig) -> None:
+    """Refuse what a rollout would fail on: what the teacher cannot read, say, or learn from."""
+    sampler = config.sampler
+    if config.source == "dataset":
+        require_taught(family, sample, family.reference_codes(sample))
+        # Nothing is drawn: the recording itself must fit, however long it is.
+        lasting = {"max_timesteps": family.timesteps(sample), "min_timesteps": 0}
+        sampler = sampler.model_copy(update=lasting | {"reference_multiple": None})
+    family.check([sample], sampler)
 
 
 def _warn_of_untrained_branch(config: RolloutConfig, family: Family) -> None:
@@ -126,6 +177,8 @@ def _manifest(
     facts: DatasetFacts,
     fingerprints: Fingerprints,
     seed: int,
+    architecture: Architecture,
+    quantization: Quantization | None,
 ) -> Manifest:
     return Manifest(
         family=family.name,
@@ -144,7 +197,8 @@ def _manifest(
         conditions=family.conditions,
         fingerprints=fingerprints,
         conditioning=facts.model_dump(mode="json"),
-        architecture=family.architecture().model_dump(mode="json"),
+        architecture=architecture.model_dump(mode="json"),
+        quantization=quantization,
     )
 
 

@@ -202,16 +202,19 @@ class RolloutPolicy:
         codes: Tensor,
         logits: Tensor,
         others: Tensor | None = None,
+        *,
+        likeliest: bool = True,
     ) -> Tensor:
         """Return which of `rows` end with this timestep, as [b] bool, and note why.
 
         `codes` [b, C] are the drawn ones and `logits` [b, C, V] what they were drawn from. The
-        end id counts where it was drawn and where it is the most likely one, as NeMo's MagpieTTS
-        does (`argmax_or_multinomial_any`); `end_on` says in how many streams it must stand. A row
+        end id counts where it was drawn and, with `likeliest`, where it is the most likely one, as
+        NeMo's MagpieTTS does (`argmax_or_multinomial_any`); `end_on` says in how many streams it
+        must stand. A row
         whose largest logit is not finite ends before this timestep, which is not to be kept;
         `others` [b, c, V] are logits of streams that have no other say, all of one vocabulary.
         """
-        largest, likeliest = self._masked(logits, self.forbidden).max(-1)
+        largest, places = self._masked(logits, self.forbidden).max(-1)
         finite = largest.isfinite().all(-1)
         if others is not None:
             finite &= mask_forbidden(others, self.forbidden).amax(-1).isfinite().all(-1)
@@ -220,7 +223,10 @@ class RolloutPolicy:
         if timestep + 1 >= self.sampler.max_timesteps:
             reason[:] = LIMIT
         if self.end_id is not None and timestep >= self.sampler.min_timesteps:
-            reason[self._ended(codes, likeliest, self.end_id)] = END
+            votes = codes.eq(self.end_id)
+            if likeliest:
+                votes |= places.eq(self.end_id)
+            reason[self._ended(votes)] = END
         if not bool(finite.all()):
             self.all_finite = False
             reason[~finite] = NOT_FINITE
@@ -231,8 +237,7 @@ class RolloutPolicy:
         """Note that `rows` [b] have come to their end, where it is no code that says so."""
         self.stop[rows] = END
 
-    def _ended(self, codes: Tensor, likeliest: Tensor, end_id: int) -> Tensor:
-        votes = codes.eq(end_id) | likeliest.eq(end_id)
+    def _ended(self, votes: Tensor) -> Tensor:
         match self.sampler.end_on:
             case "any":
                 return votes.any(-1)

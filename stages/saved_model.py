@@ -10,7 +10,7 @@ from stages.architecture import Architecture
 from stages.errors import UserError
 from stages.model_config import FamilyName, ModelConfig
 
-WEIGHTS_FILES = ("model.safetensors", "model.nemo")
+WEIGHTS_FILES = ("model.safetensors", "model.nemo", "adapter_model.safetensors")
 """What the families call the weights that they save."""
 
 

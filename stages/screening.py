@@ -18,6 +18,8 @@ from tqdm import tqdm
 from stages.audio import (
     FULL_SCALE,
     AudioError,
+    clipped_share,
+    estimate_snr_db,
     level_dbfs,
     resample,
     set_level,
@@ -113,9 +115,9 @@ class _Listener:
     contexts: dict[Audio, Stretch] = field(default_factory=dict)
     """Those that were spilled; many recordings may share one."""
 
-    def clip(self, audio: Audio) -> Stretch:
-        """Spill a clip that is neither silent, too short nor too long."""
-        waveform = self._condition(audio)
+    def clip(self, audio: Audio, declared_s: float | None) -> Stretch:
+        """Spill a clip that sounds as it should and is neither too short nor too long."""
+        waveform = self._condition(audio, declared_s=declared_s)
         seconds = len(waveform) / self.sample_rate_hz
         limits = self.config
         if seconds < limits.min_duration_s:
@@ -125,20 +127,24 @@ class _Listener:
         return self._write(waveform)
 
     def context(self, audio: Audio) -> Stretch:
-        """Spill the first `context_s` seconds of a context that is not silent."""
+        """Spill the first `context_s` seconds of a context that sounds as it should."""
         if audio not in self.contexts:
             try:
-                waveform = self._condition(audio, self.config.context_s)
+                waveform = self._condition(audio, most_s=self.config.context_s)
             except (Rejection, AudioError) as error:
                 raise Rejection(f"context: {error}") from error
             self.contexts[audio] = self._write(waveform)
         return self.contexts[audio]
 
-    def _condition(self, audio: Audio, most_s: float | None = None) -> Tensor:
-        """Resample, trim and cut to `most_s` seconds; raises Rejection for silence."""
+    def _condition(
+        self, audio: Audio, *, declared_s: float | None = None, most_s: float | None = None
+    ) -> Tensor:
+        """Resample, trim and cut to `most_s` seconds; raises Rejection for what sounds wrong."""
         trim = self.config.trim
         waveform, rate_hz = load_audio(self.root, audio)
+        _check_recorded(waveform, rate_hz, declared_s, self.config)
         waveform = resample(waveform, rate_hz, self.sample_rate_hz)
+        _check_noise(waveform, self.sample_rate_hz, self.config)
         if trim is not None:
             waveform = trim_silence(waveform, self.sample_rate_hz, trim.below_peak_db, trim.keep_s)
         if most_s is not None:
@@ -173,10 +179,45 @@ def _accept(
         raise Rejection("no speaker: the row's cell is empty")
     if recording.audio is None:
         raise Rejection("missing audio: the row names none")
-    clip = listener.clip(recording.audio)
+    clip = listener.clip(recording.audio, recording.declared_s)
     wanted = recording.context if config.context_s > 0 else None
     context = None if wanted is None else listener.context(wanted)
     return Clip(clip.start, clip.length, recording.sample_id, text, recording.speaker, context)
+
+
+def _check_recorded(
+    waveform: Tensor, rate_hz: int, declared_s: float | None, config: PrepareConfig
+) -> None:
+    """Check the samples of a file, which later steps would change."""
+    seconds, tolerance_s = len(waveform) / rate_hz, config.duration_tolerance_s
+    # Written so that a declared NaN is no match.
+    if (
+        declared_s is not None
+        and tolerance_s is not None
+        and not abs(seconds - declared_s) <= tolerance_s
+    ):
+        raise Rejection(
+            f"wrong duration: {declared_s:.2f} s are declared, the audio has {seconds:.2f} s, the "
+            f"tolerance is {tolerance_s:g}"
+        )
+    limit = config.max_clipped_share
+    if limit is not None and (share := clipped_share(waveform)) > limit:
+        raise Rejection(
+            f"clipped audio: {share:.2%} of the samples are at full scale, the limit is {limit:.2%}"
+        )
+
+
+def _check_noise(waveform: Tensor, rate_hz: int, config: PrepareConfig) -> None:
+    """Check how far speech stands out, in what the audio codec can hear and before trimming.
+
+    Silence is left to its own check.
+    """
+    limit = config.min_snr_db
+    if limit is None or level_dbfs(waveform) < config.silence_dbfs:
+        return
+    estimate = estimate_snr_db(waveform, rate_hz)
+    if estimate < limit:
+        raise Rejection(f"noisy audio: estimated SNR {estimate:.1f} dB, the limit is {limit:g}")
 
 
 def _check_id(sample_id: str, times: Counter[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.errors import UserError
-from stages.loss_config import DIVERGENCES, LossConfig, NemoLossConfig
+from stages.loss_config import DIVERGENCES, ByEntropy, LossConfig, Recipe
 from stages.targets import (
     BranchedTarget,
     ContinuousTarget,
@@ -68,13 +68,17 @@ class Held:
                 return cls("distribution", absolute=True)
 
 
-RECIPE = {"joint": "kl", "kl": "alpha", "ce": "alpha", "nrmse": "beta"}
-"""What NeMo's recipe calls a setting, where it has another name there."""
+RENAMED = {
+    "nemo": {"joint": "kl", "kl": "alpha", "ce": "alpha", "nrmse": "beta"},
+    "guide": {"kl": "alpha", "ce": "alpha"},
+}
+"""What a recipe calls a setting, where it has another name there."""
 
 
-def require_supported(form: LossConfig | NemoLossConfig, manifest: Manifest) -> None:
+def require_supported(form: LossConfig | Recipe, manifest: Manifest, whole: bool = True) -> None:
     """Refuse, before training starts, a loss that the targets of a store cannot support.
 
+    `whole` says that all codes of a timestep are predicted.
     Raises `UserError` that names the setting, as the form of the section has it, says why and what
     to do.
     """
@@ -86,22 +90,23 @@ def require_supported(form: LossConfig | NemoLossConfig, manifest: Manifest) -> 
             f"{list(manifest.vocabularies)} (manifest.json, streams)"
         )
         raise _refused(form, "joint", reason, "set it to false")
+    if loss.joint and not whole:
+        reason = "it lets the codes of a timestep compete, and the model predicts only some of them"
+        raise _refused(form, "joint", reason, "set it to false")
     require_scale(manifest, loss.guidance_scale is not None)
 
 
-def require(loss: LossConfig, held: Held, form: NemoLossConfig | LossConfig | None = None) -> None:
+def require(loss: LossConfig, held: Held, form: LossConfig | Recipe | None = None) -> None:
     """Refuse a loss that a target cannot support; raises `UserError` in the words of `form`."""
     for setting, reason, advice in _refusals(loss, held):
         raise _refused(form or loss, setting, reason, advice)
 
 
-def _refused(
-    form: LossConfig | NemoLossConfig, setting: str, reason: str, advice: str
-) -> UserError:
-    if isinstance(form, NemoLossConfig):
+def _refused(form: LossConfig | Recipe, setting: str, reason: str, advice: str) -> UserError:
+    if not isinstance(form, LossConfig):
         if setting == "kl":  # the recipe cannot put another term in its place
-            advice = f"leave recipe: nemo out, then {advice}"
-        setting = RECIPE.get(setting, setting)
+            advice = f"leave recipe: {form.recipe} out, then {advice}"
+        setting = RENAMED[form.recipe].get(setting, setting)
         advice = advice.replace("set it to false", "set it to per_codebook")
     return UserError(f"loss.{setting}={getattr(form, setting)}: {reason}; {advice}")
 
@@ -165,12 +170,15 @@ def _of_sampled(loss: LossConfig) -> Iterator[Refusal]:
 
 def _of_top_k(loss: LossConfig, held: Held) -> Iterator[Refusal]:
     tempered = any(getattr(loss, name) for name in DIVERGENCES)
-    if tempered and held.temperatures is not None and loss.temperature not in held.temperatures:
+    unknown = sorted(set(loss.temperatures) - set(held.temperatures or loss.temperatures))
+    if tempered and unknown:
         reason = (
             "the store keeps the mass of the tail at the temperatures "
-            f"{list(held.temperatures)} only (manifest.json, target.temperatures), and at another "
-            "one it cannot be known"
+            f"{list(held.temperatures or ())} only (manifest.json, target.temperatures), and at "
+            "another one it cannot be known"
         )
+        if isinstance(loss.temperature, ByEntropy):
+            reason += f"; {unknown} are missing, and 1.0 is that of the entropy"
         yield "temperature", reason, "use one of these, or roll out again with it listed"
     if loss.reverse_kl_top_k is not None:
         reason = (

@@ -36,7 +36,14 @@ class Forbidden:
     @classmethod
     def of(cls, manifest: Manifest, device: torch.device | str) -> Forbidden:
         """Return what a manifest forbids, as tensors on `device`."""
-        return _forbidden(manifest.forbidden, manifest.vocabularies, torch.device(device))
+        return cls.of_ids(manifest.forbidden, manifest.vocabularies, device)
+
+    @classmethod
+    def of_ids(
+        cls, ids: tuple[int, ...], vocabularies: tuple[int, ...], device: torch.device | str
+    ) -> Forbidden:
+        """Return `ids`, and those beyond the vocabulary of each stream, as tensors on `device`."""
+        return _forbidden(ids, vocabularies, torch.device(device))
 
     def filled(self, logits: Tensor, value: float = float("-inf")) -> Tensor:
         """Return logits [..., C, V] with `value` at the forbidden ids; themselves without any."""
@@ -199,24 +206,35 @@ class SparseTarget:
             None if self.tail_ids is None else _lifted(self.tail_ids, index),
         )
 
-    def logprobs(self, temperature: float) -> Tensor:
+    def logprobs(self, temperature: float | Tensor) -> Tensor:
         """Return log-probabilities [..., C, K + 1] of the ids and, last, of all others together.
 
-        Raises `UserError` for a temperature whose tail was not stored: it cannot be recovered
-        from the kept ids (the tail has as many shapes as there are temperatures).
+        `temperature` is that of all rows, or [..., C, 1] one of those stored for each. Raises
+        `UserError` for a temperature whose tail was not stored: it cannot be recovered from the
+        kept ids (the tail has as many shapes as there are temperatures).
         """
+        # Rounding of two logsumexp may lift the mass of a tail that is nearly everything over 1.
+        tail = self._tail(temperature).clamp_max(-LEAST_KEPT_MASS)
+        plain = isinstance(temperature, float) and temperature == 1.0
+        logits = self.logits if plain else self.logits / temperature
+        kept = logits.log_softmax(-1).add_(log1mexp(tail))
+        return torch.cat([kept, tail], -1)
+
+    def _tail(self, temperature: float | Tensor) -> Tensor:
+        """[..., C, 1] log of the probability outside `ids`."""
+        if isinstance(temperature, Tensor):
+            tail = self.tail_logmass[..., :1]
+            for place, listed in enumerate(self.temperatures[1:], start=1):
+                at_listed = self.tail_logmass[..., place : place + 1]
+                tail = torch.where(temperature == listed, at_listed, tail)
+            return tail
         if temperature not in self.temperatures:
             raise UserError(
                 f"distillation temperature {temperature} is not among those the store keeps the "
                 f"tail for, {list(self.temperatures)} (manifest.json, target.temperatures): train "
                 "at one of these, or roll out again with this temperature listed"
             )
-        # Rounding of two logsumexp may lift the mass of a tail that is nearly everything over 1.
-        tail = self.tail_logmass[..., self.temperatures.index(temperature), None]
-        tail = tail.clamp_max(-LEAST_KEPT_MASS)
-        logits = self.logits if temperature == 1.0 else self.logits / temperature
-        kept = logits.log_softmax(-1).add_(log1mexp(tail))
-        return torch.cat([kept, tail], -1)
+        return self.tail_logmass[..., self.temperatures.index(temperature), None]
 
 
 @dataclass(frozen=True)

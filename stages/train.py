@@ -47,9 +47,14 @@ def train(
     """
     loss = config.loss.terms_config
     require_match(family, store.manifest)
-    require_supported(config.loss, of_groups(store.manifest, _groups(family)))
+    require_supported(
+        config.loss,
+        of_groups(store.manifest, _groups(family)),
+        whole=family.predicted is None,
+    )
     stream_weights(loss.codebook_weights, family)
     require_complete(store)
+    require_weight(store)
     networks = Networks(family, config, place)
     with closing(TargetLearner(family, store, config, seed, place)) as learner:
         finished = optimize(
@@ -89,7 +94,8 @@ def require_match(family: Family, manifest: Manifest) -> None:
             raise UserError(
                 f"the student's {what} ({student}) differ from the store's ({stored}, in "
                 "manifest.json): give the student the teacher's codebooks, frame stacking, local "
-                "transformer and alphabet, or roll out with a teacher that has the student's"
+                "transformer and alphabet (a language model: its tokenizer, prompts, layout and "
+                "vocabulary), or roll out with a teacher that has the student's"
             )
 
 
@@ -108,6 +114,21 @@ def require_complete(store: PredictionStore) -> None:
             f"{missing[0]:05d}), so stage one is not finished: run `foretell rollout` with the "
             "same configuration, then train again"
         )
+
+
+def require_weight(store: PredictionStore) -> None:
+    """Refuse a store all of whose rollouts weigh nothing."""
+    tables = (store.rollout_table(shard) for shard in store.committed)
+    if any(table.weights.any() for table in tables):
+        return
+    first = store.committed[0]
+    sample_id, variation = store.plan[first][0]
+    raise UserError(
+        f"{store.path} has nothing to learn from, for all of its rollouts weigh 0: the first, "
+        f"{sample_id!r} variation {variation}, ended by "
+        f"{store.rollout_table(first).stop_reasons[0]!r}; roll out again with weights above 0 in "
+        "rollout.sampler, or with a teacher that comes to an end"
+    )
 
 
 def ramp(step: int, start: int, steps: int) -> float:
@@ -171,11 +192,12 @@ class TargetLearner:
         self, family: Family, store: PredictionStore, config: TrainConfig, seed: int, place: Place
     ) -> None:
         self._family, self._loss = family, config.loss.terms_config
+        self._log_names = config.loss.log_names
         self._device, groups = place.device, _groups(family)
         self._all = _Taught(family, store.manifest, groups, place)
         early = groups.keys() - {LOCAL}
         self._early = _Taught(family, store.manifest, early, place)
-        self._batches = StoreBatches(store, config, seed, place, groups)
+        self._batches = StoreBatches(store, config, seed, place, groups, family.predicted)
 
     def batches(self, position: int) -> Sequence[HostBatch]:
         """Return this process's micro-batches of the global batch that starts at `position`."""
@@ -199,6 +221,7 @@ class TargetLearner:
             scores.outputs, batch.target, batch.codes, weights, taught.forbidden, loss,
             groups=taught.sizes,
         )  # fmt: skip
+        terms = {self._log_names.get(name, name): term for name, term in terms.items()}
         for name, auxiliary in scores.losses.items():
             terms[name] = auxiliary * batch.weight
             total = total + loss.auxiliary * terms[name]

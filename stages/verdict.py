@@ -14,9 +14,10 @@ from stages.config import EvaluateConfig, JudgeName
 from stages.family import Sample
 from stages.judges import Clip, Judgement, judge
 from stages.measure import Measure, wav_name
-from stages.metrics import Bootstrap, Ratio, ratio
+from stages.metrics import Array, Bootstrap, Ratio, ratio
 from stages.publish import replace_file
 from stages.report_schema import (
+    RECORDING,
     AudioClip,
     AudioSample,
     Comparison,
@@ -27,11 +28,11 @@ from stages.report_schema import (
 from store.schema import Record
 
 RECOGNISERS: tuple[JudgeName, ...] = ("whisper", "pocketsphinx")
-RECORDING = "recording"
-"""Folder of the recordings themselves, which the speaker encoder hears beside the systems."""
 COSTS = ("parameters", "active_parameters", "flops_per_timestep", "dense_flops_per_timestep")
 """What a report says of a system's architecture."""
-PAIRED = ("wer", "cer", "paired_kl", "agreement")
+QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95}
+"""What is said of a distribution beside its mean."""
+PAIRED = ("wer", "cer", "success", "paired_kl", "agreement")
 """Metrics whose differences between systems are reported with paired intervals."""
 
 
@@ -81,14 +82,22 @@ def _clip(path: Path) -> Clip:
 
 
 def ratios(
-    measure: Measure, copy: Measure, samples: Sequence[Sample], heard: Mapping[JudgeName, Heard]
+    measure: Measure,
+    copy: Measure,
+    samples: Sequence[Sample],
+    heard: Mapping[JudgeName, Heard],
+    plausible_duration: tuple[float, float],
 ) -> dict[str, Ratio]:
     """Return every metric of a system that has an interval, before it is summed."""
-    found: dict[str, Ratio] = {"duration_ratio": ratio(measure.audio_s, copy.audio_s)}
+    found = _spoken_ratios(measure, copy)
     if measure.kl_sum:
         found["paired_kl"] = ratio(measure.kl_sum, measure.predictions)
         found["agreement"] = ratio(measure.agreed, measure.predictions)
+    if measure.ended:
         found["ended"] = ratio(measure.ended)
+        found["success"] = ratio(_successes(measure, copy, plausible_duration))
+    if sum(measure.audio_s[: len(measure.single_s)]) > 0:
+        found["rtf_single"] = _first(measure.single_s, measure.audio_s)
     texts = [sample["text"] for sample in samples]
     first, second = _recognised(measure.name, heard)
     if first is not None:
@@ -104,6 +113,45 @@ def ratios(
         recordings = _values("resemblyzer", RECORDING, heard)
         found |= _speaker_ratios(voices, recordings, [sample["speaker"] for sample in samples])
     return found
+
+
+def _spoken_ratios(measure: Measure, copy: Measure) -> dict[str, Ratio]:
+    """How long the clips are and how much their frames repeat themselves."""
+    spoken = measure.spoken
+    return {
+        "duration_s": ratio(measure.audio_s),
+        "duration_ratio": ratio(measure.audio_s, copy.audio_s),
+        "duration_ratio_mean": ratio(_duration_ratios(measure, copy)),
+        "silent": ratio([not clip.sounds for clip in spoken]),
+        "longest_run_frames": ratio([clip.longest_run for clip in spoken]),
+        "repeated_pairs": ratio([clip.repeated_pairs for clip in spoken]),
+        "repeated_fours": ratio([clip.repeated_fours for clip in spoken]),
+        "looped": ratio([clip.ends_in_loop for clip in spoken]),
+    }
+
+
+def _duration_ratios(measure: Measure, copy: Measure) -> Array:
+    """[U]: seconds of every clip per second of its recording."""
+    seconds, recorded = np.asarray(measure.audio_s), np.asarray(copy.audio_s)
+    quotients: Array = seconds / recorded
+    return quotients
+
+
+def _successes(measure: Measure, copy: Measure, plausible_duration: tuple[float, float]) -> Array:
+    """[U]: 1 where a rollout ended by itself, can be heard and is about as long as it should be."""
+    least, most = plausible_duration
+    seconds = _duration_ratios(measure, copy)
+    sounds = np.array([clip.sounds for clip in measure.spoken])
+    plausible = (least <= seconds) & (seconds <= most)
+    successes: Array = (np.array(measure.ended) & sounds & plausible).astype(np.float64)
+    return successes
+
+
+def _first(seconds: Sequence[float], audio_s: Sequence[float]) -> Ratio:
+    """Time per audio of the first samples, over all [U]: the others add nothing to either."""
+    timed = np.arange(len(audio_s)) < len(seconds)
+    padded = np.pad(np.asarray(seconds), (0, len(audio_s) - len(seconds)))
+    return ratio(padded, np.where(timed, audio_s, 0))
 
 
 def _values(name: JudgeName, system: str, heard: Mapping[JudgeName, Heard]) -> list[Any] | None:
@@ -136,15 +184,28 @@ def _speaker_ratios(
     }
 
 
-def system_numbers(measure: Measure, found: Mapping[str, Ratio], bootstrap: Bootstrap) -> System:
-    """Return a system's numbers with their intervals."""
+def system_numbers(
+    measure: Measure, copy: Measure, found: Mapping[str, Ratio], bootstrap: Bootstrap
+) -> System:
+    """Return a system's numbers, the means and ratios among them with their intervals."""
     values = {name: bootstrap.metric(value) for name, value in found.items()}
+    values |= _quantiles("duration_{}_s", np.asarray(measure.audio_s))
+    values |= _quantiles("duration_ratio_{}", _duration_ratios(measure, copy))
     if measure.passes:
-        values["rtf"] = Metric(value=measure.decode_s / sum(measure.audio_s))
         values["passes"] = Metric(value=measure.passes)
+        if sum(measure.audio_s) > 0:
+            values["rtf"] = Metric(value=measure.decode_s / sum(measure.audio_s))
     if measure.architecture is not None:
         values |= {name: Metric(value=getattr(measure.architecture, name)) for name in COSTS}
     return System(**values)
+
+
+def _quantiles(name: str, values: Array) -> dict[str, Metric]:
+    """Median and outer twentieths of values [U], interpolated; they describe just these samples."""
+    return {
+        name.format(quantile): Metric(value=float(np.quantile(values, share)))
+        for quantile, share in QUANTILES.items()
+    }
 
 
 def comparisons(

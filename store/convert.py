@@ -96,7 +96,9 @@ def convert(
     _refuse_overlap(Layout.at(source).root, Layout.at(destination).root)
     ours = PredictionStore.open(source, cached_shards=1)
     manifest = _manifest(ours, profile)
-    theirs = PredictionStore.create(destination, manifest, ours.plan, ours.samples, ours.heads)
+    theirs = PredictionStore.create(
+        destination, manifest, ours.plan, ours.samples, ours.heads, ours.rejected
+    )
     tally = _Tally(theirs.manifest, ours.heads)
     written = 0
     for number in progress(ours.committed):

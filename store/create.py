@@ -18,6 +18,7 @@ from store.heads import HEADS_FILE, Heads, check_heads, heads_bytes, read_heads
 from store.layout import Layout, refuse_nesting, refuse_strangers
 from store.plain_file import lies_at
 from store.plan import Plan
+from store.rejected import Rejected, rejected_table
 from store.samples import SampleRows, check_conditions
 from store.schema import Manifest
 from store.sealed import seal, unseal
@@ -28,7 +29,12 @@ MAX_SHOWN_LETTERS = 200
 
 
 def create_store(
-    layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Table, heads: Heads
+    layout: Layout,
+    manifest: Manifest,
+    plan: Plan,
+    samples: pa.Table,
+    heads: Heads,
+    rejected: Rejected = (),
 ) -> None:
     """Make the store unless an equal one exists.
 
@@ -47,6 +53,8 @@ def create_store(
             "plan.parquet": table_bytes(plan.to_table()),
             "samples.parquet": table_bytes(samples),
         }
+        if rejected:
+            contents[layout.rejected.name] = table_bytes(rejected_table(rejected))
         if heads:
             contents[HEADS_FILE] = heads_bytes(heads)
         sums = {name: file_sum(content) for name, content in contents.items()}
@@ -119,8 +127,9 @@ def _differences(stored: dict[str, Any], given: dict[str, Any], path: str = "") 
     for name in sorted(stored.keys() | given.keys()):
         here = f"{path}{name}"
         one, two = stored.get(name), given.get(name)
-        # The architecture follows from the teacher, whose fingerprint is compared.
-        if here in ("files", "architecture") or one == two:
+        # The architecture follows from the teacher, whose fingerprint is compared, and so does what
+        # an audit measured, to the last digits, which depend on the machine.
+        if here in ("files", "architecture", "quantization.audit") or one == two:
             continue
         if isinstance(one, dict) and isinstance(two, dict):
             yield from _differences(one, two, f"{here}.")

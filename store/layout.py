@@ -8,7 +8,10 @@ from pathlib import Path
 
 from store.errors import StoreError, explain_os_errors
 
-ENTRIES = ("manifest.json", "plan.parquet", "samples.parquet", "heads", "shards", "tmp")
+ENTRIES = (
+    "manifest.json", "plan.parquet", "samples.parquet", "rejected.parquet", "heads", "shards",
+    "tmp",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Layout:
     def samples(self) -> Path:
         """The conditioning inputs."""
         return self.root / "samples.parquet"
+
+    @property
+    def rejected(self) -> Path:
+        """What the plan leaves out, where it leaves out anything."""
+        return self.root / "rejected.parquet"
 
     @property
     def heads(self) -> Path:

@@ -19,6 +19,7 @@ from store.layout import Layout, shard_name
 from store.plain_file import lies_at
 from store.plan import Key, Plan
 from store.recent import Recent
+from store.rejected import Rejected, read_rejected
 from store.samples import Samples
 from store.schema import Fast, Manifest
 from store.sealed import unseal
@@ -80,15 +81,16 @@ class PredictionStore:
         plan: Plan,
         samples: pa.Table,
         heads: Heads | None = None,
+        rejected: Rejected = (),
     ) -> PredictionStore:
         """Make a store, or open the equal one that is there.
 
         `samples` has the column sample_id and those of `manifest.conditions`; `heads` holds, for
-        every head of the manifest, `GROUP.weight` [C_g, V, D] and `GROUP.bias` [C_g, V] float32.
-        Raises StoreError when a store with another manifest, plan, samples or heads is there,
-        naming what differs.
+        every head of the manifest, `GROUP.weight` [C_g, V, D] and `GROUP.bias` [C_g, V] float32;
+        `rejected` names samples that the plan leaves out, and the reason of each. Raises StoreError
+        when a store with another manifest, plan, samples or heads is there, naming what differs.
         """
-        create_store(Layout.at(path), manifest, plan, samples, heads or {})
+        create_store(Layout.at(path), manifest, plan, samples, heads or {}, rejected)
         return cls.open(path)
 
     @classmethod
@@ -129,6 +131,11 @@ class PredictionStore:
         Raises StoreError when the file was altered. `samples_of` takes less.
         """
         return self._samples.table
+
+    @property
+    def rejected(self) -> Rejected:
+        """Samples that the plan leaves out, and the reason of each; raises StoreError."""
+        return read_rejected(self._layout.rejected, self.manifest)
 
     @property
     def planned_shards(self) -> int:

@@ -345,6 +345,53 @@ class Fingerprints(Record):
     """The store that the codes were taken from, where the source is `replay`."""
 
 
+QuantizationMethod = Literal["int8", "int4"]
+DTypeName = Literal["float32", "bfloat16"]
+
+
+class Audit(Record):
+    """How far a teacher is from itself in float32 and not quantized, on recordings' own codes.
+
+    Both were teacher-forced and guided at the store's scale.
+    """
+
+    samples: int = Field(ge=1)
+    """Recordings that were scored."""
+    predictions: int = Field(ge=1)
+    """Timesteps × streams of them."""
+    kl_mean: float | None = None
+    """Mean KL(float32 ‖ teacher) of a prediction, in nats; null where streams are continuous."""
+    kl_p99: float | None = None
+    """Its 99th percentile over the predictions."""
+    kl_largest: float | None = None
+    """Its mean over the recording where that is largest."""
+    agreement: float | None = Field(None, ge=0, le=1)
+    """Share of the predictions whose most probable id is the same."""
+    mse: float | None = Field(None, ge=0)
+    """Mean squared difference of continuous predictions; null where streams are categorical."""
+    mse_share: float | None = Field(None, ge=0)
+    """It as a share of the mean square of the float32 predictions."""
+
+
+class Quantization(Record):
+    """In which precision the teacher held its weights, and what that cost."""
+
+    method: Literal["none", "int8", "int4"]
+    """What the weights of `layers` were quantized to; `none` where only the type is not float32."""
+    dtype: DTypeName
+    """Type of all other weights, and of the arithmetic."""
+    backend: str = ""
+    """The package that quantized."""
+    backend_version: str = ""
+    """Its version."""
+    layers: tuple[str, ...] = ()
+    """Names of the linear layers that were quantized."""
+    kept: dict[str, str] = Field(default_factory=dict)
+    """Names of the linear layers that were not, and why."""
+    audit: Audit | None = None
+    """What it cost; null where nothing was measured."""
+
+
 class FileSum(Record):
     """Size and hash of a file that lies beside the manifest."""
 
@@ -394,8 +441,12 @@ class Manifest(Record):
     """Facts of the dataset needed to build a student: alphabet, speakers and the like."""
     architecture: dict[str, JsonValue] = Field(default_factory=dict)
     """Size of the teacher and what it computes per timestep; none in older stores."""
+    quantization: Quantization | None = None
+    """Precision of the teacher's weights, where they were quantized or what that cost was measured;
+    what a null would say, as in older stores, is not written."""
     files: dict[str, FileSum] = Field(default_factory=dict)
-    """plan.parquet, samples.parquet and heads; filled in when the store is created."""
+    """plan.parquet, samples.parquet, rejected.parquet and heads, where they are; filled in when the
+    store is created."""
 
     @classmethod
     def completed(cls, content: dict[str, Any]) -> dict[str, Any]:
@@ -409,6 +460,14 @@ class Manifest(Record):
         if isinstance(fingerprints, dict):
             content = content | {"fingerprints": {"codes": ""} | fingerprints}
         return {"architecture": {}} | content
+
+    @model_serializer(mode="wrap")
+    def _leave_out_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without quantization the record is spelled as before there was any."""
+        document: dict[str, Any] = write(self)
+        if self.quantization is None:
+            del document["quantization"]
+        return document
 
     @property
     def vocabularies(self) -> tuple[int, ...]:

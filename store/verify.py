@@ -55,7 +55,7 @@ def verify(
         store = PredictionStore.open(path, cached_shards=1)
     except StoreError as error:
         return _report(0, 0, 0, (), [_damage_of_store(Layout.at(path), error)])
-    bad = [*_head_damages(store, Layout.at(path)), *_strangers(Layout.at(path))]
+    bad = [*_damages_beside(store, Layout.at(path)), *_strangers(Layout.at(path))]
     shards = rollouts = timesteps = 0
     for shard in progress(store.committed):
         damages = list(_shard_damages(store, store.folder(shard)))
@@ -82,17 +82,21 @@ def _report(
 
 def _damage_of_store(layout: Layout, error: StoreError) -> Damage:
     """A fault of the store itself, ascribed to the file that its message names."""
-    paths = (layout.plan, layout.samples, layout.heads, layout.shards, layout.manifest)
+    paths = (
+        layout.plan, layout.samples, layout.rejected, layout.heads, layout.shards, layout.manifest,
+    )  # fmt: skip
     path = next((path for path in paths if str(path) in str(error)), layout.manifest)
     file = str(path.relative_to(layout.root))
     return Damage(shard=None, file=file, array=None, reason=str(error))
 
 
-def _head_damages(store: PredictionStore, layout: Layout) -> Iterator[Damage]:
-    try:
-        store.heads  # noqa: B018 (reading it verifies it)
-    except StoreError as error:
-        yield _damage_of_store(layout, error)
+def _damages_beside(store: PredictionStore, layout: Layout) -> Iterator[Damage]:
+    """Faults of the files that opening a store does not read."""
+    for read in (lambda: store.heads, lambda: store.rejected):
+        try:
+            read()
+        except StoreError as error:
+            yield _damage_of_store(layout, error)
 
 
 def _strangers(layout: Layout) -> Iterator[Damage]:

@@ -4,11 +4,12 @@ Imports the worker once, then reads JSON requests, one a line: `{"arguments", "e
 "stderr"}` forks a process that is `python -m pipeline.worker ARGUMENTS` and answers its pid;
 `{"wait": pid}` answers its exit code, negative for a signal. This process runs no stage itself, so
 no thread exists when it forks. With `"observe": PATH` a process notes there which networks it
-built and what it read of which weight files.
+built and what it read of which weight files. `"imports": [MODULE]` are imported once, before.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -35,6 +36,8 @@ def wait(pid: int) -> int:
 
 
 def start(request: dict[str, Any]) -> int:
+    for module in request.get("imports", ()):
+        importlib.import_module(module)
     pid = os.fork()
     if pid == 0:
         os._exit(work(request))

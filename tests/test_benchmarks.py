@@ -11,12 +11,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"measure", "peers", "magpie_shapes"}
+SHARED = {"measure", "peers", "magpie_shapes", "lm_shapes", "lm_rivals"}
 """Modules of benchmarks/ that the scripts import; they are no benchmarks themselves."""
 SMALL = {
     "bytes_per_position": ["--timesteps", "8", "--repeats", "1"],
     "capture_overhead": ["--timesteps", "3", "--shards", "1", "--repeats", "1"],
     "guided_decoding": ["--batch-size", "2", "--timesteps", "3", "--repeats", "1"],
+    "lm_guidance": [
+        "--rollouts",
+        "2",
+        "--frames",
+        "3",
+        "--tiny-frames",
+        "1",
+        "--batch-size",
+        "2",
+        "--train-frames",
+        "4",
+        "--bytes-frames",
+        "5",
+        "--repeats",
+        "1",
+        "--students",
+        "lora",
+    ],
     "loss_overhead": ["--ways", "top_k", "--batches", "1", "--timesteps", "6", "--repeats", "1"],
     "magpie_bytes": ["--shape", "tiny", "--frames", "6"],
     "magpie_online": [
@@ -28,11 +46,17 @@ SMALL = {
         "6",
         "--skip-memory",
     ],
+    "quantized_linear": ["--inputs", "256", "--outputs", "128", "--repeats", "1"],
     "read_rate": ["--gib", "0.002", "--repeats", "1", "--lookups", "20", "--peers", "none"],
     "write_rate": ["--mib", "0.5", "--repeats", "1"],
 }
 """Arguments that make each benchmark short; a new one must be named here."""
-NEEDS = dict.fromkeys(("magpie_bytes", "magpie_online"), ("nemo", "pip install 'foretell[magpie]'"))
+NEEDS = dict.fromkeys(
+    ("magpie_bytes", "magpie_online"), ("nemo", "pip install 'foretell[magpie]'")
+) | {
+    "lm_guidance": ("peft", "pip install 'foretell[orpheus]'"),
+    "quantized_linear": ("torchao", "pip install 'foretell[orpheus]'"),
+}
 """What a benchmark compares with, and how to install it."""
 REQUIRED = {
     "guided_decoding": {
@@ -53,6 +77,12 @@ REQUIRED = {
         for group in ("backbone", "local")
     },
     "magpie_online": {"train_step_speedup_6_tiny", "rollout_speedup_6_tiny"},
+    "quantized_linear": {
+        f"{way}_{dtype}_{measured}"
+        for way in ("torchao_int8", "bitsandbytes_int4")
+        for dtype in ("float32", "bfloat16")
+        for measured in ("bytes", "error", "gradient_error", "1_rows", "512_rows_gradient")
+    },
     "write_rate": {"fast_over_plain", "compact_over_plain", "compact_disk_over_plain"},
     "bytes_per_position": {
         "compact_k50_v2048_bytes",
@@ -62,6 +92,14 @@ REQUIRED = {
         "compact_k128_v152k_bytes",
         "sampled_n50_v152k_bytes",
         "hidden_d768_bytes",
+    },
+    "lm_guidance": {
+        "rollout_vs_transformers",
+        "step_over_ce",
+        "memory_over_ce",
+        "step_vs_two_models",
+        "memory_vs_two_models",
+        "slot_bytes_over_full_bytes",
     },
     "loss_overhead": {"step_over_ce", "memory_over_ce"},
     "capture_overhead": {"rollout_over_generation"},

@@ -169,7 +169,10 @@ def test_a_system_is_measured_within_the_vocabulary_of_every_stream(padding):
     target = restore({"logits": arrays["full.logits"][None]}, manifest, None, "cpu")
     lengths = torch.tensor([len(arrays["codes"])])
     codes = torch.zeros(1, len(arrays["codes"]), 2, dtype=torch.int64)
-    batch = SimpleNamespace(samples=[], codes=codes, lengths=lengths, target=target)
+    predicted = torch.ones_like(codes, dtype=torch.bool)
+    batch = SimpleNamespace(
+        samples=[], codes=codes, lengths=lengths, target=target, predicted=predicted
+    )
     logits = torch.from_numpy(arrays["full.logits"][None].copy())
     logits[..., manifest.forbidden] = logits[:, :, 1, 12:] = padding
     family = SimpleNamespace(

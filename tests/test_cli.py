@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stages.audio import encode_wav
 from stages.family import load_family
 from store import PredictionStore
 from store.schema import Compact, Hidden, Target, TopK
@@ -261,12 +263,15 @@ def prepare_run(run_of, tiny_run, source: Path):
     )  # fmt: skip
 
 
-def test_unreadable_audio_and_duplicate_ids_are_rejected_by_name_and_stop_nothing(
+def test_bad_recordings_are_rejected_by_name_and_counted_and_stop_nothing(
     run_of, tiny_run, tmp_path, start_worker
 ):
     rows = [f"clip-{i}|text {letter}|text {letter}|low" for i, letter in enumerate("abcdef")]
     rows += ["clip-1|again|again|low", "broken|text g|text g|low"]
-    source = corpus_of(tmp_path / "corpus", rows, {"broken.wav": b"RIFF nothing"})
+    rows += ["wordless|  ||low", "silent|text h|text h|low"]
+    silence = encode_wav(np.zeros(8000, np.float32), 8000)
+    wavs = {"broken.wav": b"RIFF nothing", "silent.wav": silence}
+    source = corpus_of(tmp_path / "corpus", rows, wavs)
     (source / "wavs" / "clip-2.wav").unlink()
     run = prepare_run(run_of, tiny_run, source)
     worker = start_worker("prepare", run)
@@ -277,7 +282,18 @@ def test_unreadable_audio_and_duplicate_ids_are_rejected_by_name_and_stop_nothin
         ("clip-1", "duplicate sample_id"),
         ("clip-2", "missing audio"),
         ("broken", "unreadable audio"),
+        ("wordless", "empty text"),
+        ("silent", "silent audio"),
     }
+    told = worker.stderr.read_text()
+    assert "4 of 10 recordings accepted" in told
+    assert "6 rejected, each with its reason in rejected.parquet" in told
+    for kind, count, name in (
+        ("duplicate sample_id", 2, "clip-1"), ("missing audio", 1, "clip-2"),
+        ("unreadable audio", 1, "broken"), ("empty text", 1, "wordless"),
+        ("silent audio", 1, "silent"),
+    ):  # fmt: skip
+        assert re.search(rf"^{kind} +{count}  '{name}'", told, re.MULTILINE), kind
 
 
 def test_a_dataset_without_one_good_clip_is_refused(run_of, tiny_run, tmp_path, refused):

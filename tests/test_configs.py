@@ -267,6 +267,14 @@ def test_overrides_replace_and_add_keys_at_any_depth_with_yaml_values(load):
     assert config.evaluate.judges == ("whisper",)
 
 
+def test_an_override_changes_one_place_of_a_section_that_stands_in_several(tmp_path):
+    path = tmp_path / "shared.yaml"
+    path.write_text(yaml.safe_dump(DOCUMENT | {"students": {"student": STUDENT, "half": STUDENT}}))
+    assert "&id" in path.read_text(), "the test needs a section that is shared"
+    students = load_config(path, ["students.half.optimizer.steps=9"]).students
+    assert {name: s.optimizer.steps for name, s in students.items()} == {"student": 5, "half": 9}
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

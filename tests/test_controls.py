@@ -10,6 +10,7 @@ import torch
 
 from stages.config import DatasetFacts, RolloutConfig, TrainConfig
 from stages.distributed import Place
+from stages.errors import UserError
 from stages.families.codec_lm import CodecLM
 from stages.interruption import StopRequest
 from stages.losses import kl_divergence
@@ -167,7 +168,7 @@ def test_full_and_top_k_stores_of_every_allowed_id_teach_the_same_step(tmp_path)
     assert one == pytest.approx(other, rel=1e-3)
 
 
-def test_rollouts_of_weight_zero_teach_nothing(tmp_path):
+def test_a_store_whose_rollouts_all_weigh_nothing_is_refused_before_a_step(tmp_path):
     teacher, samples = teacher_of(), samples_of(8)
     rejected = {
         "max_timesteps": 5,
@@ -180,6 +181,5 @@ def test_rollouts_of_weight_zero_teach_nothing(tmp_path):
         tmp_path / "store", teacher, samples, SCALE, source="teacher", sampler=rejected
     )
     assert {store[key].weight for key in store} == {0.0}
-    student = distilled(store, teacher, tmp_path, steps=3)
-    theirs = teacher.module.state_dict()
-    assert all(torch.equal(x, theirs[name]) for name, x in student.module.state_dict().items())
+    with pytest.raises(UserError, match="has nothing to learn from, for all of its rollouts"):
+        distilled(store, teacher, tmp_path, steps=3)

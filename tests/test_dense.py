@@ -37,7 +37,7 @@ class Field:
     What it predicts is a function of the sample, the level and whether the condition is given.
     """
 
-    name, heads, forbidden, end_id = "codec_lm", (), (), None
+    name, heads, forbidden, end_id, predicted = "codec_lm", (), (), None, None
     timestep_s, conditions, condition_dropout = 0.1, ("text", "timesteps"), 0.1
     facts: DatasetFacts = FACTS
     config = SimpleNamespace()

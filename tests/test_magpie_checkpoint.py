@@ -1126,6 +1126,8 @@ def test_a_student_of_the_same_shape_inherits_everything(models, tmp_path):
     other = models.student(path, seed=6)
     other.inherit(tmp_path, None)
     assert torch.equal(predicted(other), predicted(student))
+    with pytest.raises(UserError, match="family 'magpie' have no adapters to merge"):
+        other.inherit(tmp_path, None, merged=True)
 
 
 @pytest.mark.parametrize(("layers", "sources"), [(None, [0, 3]), ([2, 1], [2, 1])])

@@ -66,6 +66,12 @@ def test_the_report_has_every_system_with_its_metrics_and_intervals(report):
             assert system["parameters"]["value"] > 0
             assert system["rtf"]["value"] > 0
             kl, agreement = system["paired_kl"], system["agreement"]
+            success, single = system["success"], system["rtf_single"]
+            assert 0 <= success["low"] <= success["value"] <= success["high"] <= 1
+            assert success["value"] <= system["ended"]["value"]
+            assert 0 < single["low"] <= single["value"] <= single["high"]
+            quantiles = [system[f"duration_{q}_s"]["value"] for q in ("p5", "median", "p95")]
+            assert quantiles == sorted(quantiles)
             assert -1e-6 < kl["low"] <= kl["value"] <= kl["high"]
             assert 0 <= agreement["low"] <= agreement["value"] <= agreement["high"] <= 1
     passes = [report[name]["passes"]["value"] for name in SYSTEMS[1:]]

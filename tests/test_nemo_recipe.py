@@ -121,7 +121,9 @@ REFUSED = {
     ),
     "mistyped": ({"revers_kl": 0.1}, r"loss\.revers_kl: unknown key; did you mean 'reverse_kl'\?"),
     "value": ({"recipe": "nemo", "alpha": 3}, r"loss\.alpha: .*equal to 1 \(given: 3\)"),
-    "other recipe": ({"recipe": "megatron"}, r"loss\.recipe: .*'nemo' \(given: 'megatron'\)"),
+    "other recipe": (
+        {"recipe": "megatron"}, r"small\.loss: recipe='megatron' is none of 'nemo' and 'guide'",
+    ),
     "value of terms": ({"kl": -1}, r"loss\.kl: .*equal to 0 \(given: -1\)"),
     "nothing to learn": ({"kl": 0}, r"students\.small\.loss: all terms of the loss weigh 0"),
     "no mapping": ("nemo", r"students\.small\.loss: Input should be a valid dictionary"),
@@ -135,6 +137,7 @@ def test_mistakes_are_told_where_they_stand_and_by_the_keys_of_their_form(tmp_pa
         loaded(tmp_path, loss)
     assert "plain loss" not in str(error.value)
     assert "nemo loss" not in str(error.value)
+    assert "guide loss" not in str(error.value)
 
 
 def test_training_by_the_recipe_is_training_by_its_terms(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 
 from stages.audio import level_dbfs
+from stages.config import DatasetFacts
 from stages.dataset import Dataset
 from stages.errors import UserError
 from stages.prepare import prepare
@@ -308,6 +309,50 @@ def test_a_table_that_is_none_is_an_error_with_its_line(config, source, tmp_path
     (source / "metadata.csv").write_text(content)
     with pytest.raises(UserError, match=message):
         prepare(config(), tmp_path / "dataset")
+
+
+@pytest.mark.parametrize(
+    ("header", "order"),
+    [
+        ("id|text|normalised text|speaker", (0, 1, 2, 3)),
+        ("Speaker|file_name|normalized_transcription|transcription", (3, 0, 2, 1)),
+        ("clip_id|text|speaker_id", (0, 2, 3)),
+    ],
+)
+def test_a_header_says_in_which_order_the_cells_stand(config, source, tmp_path, header, order):
+    plain = prepare(config(), tmp_path / "plain")
+    rows = [row.split("|") for row in (source / "metadata.csv").read_text().splitlines()]
+    lines = [header, *("|".join(row[place] for place in order) for row in rows)]
+    (source / "metadata.csv").write_text("".join(f"{line}\n" for line in lines))
+    named = prepare(config(), tmp_path / "named")
+    assert named.table.equals(plain.table)
+    assert named.rejected() == []
+
+
+def test_words_that_could_be_a_header_are_a_row_unless_all_of_them_are(config, source, tmp_path):
+    soundfile.write(source / "wavs" / "id.wav", tone(), RATE_HZ)
+    table = source / "metadata.csv"
+    table.write_text(f"id|text a|text a|x\n{table.read_text()}")
+    assert "id" in prepare(config(), tmp_path / "dataset").table.column("sample_id").to_pylist()
+
+
+def test_a_row_with_other_cells_than_its_header_is_an_error_with_its_line(config, source, tmp_path):
+    (source / "metadata.csv").write_text("id|text|speaker\na0|text a|x\nb0|text b\n")
+    with pytest.raises(UserError, match=r"line 3 has 2 columns, but 3 are known: id\|text\|speak"):
+        prepare(config(), tmp_path / "dataset")
+
+
+def test_facts_of_one_rate_are_written_as_before_there_were_slots(config, tmp_path):
+    dataset = prepare(config(), tmp_path / "dataset")
+    facts = json.loads((dataset.path / "dataset.json").read_text())["facts"]
+    assert sorted(facts) == [
+        "alphabet", "audio_codec", "codebooks", "codes_per_codebook", "context_frames",
+        "frame_rate_hz", "speakers",
+    ]  # fmt: skip
+    assert dataset.facts.slots == ()
+    assert DatasetFacts.model_validate(dataset.facts.model_dump(mode="json")) == dataset.facts
+    slotted = dataset.facts.model_copy(update={"slots": ((0, 0), (1, 0), (1, 1))})
+    assert DatasetFacts.model_validate_json(slotted.model_dump_json()) == slotted != dataset.facts
 
 
 def test_a_parquet_file_without_the_columns_names_those_it_has(config, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any, Self
 import pytest
 import torch
 
-from pipeline import assembly
+from pipeline import assembly, teachers
 from stages.config import DatasetFacts
 from stages.dataset import Dataset
 from stages.families.codec_lm import CodecLM
@@ -34,9 +34,10 @@ def pretrained_run(tiny_run, run_of, tmp_path, monkeypatch):
     """A run whose teacher is the one of `tiny_run`, as if another program had trained it."""
     path = tmp_path / "teacher.nemo"
     path.symlink_to(tiny_run.root / "teacher", target_is_directory=True)
-    monkeypatch.setattr(
-        assembly, "load_family", lambda n: Elsewhere if n == "magpie" else load_family(n)
-    )
+    for module in (assembly, teachers):
+        monkeypatch.setattr(
+            module, "load_family", lambda n: Elsewhere if n == "magpie" else load_family(n)
+        )
     ASKED.clear()
     teacher = {"pretrained": {"family": "magpie", "path": str(path)}}
     return lambda **sections: run_of("own", teacher=teacher, fit=None, **sections)

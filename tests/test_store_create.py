@@ -22,6 +22,7 @@ from store.synthetic import (
     write_synthetic_shard,
 )
 from store.tables import table_bytes
+from store.verify import verify
 
 MANIFEST = synthetic_manifest(TopK(k=4))
 PLAN = Plan.lay_out(["a", "b", "c"], variations=2, rollouts_per_shard=4)
@@ -298,3 +299,20 @@ def test_a_shard_that_is_not_planned_is_refused(tmp_path: Path) -> None:
     (tmp_path / "shards/00000").rename(tmp_path / "shards/00007")
     with pytest.raises(StoreError, match="00007 is not planned, the plan has 2 shards"):
         PredictionStore.open(tmp_path)
+
+
+def test_what_the_plan_leaves_out_is_kept_and_verified(tmp_path: Path) -> None:
+    rejected = (("d", "sample 'd': its text is too long"), ("e", "sample 'e': no text: 'ü'"))
+    store = PredictionStore.create(tmp_path / "store", MANIFEST, PLAN, SAMPLES, rejected=rejected)
+    assert PredictionStore.open(store.path).rejected == rejected
+    assert verify(store.path).ok
+    file = store.path / "rejected.parquet"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    found = verify(store.path)
+    assert [damage.file for damage in found.bad] == ["rejected.parquet"]
+
+
+def test_a_store_that_leaves_out_nothing_has_no_such_file(tmp_path: Path) -> None:
+    store = PredictionStore.create(tmp_path / "store", MANIFEST, PLAN, SAMPLES)
+    assert store.rejected == ()
+    assert not (store.path / "rejected.parquet").exists()

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from store import PredictionStore, StoreError
 from store.schema import (
+    Audit,
     Compact,
     Dense,
     FileSum,
@@ -25,6 +26,7 @@ from store.schema import (
     Hidden,
     Latent,
     Manifest,
+    Quantization,
     Record,
     Sampler,
     Stream,
@@ -245,6 +247,33 @@ def test_a_manifest_of_before_architectures_and_replays_has_none(tmp_path: Path)
     write_sealed(path, content)
     manifest, _ = unseal(path, Manifest)
     assert (manifest.architecture, manifest.fingerprints.codes) == ({}, "")
+
+
+QUANTIZATION = Quantization(
+    method="int4", dtype="bfloat16", backend="package", backend_version="1.2", layers=("up",),
+    kept={"head": "named by 'head'"},
+    audit=Audit(samples=2, predictions=9, kl_mean=0.1, kl_p99=0.4, kl_largest=0.2, agreement=0.9),
+)  # fmt: skip
+
+
+def test_a_manifest_says_how_the_teacher_was_quantized_or_nothing_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    quantized = MANIFEST.model_copy(update={"quantization": QUANTIZATION})
+    path.write_bytes(seal(quantized))
+    assert unseal(path, Manifest)[0] == quantized
+    assert "quantization" not in MANIFEST.model_dump(mode="json")
+    path.write_bytes(seal(MANIFEST))
+    assert unseal(path, Manifest)[0].quantization is None
+
+
+@pytest.mark.parametrize("field", ["method", "dtype", "backend", "layers", "kept", "audit"])
+def test_what_a_manifest_says_of_quantization_is_whole(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "manifest.json"
+    content = MANIFEST.model_copy(update={"quantization": QUANTIZATION}).model_dump(mode="json")
+    del content["quantization"][field]
+    write_sealed(path, content)
+    with pytest.raises(StoreError, match=rf"quantization\.{field}"):
+        unseal(path, Manifest)
 
 
 def test_a_manifest_that_gives_one_weight_and_weights_apart_is_refused(tmp_path: Path) -> None:

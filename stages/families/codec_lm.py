@@ -31,8 +31,8 @@ from stages.families.codec_lm_network import (
     Prediction,
     architecture_of,
 )
-from stages.families.weights import digest_tensors
-from stages.family import LinearOutput, Sample, Scores, Step
+from stages.families.weights import digest_tensors, no_adapters
+from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.layout import FrameStacking
 from stages.model_config import CodecLMConfig, FamilyName
 from stages.modules.feed_forward import Routing
@@ -49,6 +49,8 @@ class CodecLM:
     """
 
     name: FamilyName = "codec_lm"
+    predicted: Predicted | None = None
+    full_precision = ("head", "*.router")
 
     def __init__(
         self,
@@ -92,7 +94,9 @@ class CodecLM:
         return self.module.null_text.device
 
     @classmethod
-    def build(cls, config: CodecLMConfig, facts: Mapping[str, Any], *, seed: int) -> Self:
+    def build(
+        cls, config: CodecLMConfig, facts: Mapping[str, Any], *, seed: int, device: str = "cpu"
+    ) -> Self:
         """Build a model on the CPU with fresh fp32 weights that belong to `seed`."""
         known = DatasetFacts.model_validate(facts)
         with torch.random.fork_rng(devices=[]):
@@ -136,12 +140,14 @@ class CodecLM:
             "condition_dropout": self.condition_dropout,
         }
 
-    def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
+    def inherit(self, path: Path, layers: Sequence[int] | None, *, merged: bool = False) -> None:
         """Copy the weights of the checkpoint folder `path`, whose decoder may be deeper.
 
         `layers` names the decoder layers to keep, in order; None spreads them evenly, the first and
-        the last among them. Raises UserError if any tensor or fact does not fit.
+        the last among them. Raises UserError if any tensor or fact does not fit, and for `merged`.
         """
+        if merged:
+            raise no_adapters(self.name)
         tensors = inherited_tensors(path, layers, self.module, self.facts)
         self.module.load_state_dict(tensors, strict=True)
 

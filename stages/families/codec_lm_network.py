@@ -18,6 +18,7 @@ from stages.architecture import (
 )
 from stages.config import DatasetFacts
 from stages.errors import UserError
+from stages.families.weights import project
 from stages.model_config import CodecLMConfig
 from stages.modules.alignment import diagonal_loss
 from stages.modules.attention import additive, causal_mask
@@ -411,8 +412,3 @@ def sinusoids(length: int, width: int) -> Tensor:
     angles = torch.arange(length).unsqueeze(-1) * rates
     table = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
     return math.sqrt(2.0) * table
-
-
-def project(vectors: Tensor, width: int) -> Tensor:
-    """Project vectors [..., D] to [..., width] at random, keeping their size on average."""
-    return vectors @ torch.randn(vectors.shape[-1], width) / math.sqrt(vectors.shape[-1])

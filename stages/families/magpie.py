@@ -26,8 +26,8 @@ from stages.families.magpie_conditions import ConditionReader
 from stages.families.magpie_network import MagpieNetwork, Prediction
 from stages.families.magpie_settings import overridden, read_model_config
 from stages.families.nemo_archive import archive_fingerprint, quiet
-from stages.families.weights import digest_tensors
-from stages.family import LinearOutput, Sample, Scores, Step
+from stages.families.weights import digest_tensors, no_adapters
+from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.layout import FrameStacking
 from stages.model_config import FamilyName, MagpieConfig, MagpieSettings, MagpieTeacher
 from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
@@ -69,6 +69,8 @@ class Magpie:
     """
 
     name: FamilyName = "magpie"
+    predicted: Predicted | None = None
+    full_precision = ("model.final_proj", "model.local_transformer_out_projections.*", "*.router")
 
     def __init__(
         self, network: MagpieNetwork, settings: MagpieSettings, facts: DatasetFacts
@@ -113,7 +115,9 @@ class Magpie:
         return device
 
     @classmethod
-    def build(cls, config: MagpieConfig, facts: Mapping[str, Any], *, seed: int) -> Self:
+    def build(
+        cls, config: MagpieConfig, facts: Mapping[str, Any], *, seed: int, device: str = "cpu"
+    ) -> Self:
         """Build a model on the CPU with fresh fp32 weights that belong to `seed`.
 
         Raises UserError when NeMo's configuration cannot be read or is not supported.
@@ -177,12 +181,14 @@ class Magpie:
             "architecture": self.architecture().model_dump(mode="json"),
         }
 
-    def inherit(self, path: Path, layers: Sequence[int] | None) -> None:
+    def inherit(self, path: Path, layers: Sequence[int] | None, *, merged: bool = False) -> None:
         """Copy the weights of a .nemo, a .ckpt or a student's folder, without building its model.
 
         `layers` names the decoder layers to keep, in order; None spreads them evenly. Raises
-        UserError if any tensor does not fit.
+        UserError if any tensor does not fit, and for `merged`.
         """
+        if merged:
+            raise no_adapters(self.name)
         checkpoint.inherit(self.module.model, path, layers)
 
     def architecture(self) -> Architecture:

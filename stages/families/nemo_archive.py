@@ -13,11 +13,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path, PurePosixPath
-from pickle import UnpicklingError
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
@@ -26,6 +24,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from stages.errors import UserError
+from stages.families.weights import load_tensors
 
 CONFIGURATION, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 
@@ -47,10 +46,6 @@ REFUSALS = (
     InstantiationException,
 )  # fmt: skip
 """What NeMo raises for a configuration that is not as it should be."""
-
-NOT_TENSORS = (
-    "the weights hold more than tensors, and reading them would run code of whoever made the file"
-)
 
 
 class NemoPrints(io.TextIOBase):
@@ -162,7 +157,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     with _open(path) as archive:
         file, _ = _file(archive, path, WEIGHTS)
-        return _load_tensors(file, str(path), "cpu")
+        return load_tensors(file, str(path), "cpu")
 
 
 def archive_fingerprint(path: Path) -> str:
@@ -204,7 +199,7 @@ class SafeConnector(SaveRestoreConnector):  # type: ignore[misc]
     @staticmethod
     def _load_state_dict_from_disk(model_weights: str, map_location: Any = "cpu") -> Any:
         with Path(model_weights).open("rb") as file:
-            return _load_tensors(file, model_weights, map_location)
+            return load_tensors(file, model_weights, map_location)
 
 
 @contextmanager
@@ -217,21 +212,6 @@ def tensors_only() -> Iterator[None]:
     finally:
         del os.environ[FORCE_TENSORS]
         os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def _load_tensors(file: Any, name: str, map_location: Any) -> dict[str, Tensor]:
-    try:
-        weights = torch.load(file, map_location=map_location, weights_only=True)
-    except UnpicklingError as error:
-        raise UserError(f"{name} is refused: {NOT_TENSORS} ({error})") from error
-    except (RuntimeError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"the weights in {name} are damaged ({error}); get it again") from error
-    named = isinstance(weights, dict) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
-    )
-    if not named:
-        raise UserError(f"{name} is refused: its weights are no dictionary of tensors by name")
-    return dict(weights)
 
 
 class _Unzipped(gzip.GzipFile):

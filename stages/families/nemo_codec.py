@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stages.audio_codec import HEADER, check_codes
 from stages.errors import UserError
+from stages.families.exact_convolutions import exact_convolutions
 from stages.families.nemo_archive import (
     REFUSALS,
     archive_fingerprint,
@@ -107,6 +108,8 @@ class NemoCodec:
     the same last bit for another batch size, where one bit can turn a code.
     """
 
+    slots: tuple[tuple[int, int], ...] = ()
+
     def __init__(self, path: Path, facts: NemoCodecFacts, model: Any, device: torch.device):
         """Use `open`, which checks what it reads."""
         self.path, self.facts, self.model, self.device = path, facts, model, device
@@ -139,7 +142,7 @@ class NemoCodec:
     @torch.inference_mode()
     def encode(self, waveforms: Sequence[Tensor]) -> list[np.ndarray]:
         """Waveforms [samples] float32 → codes [F, C] uint16, F = samples / frame, rounded up."""
-        with quiet(), _exact():
+        with quiet(), exact_convolutions():
             return [self._encode(waveform) for waveform in waveforms]
 
     def _encode(self, waveform: Tensor) -> np.ndarray:
@@ -165,7 +168,7 @@ class NemoCodec:
         padding = np.repeat(codes[-1:], max(0, LEAST_FRAMES - frames), axis=0)
         tokens = torch.from_numpy(np.concatenate([codes, padding]).astype(np.int64).T)[None]
         length = torch.tensor([tokens.shape[2]], device=self.device)
-        with quiet(), _exact():
+        with quiet(), exact_convolutions():
             audio, _ = self.model.decode(tokens=tokens.to(self.device), tokens_len=length)
         samples = audio.shape[1] * frames // tokens.shape[2]
         waveform: Tensor = audio[0, :samples].float().cpu()
@@ -201,15 +204,6 @@ class NemoCodec:
             "facts": self.facts.model_dump(),
         }
         (path / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _exact() -> Iterator[None]:
-    """Let convolutions on CUDA keep the bits of float32, and give the same ones every time."""
-    with torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    ):
-        yield
 
 
 def _audio_codec_config(path: Path) -> DictConfig:

@@ -1,10 +1,14 @@
-"""Weights of checkpoints by their names: whether they fit a model, and which layers are kept."""
+"""Weights of checkpoints by their names: read, whether they fit a model, which layers are kept."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +17,30 @@ from torch import Tensor
 from stages.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+NOT_TENSORS = (
+    "the weights hold more than tensors, and reading them would run code of whoever made the file"
+)
+
+
+def load_tensors(file: Any, name: str, map_location: Any = "cpu") -> dict[str, Tensor]:
+    """Read the tensors of a file that torch.save wrote, by their names, without unpickling.
+
+    `file` is a path or open for reading; `name` is what errors call it. Raises UserError when it is
+    damaged, or holds more than tensors.
+    """
+    try:
+        weights = torch.load(file, map_location=map_location, weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(f"{name} is refused: {NOT_TENSORS} ({error})") from error
+    except (RuntimeError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"the weights in {name} are damaged ({error}); get it again") from error
+    named = isinstance(weights, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
+    )
+    if not named:
+        raise UserError(f"{name} is refused: its weights are no dictionary of tensors by name")
+    return dict(weights)
 
 
 def check_tensors(file: Path, expected: Shapes, found: Shapes) -> None:
@@ -53,6 +81,14 @@ def digest_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None
         digest.update(flat.view(torch.uint8).numpy().data)
 
 
+def no_adapters(family: str) -> UserError:
+    """Return the error of a family that is asked to merge a teacher's adapters."""
+    return UserError(
+        f"init.kind is 'merged', but models of the family {family!r} have no adapters to merge: "
+        "use 'teacher', which copies the teacher's weights"
+    )
+
+
 def kept_layers(
     weights: Path, layers: Sequence[int] | None, available: int, wanted: int
 ) -> list[int]:
@@ -71,3 +107,8 @@ def kept_layers(
             f"but the layers to keep are {list(layers)}: name {wanted} of them, or null"
         )
     return list(layers)
+
+
+def project(vectors: Tensor, width: int) -> Tensor:
+    """Project vectors [..., D] to [..., width] at random, keeping their size on average."""
+    return vectors @ torch.randn(vectors.shape[-1], width) / math.sqrt(vectors.shape[-1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,17 @@ from torch import Tensor
 from stages.family import Branch, Branches, LinearOutput, Scores, Step
 from stages.guidance import guide
 from stages.modules.attention import Departure
-from stages.modules.transformer import DecoderState
 from stages.sampling import RolloutPolicy
+
+
+class DecodingState(Protocol):
+    """What decoding remembers of every row."""
+
+    def drop(self, departure: Departure) -> None:
+        """Keep the rows that still run."""
+
+
+State = TypeVar("State", bound=DecodingState)
 
 
 class Drawn(NamedTuple):
@@ -58,13 +67,13 @@ class Draw:
 
 def decode(
     begin: Tensor,
-    state: DecoderState,
+    state: State,
     policy: RolloutPolicy,
     cfg_scale: float,
     branches: int,
     *,
     timesteps: int,
-    step: Callable[[Tensor, DecoderState], Tensor],
+    step: Callable[[Tensor, State], Tensor],
     draw: Callable[[Tensor, Draw], Drawn],
     end: Callable[[Tensor, int, Tensor, Tensor], Tensor],
 ) -> Iterator[Step]:
