@@ -699,3 +699,20 @@ def test_gradients_are_those_of_a_model_whose_logits_were_all_computed(tiny, tmp
     expected = dict(stock.named_parameters())
     for name, parameter in family.module.model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-4, rtol=1e-4)
+
+
+def test_a_teacher_in_bf16_gives_logits_that_are_not_rounded_to_it(folder):
+    family, samples = family_of(folder), samples_of(3)
+    family.module.to(torch.bfloat16)
+    weight = family.module.head_weights()[0].double()
+    for step in family.rollout(samples, policy_of(family, samples), 1.0):
+        states = torch.cat(step.branches.cond.hidden["backbone"], 1).double()
+        exact = torch.einsum("bsd,svd->bsv", states, weight)
+        torch.testing.assert_close(step.logits.double(), exact, atol=1e-5, rtol=1e-5)
+    codes = family.reference_codes(samples[0]).unsqueeze(0)
+    with torch.no_grad():
+        scores = family.score(samples[:1], codes, torch.tensor([codes.shape[1]]), cfg_scale=1.0)
+    exact = torch.einsum(
+        "btsd,svd->btsv", scores.branches.cond.hidden["backbone"][0].double(), weight
+    )
+    torch.testing.assert_close(scores.logits.double(), exact, atol=1e-5, rtol=1e-5)
