@@ -249,8 +249,9 @@ class Family(Protocol):
     def check(self, samples: Sequence[Sample], sampler: Sampler) -> None:
         """Refuse samples that a rollout of theirs would fail on; raises `UserError`.
 
-        It is asked once, before the first shard, so that nothing fails hours into a run; what takes
-        long to find out is left to the rollout.
+        It is asked for every sample alone, before the first shard, so that nothing fails hours into
+        a run: those that are refused leave the plan by name. What takes long to find out is left to
+        the rollout.
         """
         ...
 
