@@ -27,7 +27,14 @@ from stages.architecture import Architecture
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
 from stages.dataset import Dataset, read_header
 from stages.distributed import Place, choose_device, peak_device_bytes, place
-from stages.draw import draw_codes, draw_origin, draw_settings, read_draws
+from stages.draw import (
+    draw_codes,
+    draw_origin,
+    draw_plan,
+    draw_settings,
+    read_draws,
+    read_refused,
+)
 from stages.errors import UserError
 from stages.evaluate import evaluate
 from stages.family import Family, Sample, load_family
@@ -40,6 +47,8 @@ from stages.rollout import rollout
 from stages.rollout_plan import create_store
 from stages.train import train
 from store import PredictionStore
+from store.plan import Key
+from store.rejected import Rejected
 from store.schema import Fast, Manifest, changed_fields
 
 Section = TypeVar("Section")
@@ -132,9 +141,12 @@ class Assembly:
             replay = self._replay(config, teacher, dataset, path)
             samples = dataset.samples(config.split if replay is None else replay.manifest.split)
             origin: dict[str, str] = {}
+            refused: Rejected = ()
+            drawn: list[list[Key]] = []
             if config.source == "student":
-                settings = draw_settings(config, teacher, samples, self._config.seed)
-                origin = draw_origin(draws, settings)
+                refused = read_refused(draws)
+                drawn = draw_plan(config, teacher, samples, self._config.seed, refused)
+                origin = draw_origin(draws, draw_settings(config, drawn, self._config.seed))
             store = create_store(
                 path,
                 config,
@@ -145,10 +157,12 @@ class Assembly:
                 seed=self._config.seed,
                 student_fingerprint=origin.get("student", ""),
                 replay=replay,
+                refused=refused,
                 quantized=quantized,
                 quantization=teachers.audited(config, teacher, quantized, full),
             )
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
+        wanted = (key for shard in shards for key in store.plan[shard])
         finished = rollout(
             teacher,
             store,
@@ -156,7 +170,7 @@ class Assembly:
             shards,
             batch_size=config.batch_size,
             stop=self._stop,
-            draws=read_draws(draws, shards, origin) if origin else replay,
+            draws=read_draws(draws, wanted, drawn, origin) if origin else replay,
         )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished

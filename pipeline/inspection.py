@@ -16,6 +16,7 @@ from rich.table import Table
 
 from pipeline.candidates import describe_stream
 from stages.errors import UserError
+from stages.rejections import kind_of
 from stages.saved_model import is_saved, saved_model
 from store import PredictionStore, Rollout, Timestep
 from store.shard_folder import ShardFolder
@@ -60,14 +61,15 @@ def describe_store(
     `progress` may wrap the list of shards (tqdm).
     """
     store = PredictionStore.open(path)
-    manifest, content = store.manifest, _Content()
+    manifest, content, rejected = store.manifest, _Content(), store.rejected
     for shard in progress(store.committed):
         content.add(store.folder(shard))
     return {
         "shards": len(store.committed),
         "planned_shards": store.planned_shards,
         "rollouts": len(store),
-        "rejected": len(store.rejected),
+        "rejected": len(rejected),
+        "rejected_for": dict(Counter(kind_of(reason) for _, reason in rejected).most_common()),
         "timesteps": content.timesteps,
         "audio_s": content.timesteps * manifest.timestep_s,
         "bytes": dict(sorted(content.sizes.items())),
@@ -267,6 +269,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "codes": _codes,
     "weight": lambda weight: f"{weight:,g}",
     "weights": _weights,
+    "rejected_for": lambda kinds: _text("", kinds) or "none",
     "architecture": _architecture,
     "quantization": _quantization,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from stages.dataset import Dataset
 from stages.errors import UserError
 from stages.family import Family, Sample, load_family
 from stages.quantization import Quantized, quantize_family
+from stages.refusals import takes_recording
 from stages.saved_model import saved_family
 from store.schema import DTypeName, Manifest, Quantization
 
@@ -86,11 +88,14 @@ class Teachers:
         Its model is gone when this returns, so that it and the quantized one are never together in
         memory. A store that is there has been audited.
         """
-        chosen = self._audit_samples(rollout)
-        if not chosen or (store / "manifest.json").exists():
+        if not rollout.audited or (store / "manifest.json").exists():
+            return None
+        teacher = self.load("fp32", round_name)
+        chosen = self._audit_samples(rollout, teacher)
+        if not chosen:
+            logger.warning("audit: left out, for the teacher takes none of the recordings")
             return None
         logger.info("audit: scoring %d recordings in fp32", len(chosen))
-        teacher = self.load("fp32", round_name)
         found = predictions(teacher, chosen, rollout.guidance.scale)
         del teacher
         gc.collect()
@@ -112,11 +117,11 @@ class Teachers:
         record = Quantization(method="none", dtype=dtype) if quantized is None else quantized.record
         if full is None:
             return record
-        found = audit(teacher, self._audit_samples(rollout), rollout.guidance.scale, full)
+        found = audit(teacher, self._audit_samples(rollout, teacher), rollout.guidance.scale, full)
         for line in audit_lines(found.model_dump()):
             logger.info("audit: %s", line)
         return record.model_copy(update={"audit": found})
 
-    def _audit_samples(self, rollout: RolloutConfig) -> list[Sample]:
+    def _audit_samples(self, rollout: RolloutConfig, teacher: Family) -> list[Sample]:
         given = self._dataset.samples(rollout.split)[: rollout.samples]
-        return audit_samples(given, rollout.audited)
+        return audit_samples(given, rollout.audited, partial(takes_recording, teacher))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,10 +16,18 @@ from stages.targets import Forbidden
 from store.schema import Audit, Latent, Stream
 
 
-def audit_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Return `count` samples, or all, spread evenly over those given: the same ones every time."""
+def audit_samples(
+    samples: Sequence[Sample], count: int, takes: Callable[[Sample], bool]
+) -> list[Sample]:
+    """Return `count` samples, or all, spread evenly over those given: the same ones every time.
+
+    Each is the first of its stretch that the teacher `takes`; a stretch without one has none.
+    """
     count = min(count, len(samples))
-    return [samples[number * len(samples) // count] for number in range(count)]
+    edges = [number * len(samples) // count for number in range(count)] + [len(samples)]
+    stretches = (samples[start:end] for start, end in pairwise(edges))
+    taken = (next(filter(takes, stretch), None) for stretch in stretches)
+    return [sample for sample in taken if sample is not None]
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ memory; the teacher scores in `stages.rollout`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,11 +23,16 @@ from stages.errors import UserError
 from stages.family import Family, Sample
 from stages.interruption import StopRequest
 from stages.publish import replace_file
+from stages.refusals import part
 from stages.rollout import GivenCodes, finite_steps, refuse_not_finite, split
 from stages.rollout_plan import plan
 from stages.sampling import RolloutPolicy
+from store.rejected import Rejected, rejected_table
 
 Key = tuple[str, int]
+
+REJECTED = "rejected.parquet"
+"""File of the samples that the student refused, beside its codes."""
 
 
 @torch.inference_mode()
@@ -45,17 +50,20 @@ def draw_codes(
     """Draw the codes of every planned rollout with a student, without guidance.
 
     Writes one Parquet file per shard of the plan; files that are there are kept, and of the
-    missing ones task I of N takes those with number ≡ I modulo N. Returns False when `stop` was
-    requested first. Raises `UserError` when another student, or the same one with other settings,
-    drew what is there.
+    missing ones task I of N takes those with number ≡ I modulo N. Samples that the student refuses
+    are left out, and listed in rejected.parquet. Returns False when `stop` was requested first.
+    Raises `UserError` when another student, or the same one with other settings, drew what is
+    there.
     """
     student.module.eval()
     by_id = {sample["sample_id"]: sample for sample in samples}
-    shards = plan(config, student, samples[: config.samples], seed)
-    origin = draw_settings(config, student, samples, seed) | {"student": student.fingerprint()}
+    accepted, rejected = part(student, samples[: config.samples], config)
+    shards = plan(config, student, accepted, seed)
+    origin = draw_settings(config, shards, seed) | {"student": student.fingerprint()}
     for shard in range(len(shards)):
         if _path(folder, shard).exists():
             _require_origin(folder, shard, origin)
+    _write_table(folder / REJECTED, rejected_table(rejected))
     missing = [s for s in range(len(shards)) if not _path(folder, s).exists() and s % tasks == task]
     for shard in tqdm(missing, unit="shard", desc="draw", disable=None):
         draws: dict[Key, GivenCodes] = {}
@@ -68,14 +76,23 @@ def draw_codes(
     return True
 
 
-def draw_settings(
-    config: RolloutConfig, family: Family, samples: Sequence[Sample], seed: int
-) -> dict[str, str]:
-    """Return all that a student's codes depend on besides the student, by name, as text.
+def draw_plan(
+    config: RolloutConfig, family: Family, samples: Sequence[Sample], seed: int, refused: Rejected
+) -> list[list[Key]]:
+    """Return the keys of every shard that a student draws, which has refused some samples.
 
     `family` is the student or the teacher: both count timesteps alike.
     """
-    planned = json.dumps(plan(config, family, samples[: config.samples], seed))
+    left_out = {sample_id for sample_id, _ in refused}
+    accepted = [s for s in samples[: config.samples] if s["sample_id"] not in left_out]
+    return plan(config, family, accepted, seed)
+
+
+def draw_settings(
+    config: RolloutConfig, shards: Sequence[Sequence[Key]], seed: int
+) -> dict[str, str]:
+    """Return all that a student's codes depend on besides the student, by name, as text."""
+    planned = json.dumps(shards)
     return {
         "seed": str(seed),
         "sampler": config.sampler.model_dump_json(),
@@ -142,25 +159,42 @@ def _write(path: Path, draws: dict[Key, GivenCodes], origin: Mapping[str, str]) 
             "weight": [draw.weight for draw in draws.values()],
         }
     ).replace_schema_metadata(dict(origin))
+    _write_table(path, table)
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     replace_file(path, sink.getvalue().to_pybytes())
 
 
+def read_refused(folder: Path) -> Rejected:
+    """Read which samples the student refused, and why; raises `UserError` when it has not drawn."""
+    table = _read(folder / REJECTED)
+    return list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
+
+
 def read_draws(
-    folder: Path, shards: Sequence[int], origin: Mapping[str, str]
+    folder: Path,
+    wanted: Iterable[Key],
+    shards: Sequence[Sequence[Key]],
+    origin: Mapping[str, str],
 ) -> dict[Key, GivenCodes]:
-    """Read what a student drew for the given shards, by key.
+    """Read what a student drew for the wanted keys; `shards` are those that it drew.
 
     Raises `UserError` when a shard has not been drawn, or has another origin.
     """
     draws: dict[Key, GivenCodes] = {}
-    for shard in shards:
+    left = set(wanted)
+    for shard, keys in enumerate(shards):
+        if left.isdisjoint(keys):
+            continue
         _require_origin(folder, shard, origin)
-        for row in _read(folder, shard).to_pylist():
-            codes = torch.tensor(row["codes"], dtype=torch.int64).view(-1, row["streams"])
-            draw = GivenCodes(codes, row["stop_reason"], row["weight"])
-            draws[row["sample_id"], row["variation"]] = draw
+        for row in _read(_path(folder, shard)).to_pylist():
+            key = row["sample_id"], row["variation"]
+            if key in left:
+                codes = torch.tensor(row["codes"], dtype=torch.int64).view(-1, row["streams"])
+                draws[key] = GivenCodes(codes, row["stop_reason"], row["weight"])
     return draws
 
 
@@ -173,15 +207,15 @@ def draw_origin(folder: Path, settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def _origin(folder: Path, shard: int) -> dict[str, str]:
-    metadata: dict[bytes, bytes] = _read(folder, shard).schema.metadata or {}
+    metadata: dict[bytes, bytes] = _read(_path(folder, shard)).schema.metadata or {}
     return {name.decode(): value.decode() for name, value in metadata.items()}
 
 
-def _read(folder: Path, shard: int) -> pa.Table:
+def _read(path: Path) -> pa.Table:
     try:
-        return pq.read_table(_path(folder, shard))
+        return pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(
-            f"the student's codes of shard {shard:05d} cannot be read ({error}): a store of source "
-            "'student' needs them; run `foretell rollout` without --task once, which draws them"
+            f"what the student drew, {path}, cannot be read ({error}): a store of source "
+            "'student' needs it; run `foretell rollout` without --task once, which draws it"
         ) from None

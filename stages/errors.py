@@ -1,4 +1,4 @@
-"""The one error a user can cause and repair."""
+"""The errors a user can cause and repair."""
 
 
 class UserError(Exception):
@@ -6,3 +6,15 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class Refused(UserError):
+    """What is wrong with one sample, and need not be with another: a stage may leave it out.
+
+    Any other `UserError` is a mistake that leaving samples out does not repair.
+    """
+
+    def __init__(self, sample_id: str, kind: str, found: str) -> None:
+        self.reason = f"{kind}: {found}"
+        """Kind, colon, and what was found; names no path, so that all machines say the same."""
+        super().__init__(f"sample {sample_id!r}: {self.reason}")

@@ -8,17 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stages.architecture import Architecture
 from stages.config import DatasetFacts
-from stages.errors import UserError
+from stages.errors import Refused, UserError
 from stages.model_config import FamilyName, ModelConfig
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from stages.sampling import RolloutPolicy
     from store.schema import Head, Latent, Sampler, Stream
 
@@ -246,12 +245,16 @@ class Family(Protocol):
         """Sha256 over whatever turns conditions into ids, hexadecimal."""
         ...
 
-    def check(self, samples: Sequence[Sample], sampler: Sampler) -> None:
-        """Refuse samples that a rollout of theirs would fail on; raises `UserError`.
+    def check(self, sampler: Sampler) -> None:
+        """Refuse settings with which codes can be drawn of no sample; raises `UserError`."""
+        ...
 
-        It is asked for every sample alone, before the first shard, so that nothing fails hours into
-        a run: those that are refused leave the plan by name. What takes long to find out is left to
-        the rollout.
+    def check_sample(self, sample: Sample, timesteps: int) -> None:
+        """Refuse a sample that a rollout of up to `timesteps` would fail on; raises `Refused`.
+
+        It is asked of every sample before the first shard, so that nothing fails hours into a run:
+        are there conditions that the model reads, are the codes whole frames of its codebooks, is
+        there room for so many timesteps?
         """
         ...
 
@@ -330,17 +333,48 @@ def has_linear_heads(family: Family) -> bool:
 
 
 def require_taught(family: Family, sample: Sample, codes: Tensor) -> None:
-    """Refuse a recording, as its codes [T, C], that would teach nothing; raises `UserError`."""
+    """Refuse a recording, as its codes [T, C], that would teach nothing; raises `Refused`."""
     if not len(codes):
         reason = "its recording has no timestep"
     elif family.predicted is not None and not bool(family.predicted(codes).any()):
         reason = f"of its {len(codes)} timesteps family {family.name!r} predicts no code"
     else:
         return
-    raise UserError(
-        f"sample {sample['sample_id']!r} has nothing to learn from: {reason}; leave it out of the "
-        "dataset"
+    raise Refused(
+        sample["sample_id"], "nothing to learn from", f"{reason}; leave it out of the dataset"
     )
+
+
+def require_text(sample: Sample) -> None:
+    """Refuse a sample that has nothing to say; raises `Refused`."""
+    if not (sample["text"] or "").strip():
+        raise Refused(sample["sample_id"], "empty text", "there is nothing to say; leave it out")
+
+
+def require_frames(sample: Sample, column: str, facts: DatasetFacts) -> None:
+    """Refuse codes in `column` of another shape than the audio codec's; raises `Refused`.
+
+    They are whole frames, one after the other, and each code is an entry of its codebook.
+    """
+    codes = np.asarray(sample[column])
+    advice = "prepare the dataset again, or leave the sample out"
+    rest = len(codes) % facts.codebooks
+    if rest:
+        raise Refused(
+            sample["sample_id"],
+            "truncated frame",
+            f"{column} are {len(codes)}, so the last frame has {rest} of {facts.codebooks}; "
+            f"{advice}",
+        )
+    strange = np.flatnonzero((codes < 0) | (codes >= facts.codes_per_codebook))
+    if len(strange):
+        frame, place = divmod(int(strange[0]), facts.codebooks)
+        raise Refused(
+            sample["sample_id"],
+            "code outside its codebook",
+            f"{column} have {codes[strange[0]]} at place {place} of frame {frame}, but codebooks "
+            f"have 0 to {facts.codes_per_codebook - 1}; {advice}",
+        )
 
 
 def load_family(name: FamilyName) -> type[Family]:

@@ -40,6 +40,14 @@ class Replay(Mapping[Key, GivenCodes]):
     def __len__(self) -> int:
         return len(self._store)
 
+    def longest(self) -> dict[str, int]:
+        """Timesteps of the longest rollout of every sample."""
+        found: dict[str, int] = {}
+        lengths = np.concatenate(self._store.lengths()).tolist()
+        for (sample_id, _), length in zip(self._store.keys(), lengths, strict=True):
+            found[sample_id] = max(length, found.get(sample_id, 0))
+        return found
+
     def settings(self, config: RolloutConfig) -> RolloutConfig:
         """Return `config` with what the codes were drawn with in place of what it says."""
         drawn = {"sampler": self.manifest.sampler, "split": self.manifest.split}

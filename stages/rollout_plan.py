@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from stages.architecture import Architecture
 from stages.config import DatasetFacts, RolloutConfig
 from stages.errors import UserError
-from stages.family import Family, Sample, require_taught
+from stages.family import Family, Sample
 from stages.quantization import Quantized
+from stages.refusals import part
 from stages.replay import Replay
 from stages.sampling import keyed_generator
 from store import PredictionStore
@@ -37,16 +38,19 @@ def create_store(
     seed: int,
     student_fingerprint: str = "",
     replay: Replay | None = None,
+    refused: Rejected = (),
     quantized: Quantized | None = None,
     quantization: Quantization | None = None,
 ) -> PredictionStore:
     """Create the store that a rollout configuration describes, or open the one that is there.
 
-    `samples` are the rows of the split to roll out. With `replay` the keys, seed and sampler are
-    those of its store, whatever `config` says. Raises `StoreError` when `path` holds a store
-    of other settings, another teacher or another dataset, naming what differs, and `UserError`
-    for a teacher of another audio codec or without linear heads for a `hidden` target, too small a
-    `k` and an empty split.
+    `samples` are the rows of the split to roll out; those that the family refuses are left out of
+    the plan and named in the store with their reasons, and so are those that `refused` names. With
+    `replay` the keys, seed and sampler are those of its store, whatever `config` says. Raises
+    `StoreError` when `path` holds a store of other settings, another teacher or another dataset,
+    naming what differs, and `UserError` for a teacher of another audio codec or without linear
+    heads for a `hidden` target, settings with which no sample can be drawn, too small a
+    `k`, an empty split, and one of which no sample is left.
     `student_fingerprint` names the student that drew the codes, where the source is one;
     `quantized` is what the teacher was before it was quantized, and `quantization` the record of
     its precision.
@@ -70,11 +74,9 @@ def create_store(
             f"the split {config.split!r} of the dataset is empty, so there is nothing to roll "
             "out: choose another rollout.split, or prepare a dataset that has it"
         )
-    rejected: Rejected = ()
-    if config.source in ("teacher", "dataset"):
-        chosen, rejected = _accepted(family, chosen, config)
-        left_out = {sample_id for sample_id, _ in rejected}
-        keys = [key for key in keys if key[0] not in left_out]
+    chosen, rejected = part(family, chosen, config, replay=replay, refused=refused)
+    left_out = {sample_id for sample_id, _ in rejected}
+    keys = [key for key in keys if key[0] not in left_out]
     fingerprints = Fingerprints(
         teacher=family.fingerprint() if quantized is None else quantized.fingerprint,
         tokenizer=family.tokenizer_fingerprint(),
@@ -97,45 +99,6 @@ def create_store(
         heads=family.head_weights() if isinstance(config.target, Hidden) else None,
         rejected=rejected,
     )
-
-
-def _accepted(
-    family: Family, samples: Sequence[Sample], config: RolloutConfig
-) -> tuple[list[Sample], Rejected]:
-    """Part the samples that can be rolled out from the others, which get their reason.
-
-    Raises the first `UserError` when nothing is left: then it is no fault of the samples.
-    """
-    accepted, rejected = [], []
-    first: UserError | None = None
-    for sample in samples:
-        try:
-            _check_sample(family, sample, config)
-        except UserError as error:
-            first = first or error
-            rejected.append((sample["sample_id"], str(error)))
-        else:
-            accepted.append(sample)
-    if first is not None and not accepted:
-        raise first
-    if first is not None:
-        logger.warning(
-            "%d of %d samples are left out, each with its reason in rejected.parquet of the store; "
-            "the first: %s",
-            len(rejected), len(samples), first,
-        )  # fmt: skip
-    return accepted, rejected
-
-
-def _check_sample(family: Family, sample: Sample, config: RolloutConfig) -> None:
-    """Refuse what a rollout would fail on: what the teacher cannot read, say, or learn from."""
-    sampler = config.sampler
-    if config.source == "dataset":
-        require_taught(family, sample, family.reference_codes(sample))
-        # Nothing is drawn: the recording itself must fit, however long it is.
-        lasting = {"max_timesteps": family.timesteps(sample), "min_timesteps": 0}
-        sampler = sampler.model_copy(update=lasting | {"reference_multiple": None})
-    family.check([sample], sampler)
 
 
 def _warn_of_untrained_branch(config: RolloutConfig, family: Family) -> None:

@@ -18,7 +18,7 @@ from store.heads import HEADS_FILE, Heads, check_heads, heads_bytes, read_heads
 from store.layout import Layout, refuse_nesting, refuse_strangers
 from store.plain_file import lies_at
 from store.plan import Plan
-from store.rejected import Rejected, rejected_table
+from store.rejected import Rejected, read_rejected, rejected_table
 from store.samples import SampleRows, check_conditions
 from store.schema import Manifest
 from store.sealed import seal, unseal
@@ -61,7 +61,7 @@ def create_store(
         contents["manifest.json"] = seal(manifest.model_copy(update={"files": sums}))
         with explain_os_errors(f"create the store {layout.root}"):
             _place(layout, contents)
-    _compare(layout, manifest, plan, samples, heads)
+    _compare(layout, manifest, plan, samples, heads, rejected)
 
 
 def _place(layout: Layout, contents: dict[str, bytes]) -> None:
@@ -103,7 +103,12 @@ def _link(source: Path, target: Path, content: bytes, layout: Layout) -> bool:
 
 
 def _compare(
-    layout: Layout, manifest: Manifest, plan: Plan, samples: pa.Table, heads: Heads
+    layout: Layout,
+    manifest: Manifest,
+    plan: Plan,
+    samples: pa.Table,
+    heads: Heads,
+    rejected: Rejected,
 ) -> None:
     stored, _ = unseal(layout.manifest, Manifest)
     changes = list(_differences(stored.model_dump(mode="json"), manifest.model_dump(mode="json")))
@@ -112,6 +117,15 @@ def _compare(
         # Another version of the Parquet library may spell the same table in other bytes.
         if file_sum(table_bytes(ours)) != stored.files[path.name] and not theirs.equals(ours):
             changes.append(f"{path.name}: {_table_difference(theirs, ours)}")
+    # Who is left out, and not why: another release may give the same reason in other words.
+    theirs_out, ours_out = (
+        {sample_id for sample_id, _ in pairs}
+        for pairs in (read_rejected(layout.rejected, stored), rejected)
+    )
+    if theirs_out != ours_out:
+        other = min(theirs_out ^ ours_out)
+        place = "in the store" if other in theirs_out else "given"
+        changes.append(f"{layout.rejected.name}: {other!r} is left out only {place}")
     if heads and not changes and file_sum(heads_bytes(heads)) != stored.files[HEADS_FILE]:
         found = read_heads(layout.heads, stored)
         names = sorted(name for name in heads if not np.array_equal(found[name], heads[name]))

@@ -88,7 +88,8 @@ class PredictionStore:
         `samples` has the column sample_id and those of `manifest.conditions`; `heads` holds, for
         every head of the manifest, `GROUP.weight` [C_g, V, D] and `GROUP.bias` [C_g, V] float32;
         `rejected` names samples that the plan leaves out, and the reason of each. Raises StoreError
-        when a store with another manifest, plan, samples or heads is there, naming what differs.
+        when a store with another manifest, plan, samples or heads is there, or one that leaves out
+        other samples, naming what differs.
         """
         create_store(Layout.at(path), manifest, plan, samples, heads or {}, rejected)
         return cls.open(path)

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from stages.causal_lm_config import CausalLMConfig
-from stages.errors import UserError
+from stages.errors import Refused, UserError
 from stages.family import LinearOutput, has_linear_heads, load_family
 from stages.sampling import RolloutPolicy
 from store.schema import Sampler
@@ -430,8 +430,40 @@ def test_weights_that_are_not_all_there_are_refused(folder, tmp_path):
 def test_a_text_over_the_context_is_named(folder):
     family = family_of(folder)
     long = samples_of(1)[0] | {"sample_id": "long", "text": "a" * 240}
-    with pytest.raises(UserError, match=r"sample 'long': a prompt of 248 ids and \d+ timesteps"):
-        family.check([long], Sampler(max_timesteps=LIMIT))
+    with pytest.raises(
+        UserError, match=r"'long': too long .*: a prompt of 248 ids and 7 timesteps"
+    ):
+        family.check_sample(long, LIMIT)
+
+
+def test_ends_of_codes_drawn_in_parallel_are_no_fault_of_a_sample(folder):
+    with pytest.raises(UserError, match="end_on='majority'") as caught:
+        family_of(folder).check(Sampler(max_timesteps=LIMIT, end_on="majority"))
+    assert not isinstance(caught.value, Refused)
+    family_of(folder).check(Sampler(max_timesteps=LIMIT, end_on="any"))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"text": " "}, "empty text", "nothing to say"),
+        ({"text": None}, "empty text", "nothing to say"),
+        ({"speaker": None}, "no speaker", "its cell is empty"),
+        ({"codes": np.ones(15, np.uint16)}, "truncated frame", "codes are 15, .* has 1 of 7"),
+        (
+            {"codes": np.full(21, ENTRIES, np.uint16)},
+            "code outside its codebook",
+            "codes have 6 at place 0 of frame 0, but codebooks have 0 to 5",
+        ),
+    ],
+)
+def test_a_sample_that_the_model_cannot_take_is_refused_by_its_kind(folder, change, kind, words):
+    family, (sample,) = family_of(folder), samples_of(1)
+    family.check_sample(sample, LIMIT)
+    with pytest.raises(Refused, match=words) as caught:
+        family.check_sample(sample | change, LIMIT)
+    assert caught.value.reason.startswith(f"{kind}: ")
+    assert str(caught.value) == f"sample 's0': {caught.value.reason}"
 
 
 @pytest.mark.parametrize("quantization", ["bf16", "int8", "int4"])
@@ -600,8 +632,8 @@ def test_code_of_a_model_folder_is_never_run_whatever_is_answered(folder, tmp_pa
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        ([1] * 12, "sample 'cut': its recording has 12 codes, but frames have 7 codes of 0 to 5"),
-        ([1] * 13 + [6], "sample 'cut': its recording has the code 6, but frames have 7"),
+        ([1] * 12, "sample 'cut': truncated frame: codes are 12, so the last frame has 5 of 7"),
+        ([1] * 13 + [6], "sample 'cut': .*: codes have 6 at place 6 of frame 1"),
     ],
 )
 def test_a_recording_that_is_no_row_of_frames_is_named(folder, codes, message):

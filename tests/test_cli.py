@@ -406,7 +406,8 @@ def test_text_that_the_teacher_has_no_characters_for_is_refused(
     (teacher / "config.json").write_text(json.dumps(described))
     run = run_of("own", fitted=True, students=None, teacher={"checkpoint": str(teacher)})
     message = refused("rollout", run)
-    assert "text has characters outside the model's alphabet" in message
+    assert "can be rolled out; the first, " in message
+    assert "text outside the alphabet: " in message
     assert "'b'" in message
 
 

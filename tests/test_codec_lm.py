@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.errors import UserError
+from stages.errors import Refused, UserError
 from stages.families.codec_lm import CodecLM
 from stages.family import Branch, LinearOutput, has_linear_heads, load_family
 from stages.model_config import CodecLMConfig, ExpertsConfig, LocalTransformerConfig
@@ -453,8 +453,8 @@ def test_conditions_outside_the_model_are_refused_by_name():
     family, (sample,) = family_of(), samples_of(1)
     codes, lengths = family.reference_codes(sample)[None], torch.tensor([5])
     for change, words in (
-        ({"text": "Zebra!"}, "alphabet ' abcdefg': '!Zr'"),
-        ({"text": ""}, "0 characters"),
+        ({"text": "Zebra!"}, "'!Zr' of it are not among the model's characters ' abcdefg'"),
+        ({"text": ""}, "empty text"),
         ({"text": "a" * 21}, "21 characters"),
         ({"speaker": "nobody"}, "'nobody' is not one of the model's speakers"),
     ):
@@ -462,6 +462,32 @@ def test_conditions_outside_the_model_are_refused_by_name():
             family.score([sample | change], codes, lengths)
         assert words in str(caught.value)
         assert "'s0'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"text": None}, "empty text"),
+        ({"text": "a" * 21}, "text too long"),
+        ({"text": "x"}, "text outside the alphabet"),
+        ({"speaker": None}, "unknown speaker"),
+        ({"codes": np.zeros(8, np.uint16)}, "truncated frame"),
+        ({"codes": np.full(6, 11, np.uint16)}, "code outside its codebook"),
+        ({"context_codes": np.zeros(7, np.uint16)}, "truncated frame"),
+        ({"context_codes": np.full(6, 12, np.uint16)}, "code outside its codebook"),
+        ({"context_codes": np.zeros(3 * 40, np.uint16)}, "too long for the model"),
+    ],
+)
+def test_samples_are_refused_by_the_kind_of_their_fault(change, kind):
+    family = family_of(context_frames=9)
+    (sample,) = samples_of(1, context=True)
+    limit = family.config.max_timesteps
+    family.check_sample(sample, limit)
+    with pytest.raises(Refused) as caught:
+        family.check_sample(sample | change, limit)
+    assert caught.value.reason.startswith(f"{kind}: ")
+    with pytest.raises(Refused, match="too long for the model: a rollout"):
+        family.check_sample(sample, limit + 1)
 
 
 def test_sequences_longer_than_the_model_are_refused():

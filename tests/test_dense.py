@@ -62,7 +62,10 @@ class Field:
     def save(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
-    def check(self, samples, sampler) -> None:
+    def check(self, sampler) -> None:
+        pass
+
+    def check_sample(self, sample, timesteps) -> None:
         pass
 
     def timesteps(self, sample) -> int:

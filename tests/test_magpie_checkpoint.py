@@ -10,16 +10,18 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import Tensor
 
-from stages.errors import UserError
+from stages.errors import Refused, UserError
 from stages.family import load_family
 from stages.model_config import MagpieConfig, MagpieTeacher
 from tests.magpie_models import (
     CODEBOOKS,
+    CODES,
     TOKENIZER,
     VOCABULARY,
     Models,
@@ -799,20 +801,28 @@ def test_texts_and_lengths_that_the_model_cannot_take_are_refused_by_name(models
     (sample,) = samples_of(1)
     codes, lengths = random_codes(family, [3]), torch.tensor([3])
     for text, words in (
-        ("ab" * 20, r"'s0': the text has 40 tokens, .* takes 39"),
-        ("", r"'s0': the tokenizer 'english_chars' knows nothing of the text ''"),
-        ("ж", r"'s0': the tokenizer 'english_chars' knows nothing of the text 'ж'"),
+        ("ab" * 20, r"'s0': text too long: the text has 40 tokens, .* takes 39"),
+        ("", r"'s0': empty text"),
+        ("ж", r"'s0': .*: the tokenizer 'english_chars' knows nothing of the text 'ж'"),
     ):
         with pytest.raises(UserError, match=words):
             family.score([sample | {"text": text}], codes, lengths)
+        with pytest.raises(Refused, match=words):
+            family.check_sample(sample | {"text": text}, 3)
+    for column in ("codes", "context_codes"):
+        cut, strange = (np.array([code] * size) for code, size in ((1, 5), (CODES, 4)))
+        with pytest.raises(Refused, match=rf"truncated frame: {column} are 5, .* 1 of 4"):
+            family.check_sample(sample | {column: cut}, 3)
+        with pytest.raises(Refused, match=rf"code outside its codebook: {column} have {CODES} at"):
+            family.check_sample(sample | {column: strange}, 3)
     assert family.score([sample | {"text": "a" * 39}], codes, lengths).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("frames", "steps", "words"),
     [
-        (3, 36, r"'s0': a context of 5 positions and 36 timesteps exceed the 40 positions"),
-        (40, 9, r"'s0': a context of 42 positions exceeds the 40 positions of the context enc"),
+        (3, 36, r"'s0': .*: a context of 5 positions and 36 timesteps exceed the 40 positions"),
+        (40, 9, r"'s0': .*: a context of 42 positions exceeds the 40 positions of the context enc"),
     ],
     ids=["context and timesteps", "context alone"],
 )
@@ -826,7 +836,7 @@ def test_positions_beyond_the_models_are_refused(models, frames, steps, words):
     with pytest.raises(UserError, match=words):
         next(family.rollout([sample], policy, 2.5))
     with pytest.raises(UserError, match=words):
-        family.check([sample], policy.sampler)
+        family.check_sample(sample, steps)
 
 
 def test_rows_that_fit_alone_fit_together(models):

@@ -481,7 +481,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     "more than the context holds": (
         "rollout", "rollout.sampler.max_timesteps=80",
-        "sample 'clip-.*': a prompt of .* and 80 timesteps of 7 ids are .* takes 512",
+        "none of the .*'clip-.*: a prompt of .* and 80 timesteps of 7 ids are .* takes 512",
     ),
     "more ids than a slot has": (
         "rollout", "rollout.target.k=66", "k is 66 but must be <= 65",

@@ -261,14 +261,14 @@ def test_a_recording_without_a_timestep_is_named(monkeypatch):
 
     monkeypatch.setattr(family, "reference_codes", codes)
     config = FitConfig.model_validate({"optimizer": {"steps": 1}})
-    with pytest.raises(UserError, match=r"'clip 2' has nothing to learn from.*no timestep"):
+    with pytest.raises(UserError, match=r"'clip 2': nothing to learn from: .*no timestep"):
         CodeLearner(family, SAMPLES, [], config, 0, HERE)
 
 
 def test_a_recording_of_which_nothing_is_predicted_is_named_before_it_is_scored(tmp_path):
     config = RolloutConfig.model_validate({"source": "dataset", "sampler": {"max_timesteps": 30}})
     teacher, path = family_of(0, kind=Nothing), tmp_path / "store"
-    with pytest.raises(UserError, match=r"'clip 0' has nothing to learn from"):
+    with pytest.raises(UserError, match=r"'clip 0': nothing to learn from"):
         create_store(path, config, teacher, SAMPLES, facts=FACTS, dataset_fingerprint="d", seed=0)
     assert not path.exists()
 

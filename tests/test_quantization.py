@@ -389,9 +389,15 @@ def test_continuous_streams_are_audited_by_their_squared_error():
 
 def test_the_audit_s_samples_are_spread_and_always_the_same():
     rows = [{"sample_id": str(n)} for n in range(10)]
-    assert [row["sample_id"] for row in audit_samples(rows, 4)] == ["0", "2", "5", "7"]
-    assert audit_samples(rows, 20) == rows
-    assert audit_samples(rows, 0) == audit_samples([], 8) == []
+    assert [row["sample_id"] for row in audit_samples(rows, 4, bool)] == ["0", "2", "5", "7"]
+    assert audit_samples(rows, 20, bool) == rows
+    assert audit_samples(rows, 0, bool) == audit_samples([], 8, bool) == []
+
+
+def test_what_the_teacher_does_not_take_is_not_audited():
+    rows = [{"sample_id": str(i)} for i in range(10)]
+    taken = audit_samples(rows, 4, lambda row: row["sample_id"] not in "0789")
+    assert [row["sample_id"] for row in taken] == ["1", "2", "5"]
 
 
 # Stage one

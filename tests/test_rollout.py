@@ -892,32 +892,3 @@ def test_a_store_holds_what_a_student_needs_and_no_codes_of_the_recordings(tmp_p
     assert store.samples.column_names == ["sample_id", "text", "speaker"]
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     assert manifest["conditioning"] == facts_of().model_dump(mode="json")
-
-
-@pytest.mark.parametrize("source", ["teacher", "dataset"])
-def test_samples_that_the_teacher_cannot_take_are_named_and_the_rest_goes_on(
-    tmp_path, caplog, source
-):
-    family, samples = teacher_of(), samples_of()
-    samples[1] = samples[1] | {"text": "xyz"}
-    samples[4] = samples[4] | {"speaker": "nobody"}
-    store = written(tmp_path / "store", family, samples, source=source)
-    spoken = {sample_id for sample_id, _ in store}
-    assert spoken == {s["sample_id"] for i, s in enumerate(samples) if i not in (1, 4)}
-    reasons = dict(store.rejected)
-    assert list(reasons) == [samples[1]["sample_id"], samples[4]["sample_id"]]
-    assert "outside the model's alphabet" in reasons[samples[1]["sample_id"]]
-    assert "2 of 7 samples are left out" in caplog.text
-    assert store.samples["sample_id"].to_pylist() == [
-        s["sample_id"] for i, s in enumerate(samples) if i not in (1, 4)
-    ]
-    again, _ = store_of(tmp_path / "store", family, samples, source=source)
-    assert again.missing() == []
-
-
-def test_where_nothing_is_left_to_roll_out_the_first_reason_is_the_error(tmp_path):
-    family = teacher_of()
-    samples = [sample | {"speaker": "nobody"} for sample in samples_of()]
-    with pytest.raises(UserError, match="is not one of the model's speakers"):
-        store_of(tmp_path / "store", family, samples)
-    assert not (tmp_path / "store").exists()

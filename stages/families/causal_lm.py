@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stages.architecture import Architecture
 from stages.causal_lm_config import CausalLMConfig, CausalLMSettings, CausalLMTeacher
 from stages.config import DatasetFacts
-from stages.errors import UserError
+from stages.errors import Refused, UserError
 from stages.families import causal_lm_adapter as adapter
 from stages.families import causal_lm_checkpoint as checkpoint
 from stages.families.causal_lm_base import (
@@ -38,10 +38,10 @@ from stages.families.causal_lm_network import CausalLMNetwork, Decoding, archite
 from stages.families.causal_lm_prompts import PromptReader, load_tokenizer
 from stages.families.hugging_face import PreTrainedModel
 from stages.families.weights import digest_tensors
-from stages.family import LinearOutput, Predicted, Sample, Scores, Step
+from stages.family import LinearOutput, Predicted, Sample, Scores, Step, require_frames
 from stages.model_config import FamilyName
 from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
-from stages.sampling import RolloutPolicy, most_timesteps
+from stages.sampling import RolloutPolicy
 from stages.slot_layout import SlotLayout, up_to_end
 from store.schema import Head, Sampler, Stream
 
@@ -246,16 +246,18 @@ class CausalLM:
         """Sha256 over tokenizer, prompts and the ids of special tokens and audio."""
         return self._reader.fingerprint()
 
-    def check(self, samples: Sequence[Sample], sampler: Sampler) -> None:
-        """Refuse texts and lengths that the model does not take; raises UserError."""
+    def check(self, sampler: Sampler) -> None:
+        """Refuse ends that a language model does not draw; raises UserError."""
         if sampler.end_on != "any":
             raise UserError(
                 f"sampler.end_on={sampler.end_on!r} is for codes drawn in parallel: a language "
                 "model ends with the first end of a frame, whatever its slot; set it to 'any'"
             )
-        for sample in samples:
-            timesteps = most_timesteps(sampler, self.timesteps(sample))
-            self._check_length(sample, self._reader.pair(sample), timesteps)
+
+    def check_sample(self, sample: Sample, timesteps: int) -> None:
+        """Refuse codes that are no frames, and texts and lengths that the model does not take."""
+        require_frames(sample, "codes", self.facts)
+        self._check_length(sample, self._reader.pair(sample), timesteps)
 
     def _check_lengths(
         self,
@@ -278,11 +280,12 @@ class CausalLM:
         prompt = max(len(pair[0]), len(pair[1]))
         length = prompt + timesteps * self.layout.slots
         if length > self._positions:
-            raise UserError(
-                f"sample {sample['sample_id']!r}: a prompt of {prompt} ids and {timesteps} "
-                f"timesteps of {self.layout.slots} ids are {length}, but the model takes "
-                f"{self._positions} (max_position_embeddings); split the text, or lower "
-                "sampler.max_timesteps"
+            raise Refused(
+                sample["sample_id"],
+                "too long for the model",
+                f"a prompt of {prompt} ids and {timesteps} timesteps of {self.layout.slots} ids "
+                f"are {length}, but the model takes {self._positions} (max_position_embeddings); "
+                "split the text, or lower sampler.max_timesteps",
             )
 
     def timesteps(self, sample: Sample) -> int:
@@ -292,18 +295,10 @@ class CausalLM:
     def reference_codes(self, sample: Sample) -> Tensor:
         """The recording's own codes [T, S] int64; the last timestep is nothing but ends.
 
-        Raises UserError for a last frame that is not whole, and for a code that no codebook has.
+        Raises Refused for a last frame that is not whole, and for a code that no codebook has.
         """
+        require_frames(sample, "codes", self.facts)
         codes = torch.as_tensor(sample["codes"], dtype=torch.int64)
-        entries = self.facts.codes_per_codebook
-        strange = codes[(codes < 0) | (codes >= entries)]
-        if len(codes) % self.layout.slots or len(strange):
-            fault = f"the code {int(strange[0])}" if len(strange) else f"{len(codes)} codes"
-            raise UserError(
-                f"sample {sample['sample_id']!r}: its recording has {fault}, but frames have "
-                f"{self.layout.slots} codes of 0 to {entries - 1}: prepare the dataset again, or "
-                "leave it out"
-            )
         frames = codes.reshape(-1, self.layout.slots)
         ends = frames.new_full((1, self.layout.slots), self.layout.end_code)
         codes = torch.cat([frames, ends])

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from stages.causal_lm_config import FIELD, MARK, CausalLMSettings
-from stages.errors import UserError
+from stages.errors import Refused, UserError
 from stages.families.hugging_face import AutoTokenizer, PreTrainedTokenizerFast, reading
-from stages.family import Sample
+from stages.family import Sample, require_text
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -47,9 +47,8 @@ class PromptReader:
         self._check_special()
 
     def conditional(self, sample: Sample) -> Tensor:
-        """Ids [P] int64 of the prompt that says what is to be said; raises UserError."""
-        if not sample["text"].strip():
-            raise UserError(f"sample {sample['sample_id']!r}: its text is empty; leave it out")
+        """Ids [P] int64 of the prompt that says what is to be said; raises Refused."""
+        require_text(sample)
         return self._ids(self._settings.prompt, sample)
 
     def unconditional(self, sample: Sample) -> Tensor:
@@ -57,7 +56,7 @@ class PromptReader:
         return self._ids(self._settings.unconditional_prompt, sample)
 
     def pair(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """The prompts with the conditions and without them; raises UserError."""
+        """The prompts with the conditions and without them; raises Refused."""
         return self.conditional(sample), self.unconditional(sample)
 
     def fingerprint(self) -> str:
@@ -76,7 +75,7 @@ class PromptReader:
             if place % 2:
                 ids.append(self._settings.special[part].id)
             elif part:
-                ids += self._text_ids(FIELD.sub(lambda name: sample[name[1]], part), sample)
+                ids += self._text_ids(FIELD.sub(lambda name: _cell(sample, name[1]), part), sample)
         return torch.tensor(ids)
 
     def _text_ids(self, text: str, sample: Sample) -> list[int]:
@@ -88,10 +87,11 @@ class PromptReader:
         reserved = {token.id for token in self._settings.special.values()}
         strange = [i for i in ids if i in audio or i in reserved]
         if strange:
-            raise UserError(
-                f"sample {sample['sample_id']!r}: the tokenizer in {self._folder} reads "
-                f"{text!r} as ids {strange} of audio or of special tokens: correct the text, or "
-                "layout and special"
+            raise Refused(
+                sample["sample_id"],
+                "text read as other ids",
+                f"the tokenizer reads {text!r} as ids {strange} of audio or of special tokens: "
+                "correct the text, or layout and special",
             )
         return ids
 
@@ -106,3 +106,11 @@ class PromptReader:
                     f"the tokenizer in {self._folder} has {token.token!r} at id {found}, but "
                     f"special.{name} says {token.id}: give the ids of this model's tokenizer"
                 )
+
+
+def _cell(sample: Sample, column: str) -> str:
+    """What a prompt says of a column; raises Refused where there is nothing."""
+    value: str | None = sample[column]
+    if value is None:
+        raise Refused(sample["sample_id"], f"no {column}", "its cell is empty; leave it out")
+    return value

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stages.architecture import Architecture
 from stages.config import DatasetFacts
-from stages.errors import UserError
+from stages.errors import Refused, UserError
 from stages.families.codec_lm_checkpoint import (
     inherited_tensors,
     read_checkpoint,
@@ -32,7 +32,15 @@ from stages.families.codec_lm_network import (
     architecture_of,
 )
 from stages.families.weights import digest_tensors, no_adapters
-from stages.family import LinearOutput, Predicted, Sample, Scores, Step
+from stages.family import (
+    LinearOutput,
+    Predicted,
+    Sample,
+    Scores,
+    Step,
+    require_frames,
+    require_text,
+)
 from stages.layout import FrameStacking
 from stages.model_config import CodecLMConfig, FamilyName
 from stages.modules.feed_forward import Routing
@@ -182,7 +190,11 @@ class CodecLM:
         return self.layout.timesteps(len(sample["codes"]) // self.facts.codebooks)
 
     def reference_codes(self, sample: Sample) -> Tensor:
-        """The recording's own codes [T, C] int64; both groups of streams hold the same."""
+        """The recording's own codes [T, C] int64; both groups of streams hold the same.
+
+        Raises Refused for codes that are no frames of the audio codec.
+        """
+        require_frames(sample, "codes", self.facts)
         codes = self._stack(sample["codes"])
         return codes.repeat(1, len(self.streams) // self.layout.streams)
 
@@ -195,19 +207,24 @@ class CodecLM:
         return self.layout.encode(flat.reshape(-1, self.facts.codebooks))
 
     def _text_ids(self, sample: Sample) -> Tensor:
+        require_text(sample)
         text = sample["text"]
         unknown = sorted(set(text) - self._characters.keys())
         if unknown:
-            raise UserError(
-                f"sample {sample['sample_id']!r}: text has characters outside the model's alphabet "
-                f"{self.facts.alphabet!r}: {''.join(unknown)!r}; remove them from the text, or "
-                "prepare a dataset with them and fit a teacher on it"
+            raise Refused(
+                sample["sample_id"],
+                "text outside the alphabet",
+                f"{''.join(unknown)!r} of it are not among the model's characters "
+                f"{self.facts.alphabet!r}; remove them from the text, or prepare a dataset with "
+                "them and fit a teacher on it",
             )
         limit = self.config.max_characters
-        if not 1 <= len(text) <= limit:
-            raise UserError(
-                f"sample {sample['sample_id']!r}: text has {len(text)} characters, but the model "
-                f"takes 1 to {limit} (max_characters); split the text or raise the limit"
+        if len(text) > limit:
+            raise Refused(
+                sample["sample_id"],
+                "text too long",
+                f"it has {len(text)} characters, but the model takes {limit} (max_characters); "
+                "split the text or raise the limit",
             )
         return torch.tensor([self._characters[character] for character in text])
 
@@ -215,9 +232,11 @@ class CodecLM:
         try:
             return self._speakers[sample["speaker"]]
         except KeyError:
-            raise UserError(
-                f"sample {sample['sample_id']!r}: speaker {sample['speaker']!r} is not one of the "
-                f"model's speakers {list(self._speakers)}; use one of them"
+            raise Refused(
+                sample["sample_id"],
+                "unknown speaker",
+                f"{sample['speaker']!r} is not one of the model's speakers "
+                f"{list(self._speakers)}; use one of them",
             ) from None
 
     def _conditions(
@@ -247,12 +266,29 @@ class CodecLM:
         lengths = torch.tensor([len(context) for context in contexts])
         return padded.to(self.device), lengths.to(self.device)
 
-    def check(self, samples: Sequence[Sample], sampler: Sampler) -> None:
-        """Refuse texts, speakers and lengths that the model does not take; raises UserError."""
+    def check(self, sampler: Sampler) -> None:
+        """Refuse rollouts that may become longer than the model takes; raises UserError."""
         self._check_timesteps(sampler.max_timesteps, "sampler.max_timesteps: a rollout")
-        for sample in samples:
-            self._text_ids(sample)
-            self._speaker_id(sample)
+
+    def check_sample(self, sample: Sample, timesteps: int) -> None:
+        """Refuse codes, texts, speakers and lengths that the model does not take."""
+        lengths = {"a rollout": timesteps}
+        require_frames(sample, "codes", self.facts)
+        self._text_ids(sample)
+        self._speaker_id(sample)
+        if self.module.has_context:
+            require_frames(sample, "context_codes", self.facts)
+            frames = len(sample["context_codes"]) // self.facts.codebooks
+            lengths["its context"] = self.layout.timesteps(frames)
+        limit = self.config.max_timesteps
+        for what, length in lengths.items():
+            if length > limit:
+                raise Refused(
+                    sample["sample_id"],
+                    "too long for the model",
+                    f"{what} has {length} timesteps, but the model takes {limit} (max_timesteps); "
+                    "leave it out or raise the limit",
+                )
 
     def _check_timesteps(self, timesteps: int, what: str) -> None:
         limit = self.config.max_timesteps

@@ -27,12 +27,12 @@ from stages.families.magpie_network import MagpieNetwork, Prediction
 from stages.families.magpie_settings import overridden, read_model_config
 from stages.families.nemo_archive import archive_fingerprint, quiet
 from stages.families.weights import digest_tensors, no_adapters
-from stages.family import LinearOutput, Predicted, Sample, Scores, Step
+from stages.family import LinearOutput, Predicted, Sample, Scores, Step, require_frames
 from stages.layout import FrameStacking
 from stages.model_config import FamilyName, MagpieConfig, MagpieSettings, MagpieTeacher
 from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
 from stages.publish import replace_file
-from stages.sampling import RolloutPolicy, most_timesteps
+from stages.sampling import RolloutPolicy
 from store.schema import Head, Sampler, Stream
 
 with quiet():
@@ -225,7 +225,11 @@ class Magpie:
         return self.layout.timesteps(len(sample["codes"]) // self.facts.codebooks)
 
     def reference_codes(self, sample: Sample) -> Tensor:
-        """[T, C] int64: the recording's codes, laid out once for each group of streams."""
+        """[T, C] int64: the recording's codes, laid out once for each group of streams.
+
+        Raises Refused for codes that are no frames of the audio codec.
+        """
+        require_frames(sample, "codes", self.facts)
         codes = torch.as_tensor(sample["codes"], dtype=torch.int64)
         stacked = self.layout.encode(codes.reshape(-1, self.facts.codebooks))
         return stacked.repeat(1, len(self.streams) // self.layout.streams)
@@ -234,14 +238,13 @@ class Magpie:
         """The audio codec's frames [F, codebooks] int64 of `codes` [T, C]: the decoder's own."""
         return self.layout.decode(codes[:, : self.layout.streams])
 
-    def check(self, samples: Sequence[Sample], sampler: Sampler) -> None:
-        """Refuse samples whose context and rollout the model has no positions for.
+    def check(self, sampler: Sampler) -> None:
+        """Take all settings: how long a rollout may be depends on the sample's context."""
 
-        Raises UserError that names the first.
-        """
-        for sample in samples:
-            timesteps = most_timesteps(sampler, self.timesteps(sample))
-            self._reader.check(sample, timesteps)
+    def check_sample(self, sample: Sample, timesteps: int) -> None:
+        """Refuse codes that are no frames, and conditions that the model does not take."""
+        require_frames(sample, "codes", self.facts)
+        self._reader.check(sample, timesteps)
 
     # The two verbs
 

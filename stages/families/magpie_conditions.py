@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.config import DatasetFacts
-from stages.errors import UserError
+from stages.errors import Refused, UserError
 from stages.families.magpie_network import Conditions, MagpieNetwork
 from stages.families.magpie_tokenizers import described_tokenizers
 from stages.families.nemo_archive import quiet
-from stages.family import Sample
+from stages.family import Sample, require_frames, require_text
 from stages.layout import FrameStacking
 from stages.model_config import MagpieSettings
 
@@ -33,7 +33,7 @@ class ConditionReader:
     ) -> None:
         """Raises UserError when the dataset lacks what the model reads."""
         model = network.model
-        self._network, self._layout = network, layout
+        self._network, self._layout, self._facts = network, layout, facts
         self._baked: int = model.num_baked_speakers
         self._tokenizer = _tokenizer(settings, list(model.tokenizer.tokenizer_names))
         for tokenizer in model.tokenizer.tokenizers.values():
@@ -100,20 +100,24 @@ class ConditionReader:
 
     def _text_ids(self, sample: Sample) -> Tensor:
         """Token ids of a text, with NeMo's end token."""
+        require_text(sample)
         model = self._network.model
         with quiet():
             ids = model.tokenizer.encode(sample["text"], self._tokenizer)
         if not ids:
-            raise UserError(
-                f"sample {sample['sample_id']!r}: the tokenizer {self._tokenizer!r} knows nothing "
-                f"of the text {sample['text']!r}; remove the sample, or choose another tokenizer"
+            raise Refused(
+                sample["sample_id"],
+                "text outside the alphabet",
+                f"the tokenizer {self._tokenizer!r} knows nothing of the text {sample['text']!r}; "
+                "remove the sample, or choose another tokenizer",
             )
         limit = self._network.positions.text
         if len(ids) + 1 > limit:
-            raise UserError(
-                f"sample {sample['sample_id']!r}: the text has {len(ids)} tokens, but the model's "
-                f"text encoder takes {limit - 1} (encoder.max_length_causal_mask): "
-                "split the text"
+            raise Refused(
+                sample["sample_id"],
+                "text too long",
+                f"the text has {len(ids)} tokens, but the model's text encoder takes {limit - 1} "
+                "(encoder.max_length_causal_mask): split the text",
             )
         return torch.tensor([*ids, model.eos_id])
 
@@ -135,28 +139,31 @@ class ConditionReader:
         try:
             return self._speakers[sample["speaker"]]
         except KeyError:
-            raise UserError(
-                f"sample {sample['sample_id']!r}: speaker {sample['speaker']!r} has no baked "
-                f"context in the model, whose speakers are {list(self._speakers)}: leave it out, "
-                "or name it in the setting speakers"
+            raise Refused(
+                sample["sample_id"],
+                "unknown speaker",
+                f"{sample['speaker']!r} has no baked context in the model, whose speakers are "
+                f"{list(self._speakers)}: leave it out, or name it in the setting speakers",
             ) from None
 
     def check(self, sample: Sample, timesteps: int) -> None:
-        """Refuse a sample whose context and timesteps the model has no positions for.
+        """Refuse conditions that the model does not read, or has no positions for with `timesteps`.
 
-        Raises UserError that names it.
+        Raises Refused.
         """
+        self._text_ids(sample)
         if self._baked:
             lengths = self._network.model.baked_context_embedding_len
             context = int(lengths[self._speaker(sample)])
         else:
+            require_frames(sample, "context_codes", self._facts)
             context = len(self._context(sample))
         self._check_positions(sample, context, timesteps)
 
     def check_batch(
         self, samples: Sequence[Sample], conditions: Conditions, timesteps: Tensor, most: int
     ) -> None:
-        """Refuse a batch with a sample that the model has no positions for; raises UserError.
+        """Refuse a batch with a sample that the model has no positions for; raises Refused.
 
         `timesteps` [B] are at most `most`. Only where the widest rows would not fit together is the
         device asked for the length of each.
@@ -174,18 +181,21 @@ class ConditionReader:
             self._check_positions(sample, context, count)
 
     def _check_positions(self, sample: Sample, context: int, timesteps: int) -> None:
-        limits, name = self._network.positions, f"sample {sample['sample_id']!r}"
+        limits = self._network.positions
         if not self._baked and context > limits.context:
-            raise UserError(
-                f"{name}: a context of {context} positions exceeds the {limits.context} positions "
-                "of the context encoder (context_encoder.max_length_causal_mask): lower "
-                "prepare.context_s"
+            raise Refused(
+                sample["sample_id"],
+                "context too long",
+                f"a context of {context} positions exceeds the {limits.context} positions of the "
+                "context encoder (context_encoder.max_length_causal_mask): lower prepare.context_s",
             )
         if context + timesteps > limits.decoder:
-            raise UserError(
-                f"{name}: a context of {context} positions and {timesteps} timesteps exceed the "
+            raise Refused(
+                sample["sample_id"],
+                "too long for the model",
+                f"a context of {context} positions and {timesteps} timesteps exceed the "
                 f"{limits.decoder} positions of the model (decoder.max_length_causal_mask): lower "
-                "prepare.context_s or sampler.max_timesteps"
+                "prepare.context_s or sampler.max_timesteps",
             )
 
 
