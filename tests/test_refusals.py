@@ -326,35 +326,43 @@ def test_killed_or_shared_rollouts_with_refusals_end_with_the_bytes_of_one(
         assert kinds(PredictionStore.open(store)) == refused_ids(run)
 
 
+def without_letter(model: Path, letter: str, target: Path) -> str:
+    """A copy of a model that has another letter in the place of one."""
+    shutil.copytree(model, target)
+    described = json.loads((target / "config.json").read_text())
+    described["facts"]["alphabet"] = described["facts"]["alphabet"].replace(letter, "z")
+    (target / "config.json").write_text(json.dumps(described))
+    return str(target)
+
+
 @pytest.mark.slow
 def test_a_student_and_a_teacher_each_refuse_their_own(bad_run, tiny_run, tmp_path):
-    """The student has drawn when the teacher is asked, which has no letter f."""
-    teacher = shutil.copytree(tiny_run.root / "teacher", tmp_path / "teacher")
-    described = json.loads((teacher / "config.json").read_text())
-    described["facts"]["alphabet"] = described["facts"]["alphabet"].replace("f", "z")
-    (teacher / "config.json").write_text(json.dumps(described))
-    section = tiny_run.document["rollout"] | {
-        "source": "student", "student": str(tiny_run.root / "student")
-    }  # fmt: skip
-    run = bad_run("two", teacher={"checkpoint": str(teacher)}, rollout=section)
+    """The student, which has no g, has drawn when the teacher is asked, which has no f."""
+    teacher = without_letter(tiny_run.root / "teacher", "f", tmp_path / "teacher")
+    student = without_letter(tiny_run.root / "student", "g", tmp_path / "student")
+    section = tiny_run.document["rollout"] | {"source": "student", "student": student}
+    run = bad_run("two", teacher={"checkpoint": teacher}, rollout=section)
     run.do("draw", "rollout")
     samples = Dataset.open(Path(run.document["dataset"])).samples("train")
-    store = PredictionStore.open(run.root / "store")
-    by_student = refused_ids(run)
-    by_teacher = [
-        s["sample_id"] for s in samples if s["sample_id"] not in by_student and "f" in s["text"]
-    ]
+    by_both, by_student, by_teacher = refused_ids(run), set(), set()
+    for sample in samples:
+        if sample["sample_id"] not in by_both and "g" in sample["text"]:
+            by_student.add(sample["sample_id"])
+        elif sample["sample_id"] not in by_both and "f" in sample["text"]:
+            by_teacher.add(sample["sample_id"])
+    assert by_student
     assert by_teacher
-    assert kinds(store) == by_student | dict.fromkeys(by_teacher, "text outside the alphabet")
+    store = PredictionStore.open(run.root / "store")
+    assert kinds(store).keys() == by_both.keys() | by_student | by_teacher
+    assert {kinds(store)[name] for name in by_student | by_teacher} == {"text outside the alphabet"}
     order = [sample["sample_id"] for sample in samples]
-    assert [s for s, _ in store.rejected] == sorted(dict(store.rejected), key=order.index)
-    drawn = pq.read_table(run.root / "draws" / "rejected.parquet").to_pylist()
-    assert {row["sample_id"] for row in drawn} == set(by_student)
-    assert set(store) == {
-        (s, v) for s in order for v in range(2) if s not in dict(store.rejected)
-    }  # fmt: skip
+    assert [name for name, _ in store.rejected] == sorted(kinds(store), key=order.index)
+    left = {name for name in order if name not in kinds(store)}
+    assert set(store) == {(name, variation) for name in left for variation in range(2)}
+    table = pq.read_table(run.root / "draws" / "rejected.parquet")
+    assert set(table["sample_id"].to_pylist()) == by_both.keys() | by_student
     draws = draws_of(run.root / "draws")
-    assert len(draws) == len(store) + 2 * len(by_teacher)
+    assert {name for name, _ in draws} == left | by_teacher
     for key in store:
         assert store[key].codes.ravel().tolist() == draws[key]
 
@@ -385,6 +393,7 @@ def test_the_reference_of_an_evaluation_leaves_them_out_too(tiny_run, run_of, tm
     assert report["samples"] == 2
 
 
+@pytest.mark.slow
 def test_an_audit_is_made_of_what_the_teacher_takes(tiny_run, run_of, tmp_path):
     path = spoiled(tiny_run.root / "dataset", tmp_path / "bad", BAD_ROWS, "train")
     run = run_of(
