@@ -27,9 +27,10 @@ from measure import interleaved, own_peak, report
 from torch.nn import functional
 
 from stages.config import OptimizerConfig, RolloutConfig, TrainConfig
-from stages.data import CodeBatch, StoreBatches, TargetBatch
+from stages.data import CodeBatch, StoreBatches
 from stages.distributed import Place, choose_device, computes_bf16
 from stages.family import Family
+from stages.host_batches import TargetBatch
 from stages.interruption import StopRequest
 from stages.optimization import Objective, TrainingState
 from stages.rollout import rollout

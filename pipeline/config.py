@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from stages.config import EvaluateConfig, FitConfig, RolloutConfig, TrainConfig
@@ -100,21 +107,14 @@ class RunConfig(Record):
             return own
         return self.rollout.model_copy(update={"guidance": Guidance(scale=1)})
 
-    @field_validator("rounds")
+    @field_validator("rounds", "students")
     @classmethod
-    def _check_rounds(cls, rounds: dict[str, RoundConfig]) -> dict[str, RoundConfig]:
-        for name in rounds:
+    def _check_names(cls, named: dict[str, Record], info: ValidationInfo) -> dict[str, Record]:
+        kind = str(info.field_name).removesuffix("s")
+        for name in named:
             if not NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is not a round name: use letters, digits, '_', '-'")
-        return rounds
-
-    @field_validator("students")
-    @classmethod
-    def _check_students(cls, students: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
-        for name in students:
-            if not NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is not a student name: use letters, digits, '_', '-'")
-        return students
+                raise ValueError(f"{name!r} is not a {kind} name: use letters, digits, '_', '-'")
+        return named
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:

@@ -15,11 +15,12 @@ from tqdm import tqdm
 from stages.architecture import Architecture
 from stages.audio import level_dbfs, write_wav
 from stages.audio_codec import AudioCodec
-from stages.data import TargetBatch, of_groups, rollout_batches
+from stages.data import rollout_batches
 from stages.dataset import Dataset
 from stages.errors import UserError
 from stages.family import Family, Sample, has_linear_heads
 from stages.frame_repetition import ends_in_loop, longest_run, repeated_ngrams
+from stages.host_batches import TargetBatch, of_groups
 from stages.losses import kl_divergence
 from stages.publish import replace_file
 from stages.rollout import finite_steps, policy_for, split

@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 from stages.config import RolloutConfig
 from stages.errors import Refused, UserError
-from stages.family import Family, Sample, require_taught
+from stages.family import Family, Sample
 from stages.rejections import rejection_table
 from stages.replay import Replay
+from stages.sample_checks import require_taught
 from stages.sampling import most_timesteps
 from store.rejected import Rejected
 

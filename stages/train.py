@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.config import TrainConfig
-from stages.data import HostBatch, StoreBatches, of_groups
+from stages.data import StoreBatches
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.family import Family, has_linear_heads
+from stages.host_batches import HostBatch, of_groups
 from stages.interruption import StopRequest
 from stages.loss_config import LossConfig
 from stages.losses import distillation_loss, stream_weights

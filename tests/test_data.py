@@ -28,17 +28,10 @@ from torch import Tensor, nn
 
 from stages import data
 from stages.config import LoaderConfig, TrainConfig
-from stages.data import (
-    HostBatch,
-    Span,
-    StoreBatches,
-    TargetBatch,
-    host_batch,
-    restored_batch,
-    rollout_batches,
-)
+from stages.data import StoreBatches, rollout_batches
 from stages.distributed import Place
 from stages.errors import UserError
+from stages.host_batches import HostBatch, Span, TargetBatch, host_batch, restored_batch
 from stages.host_memory import HostMemory
 from stages.interruption import STOP_SIGNALS
 from stages.loader import Loader

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from stages.causal_lm_config import SlotLayoutConfig
 from stages.config import FitConfig, RolloutConfig
-from stages.data import Span, StoreBatches, host_batch, restored_batch, rollout_batches
+from stages.data import StoreBatches, rollout_batches
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.families.codec_lm import CodecLM
 from stages.fit import CodeLearner
+from stages.host_batches import Span, host_batch, restored_batch
 from stages.host_memory import HostMemory
 from stages.interruption import StopRequest
 from stages.measure import _compare

@@ -38,9 +38,10 @@ from stages.families.causal_lm_network import CausalLMNetwork, Decoding, archite
 from stages.families.causal_lm_prompts import PromptReader, load_tokenizer
 from stages.families.hugging_face import PreTrainedModel
 from stages.families.weights import digest_tensors
-from stages.family import LinearOutput, Predicted, Sample, Scores, Step, require_frames
+from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.model_config import FamilyName
 from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
+from stages.sample_checks import require_frames
 from stages.sampling import RolloutPolicy
 from stages.slot_layout import SlotLayout, up_to_end
 from store.schema import Head, Sampler, Stream

@@ -12,7 +12,8 @@ from torch import Tensor
 from stages.causal_lm_config import FIELD, MARK, CausalLMSettings
 from stages.errors import Refused, UserError
 from stages.families.hugging_face import AutoTokenizer, PreTrainedTokenizerFast, reading
-from stages.family import Sample, require_text
+from stages.family import Sample
+from stages.sample_checks import require_text
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -32,19 +32,12 @@ from stages.families.codec_lm_network import (
     architecture_of,
 )
 from stages.families.weights import digest_tensors, no_adapters
-from stages.family import (
-    LinearOutput,
-    Predicted,
-    Sample,
-    Scores,
-    Step,
-    require_frames,
-    require_text,
-)
+from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.layout import FrameStacking
 from stages.model_config import CodecLMConfig, FamilyName
 from stages.modules.feed_forward import Routing
 from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
+from stages.sample_checks import require_frames, require_text, speaker_place
 from stages.sampling import RolloutPolicy
 from store.schema import Head, Sampler, Stream
 
@@ -229,15 +222,7 @@ class CodecLM:
         return torch.tensor([self._characters[character] for character in text])
 
     def _speaker_id(self, sample: Sample) -> int:
-        try:
-            return self._speakers[sample["speaker"]]
-        except KeyError:
-            raise Refused(
-                sample["sample_id"],
-                "unknown speaker",
-                f"{sample['speaker']!r} is not one of the model's speakers "
-                f"{list(self._speakers)}; use one of them",
-            ) from None
+        return speaker_place(sample, self._speakers, "use one of them")
 
     def _conditions(
         self, samples: Sequence[Sample], unconditional: Tensor | None = None

@@ -27,11 +27,12 @@ from stages.families.magpie_network import MagpieNetwork, Prediction
 from stages.families.magpie_settings import overridden, read_model_config
 from stages.families.nemo_archive import archive_fingerprint, quiet
 from stages.families.weights import digest_tensors, no_adapters
-from stages.family import LinearOutput, Predicted, Sample, Scores, Step, require_frames
+from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.layout import FrameStacking
 from stages.model_config import FamilyName, MagpieConfig, MagpieSettings, MagpieTeacher
 from stages.modules.guided import Draw, Drawn, decode, scores, split_branches
 from stages.publish import replace_file
+from stages.sample_checks import require_frames
 from stages.sampling import RolloutPolicy
 from store.schema import Head, Sampler, Stream
 

@@ -16,9 +16,10 @@ from stages.errors import Refused, UserError
 from stages.families.magpie_network import Conditions, MagpieNetwork
 from stages.families.magpie_tokenizers import described_tokenizers
 from stages.families.nemo_archive import quiet
-from stages.family import Sample, require_frames, require_text
+from stages.family import Sample
 from stages.layout import FrameStacking
 from stages.model_config import MagpieSettings
+from stages.sample_checks import require_frames, require_text, speaker_place
 
 
 class ConditionReader:
@@ -136,15 +137,8 @@ class ConditionReader:
         return nn.functional.pad(whole, (0, 0, 0, missing)).reshape(-1, layout.streams)
 
     def _speaker(self, sample: Sample) -> int:
-        try:
-            return self._speakers[sample["speaker"]]
-        except KeyError:
-            raise Refused(
-                sample["sample_id"],
-                "unknown speaker",
-                f"{sample['speaker']!r} has no baked context in the model, whose speakers are "
-                f"{list(self._speakers)}: leave it out, or name it in the setting speakers",
-            ) from None
+        advice = "leave it out, or name its baked context in the setting speakers"
+        return speaker_place(sample, self._speakers, advice)
 
     def check(self, sample: Sample, timesteps: int) -> None:
         """Refuse conditions that the model does not read, or has no positions for with `timesteps`.
