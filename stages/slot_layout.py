@@ -135,10 +135,13 @@ class SlotLayout:
         Codes that were drawn may hold an end in any slot: the audio stops at the first, and a frame
         that is not whole there is dropped. A stream that was cut short has no end.
         """
-        length = self._length(codes)
-        dropped = length % self.slots
-        frames = codes[: length - dropped].reshape(-1, self.slots)
-        return Decoded(self.order.separate(frames), length < len(codes), dropped)
+        length, frames = self._length(codes), self.frames(codes)
+        return Decoded(self.order.separate(frames), length < len(codes), length - frames.numel())
+
+    def frames(self, codes: Tensor) -> Tensor:
+        """Whole frames [F, S] of a stream [T] before its end, in the order of the slots."""
+        whole = self._length(codes) // self.slots
+        return codes[: whole * self.slots].view(-1, self.slots)
 
     def to_timesteps(self, codes: Tensor) -> Tensor:
         """Lay a stream [T] into timesteps [N, S] of a frame each, with ends after its own.

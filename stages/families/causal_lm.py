@@ -16,11 +16,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stages.architecture import Architecture
 from stages.causal_lm_config import CausalLMConfig, CausalLMSettings, CausalLMTeacher
 from stages.config import DatasetFacts
-from stages.errors import Refused, UserError
+from stages.errors import UserError
 from stages.families import causal_lm_adapter as adapter
 from stages.families import causal_lm_checkpoint as checkpoint
 from stages.families.causal_lm_base import (
@@ -34,6 +35,7 @@ from stages.families.causal_lm_base import (
     require_architecture,
     whole_model,
 )
+from stages.families.causal_lm_checks import Context, check_codes, check_vocabulary
 from stages.families.causal_lm_network import CausalLMNetwork, Decoding, architecture_of, joined
 from stages.families.causal_lm_prompts import PromptReader, load_tokenizer
 from stages.families.hugging_face import PreTrainedModel
@@ -71,14 +73,14 @@ class CausalLM:
         device: str = "cpu",
     ) -> None:
         self.layout = SlotLayout(settings.layout)
-        checkpoint.check_vocabulary(model, settings, self.layout, settings.path)
-        _check_codes(self.layout, facts)
+        check_vocabulary(model, settings, self.layout, settings.path)
+        check_codes(self.layout, facts)
         full = settings.vocabulary == "full"
         self.module = CausalLMNetwork(model, self.layout, full=full)
         self.network: nn.Module = self.module
         self.config = settings
         self.facts = facts
-        self._positions = int(model.config.max_position_embeddings)
+        self._context = Context(self.layout.slots, int(model.config.max_position_embeddings))
         self.condition_dropout = condition_dropout
         self._reader, self._base, self._seed, self._device = reader, base, seed, device
         self._end = self.layout.end_id if full else self.layout.end_code
@@ -258,36 +260,7 @@ class CausalLM:
     def check_sample(self, sample: Sample, timesteps: int) -> None:
         """Refuse codes that are no frames, and texts and lengths that the model does not take."""
         require_frames(sample, "codes", self.facts)
-        self._check_length(sample, self._reader.pair(sample), timesteps)
-
-    def _check_lengths(
-        self,
-        samples: Sequence[Sample],
-        pairs: Sequence[tuple[Tensor, Tensor]],
-        most: int,
-        lengths: Tensor,
-    ) -> None:
-        """Refuse a sample of `lengths` [B] timesteps, of which none is more than `most`.
-
-        The device is asked for lengths only where a batch may not fit.
-        """
-        longest = max(len(prompt) for pair in pairs for prompt in pair)
-        if longest + most * self.layout.slots > self._positions:
-            for sample, pair, length in zip(samples, pairs, lengths.tolist(), strict=True):
-                self._check_length(sample, pair, length)
-
-    def _check_length(self, sample: Sample, pair: tuple[Tensor, Tensor], timesteps: int) -> None:
-        """Refuse a prompt after which not so many timesteps fit."""
-        prompt = max(len(pair[0]), len(pair[1]))
-        length = prompt + timesteps * self.layout.slots
-        if length > self._positions:
-            raise Refused(
-                sample["sample_id"],
-                "too long for the model",
-                f"a prompt of {prompt} ids and {timesteps} timesteps of {self.layout.slots} ids "
-                f"are {length}, but the model takes {self._positions} (max_position_embeddings); "
-                "split the text, or lower sampler.max_timesteps",
-            )
+        self._context.check(sample, self._reader.pair(sample), timesteps)
 
     def timesteps(self, sample: Sample) -> int:
         """Frames of the sample's own recording, and one for its end."""
@@ -300,9 +273,9 @@ class CausalLM:
         """
         require_frames(sample, "codes", self.facts)
         codes = torch.as_tensor(sample["codes"], dtype=torch.int64)
-        frames = codes.reshape(-1, self.layout.slots)
-        ends = frames.new_full((1, self.layout.slots), self.layout.end_code)
-        codes = torch.cat([frames, ends])
+        codes = self.layout.to_timesteps(
+            torch.cat([codes, codes.new_tensor([self.layout.end_code])])
+        )
         return self.layout.to_vocabulary(codes) if self.module.full else codes
 
     def frames(self, codes: Tensor) -> Tensor:
@@ -310,12 +283,8 @@ class CausalLM:
 
         Raises UserError for an id of the full vocabulary that its slot does not have.
         """
-        own = self._slot_codes(codes)
-        whole = ~(own == self.layout.end_code).any(-1)
-        return own[whole.cumprod(0).bool()]
-
-    def _slot_codes(self, codes: Tensor) -> Tensor:
-        return self.layout.from_vocabulary(codes) if self.module.full else codes
+        own = self.layout.from_vocabulary(codes) if self.module.full else codes
+        return self.layout.frames(self.layout.from_timesteps(own))
 
     def head_weights(self) -> dict[str, np.ndarray]:
         """`backbone.weight` [S, V, D] and `backbone.bias` [S, V] float32."""
@@ -430,7 +399,7 @@ class CausalLM:
         branches = 2 if both_branches or cfg_scale != 1.0 else 1
         dropped = [False] * len(samples) if unconditional is None else unconditional.tolist()
         pairs = [self._reader.pair(sample) for sample in samples]
-        self._check_lengths(samples, pairs, codes.shape[1], lengths)
+        self._context.check_batch(samples, pairs, codes.shape[1], lengths)
         prompts = [
             prompt
             for (conditional, bare), drop in zip(pairs, dropped, strict=True)
@@ -462,24 +431,3 @@ class CausalLM:
     def local_parameters(self) -> Iterator[nn.Parameter]:
         """Nothing: there is no local transformer beside the model."""
         yield from ()
-
-
-def _check_codes(layout: SlotLayout, facts: DatasetFacts) -> None:
-    """Refuse a dataset whose frames are not those of the layout."""
-    entries = layout.config.codes_per_slot
-    if facts.codebooks != layout.slots or facts.codes_per_codebook > entries:
-        raise UserError(
-            f"the dataset's frames have {facts.codebooks} codes of {facts.codes_per_codebook} "
-            f"entries, but the layout has {layout.slots} slots of {entries}: give the layout of "
-            "the dataset's audio codec, or prepare the dataset with the model's"
-        )
-    if facts.slots and facts.slots != layout.config.slots:
-        raise UserError(
-            f"the dataset's frames list the codes (level, place) {_listed(facts.slots)}, but the "
-            f"layout has {_listed(layout.config.slots)}: give the order of the dataset's audio "
-            "codec in layout.slots"
-        )
-
-
-def _listed(slots: Sequence[tuple[int, int]]) -> str:
-    return ", ".join(f"({level}, {place})" for level, place in slots)

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stages.causal_lm_config import CausalLMSettings
 from stages.errors import UserError
 from stages.families.causal_lm_network import head_error
 from stages.families.causal_lm_prompts import PromptReader
@@ -27,7 +26,6 @@ from stages.families.hugging_face import (
     transformers,
 )
 from stages.publish import publish_file, replace_file
-from stages.slot_layout import SlotLayout
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 OURS = ("architecture", "base", "condition_dropout", "config", "facts")
@@ -137,24 +135,6 @@ def fresh_model(folder: Path, *, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
     return _checked(model.float(), folder)
-
-
-def check_vocabulary(
-    model: PreTrainedModel, settings: CausalLMSettings, layout: SlotLayout, folder: Path
-) -> None:
-    """Refuse a model that has fewer ids than layout or prompts; one may be padded to more."""
-    ids = model.get_output_embeddings().weight.shape[0]
-    beyond = {name: token.id for name, token in settings.special.items() if token.id >= ids}
-    if beyond:
-        raise UserError(
-            f"{folder} has the ids 0 to {ids - 1}, but special gives {beyond}: give the ids of "
-            "this model's tokenizer"
-        )
-    if ids < layout.least_vocabulary:
-        raise UserError(
-            f"{folder} has {ids} ids, but the layout reaches to {layout.least_vocabulary - 1}: "
-            "correct audio_base_id, codes_per_slot or end_id, or resize the model's vocabulary"
-        )
 
 
 def _checked(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
