@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from pydantic import ValidationError
 from stages.causal_lm_config import CausalLMConfig
 from stages.errors import Refused, UserError
 from stages.family import LinearOutput, has_linear_heads, load_family
-from stages.sampling import RolloutPolicy
 from store.schema import Sampler
+from tests import rolled as rolled_up
 
 SLOTS = ((0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (2, 2), (2, 3))
 ENTRIES, WIDTH = 6, 8
@@ -30,6 +29,8 @@ LAYOUT = {"slots": SLOTS, "codes_per_slot": WIDTH, "audio_base_id": BASE, "end_i
 VOCABULARY = BASE + 7 * WIDTH + 5
 """Padded: five ids more than the layout has."""
 LIMIT = 7
+DRAWN = {"max_timesteps": LIMIT, "min_timesteps": 1}
+policy_of, roll = partial(rolled_up.policy_of, **DRAWN), partial(rolled_up.roll, **DRAWN)
 
 
 @pytest.fixture(scope="module")
@@ -106,54 +107,13 @@ def family_of(path, **changes: Any):
     return family
 
 
-def policy_of(family, samples, **changes: Any) -> RolloutPolicy:
-    return RolloutPolicy(
-        Sampler.model_validate({"max_timesteps": LIMIT, "min_timesteps": 1} | changes),
-        [(sample["sample_id"], 0) for sample in samples],
-        seed=3,
-        streams=family.streams,
-        forbidden=family.forbidden,
-        end_id=family.end_id,
-        reference_timesteps=[family.timesteps(sample) for sample in samples],
-    )
-
-
-@dataclass
-class Rolled:
-    """The steps of a rollout, put together per row."""
-
-    codes: torch.Tensor
-    logits: torch.Tensor
-    lengths: torch.Tensor
-    batch_sizes: list[int] = dataclasses.field(default_factory=list)
-
-
-def roll(family, samples, scale: float, **changes: Any) -> Rolled:
-    rows, size = len(samples), family.streams[0].vocabulary
-    rolled = Rolled(
-        torch.zeros(rows, LIMIT, 7, dtype=torch.int64),
-        torch.full((rows, LIMIT, 7, size), float("nan")),
-        torch.zeros(rows, dtype=torch.int64),
-    )
-    for step in family.rollout(samples, policy_of(family, samples, **changes), scale):
-        assert step.logits.dtype == torch.float32
-        rolled.codes[step.rows, step.timestep] = step.codes
-        rolled.logits[step.rows, step.timestep] = step.logits
-        rolled.lengths[step.rows] = step.timestep + 1
-        rolled.batch_sizes.append(len(step.rows))
-    return rolled
-
-
 @pytest.mark.parametrize("vocabulary", ["slots", "full"])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_rollout_logits_equal_teacher_forced_ones(folder, scale, vocabulary):
     family, samples = family_of(folder, vocabulary=vocabulary), samples_of(6)
     rolled = roll(family, samples, scale)
-    assert len(set(rolled.lengths.tolist())) > 1, "rows must end at different times"
-    assert rolled.batch_sizes[-1] < len(samples), "finished rows must leave the batch"
-    codes = rolled.codes.clone()
-    for row, length in enumerate(rolled.lengths):
-        codes[row, length:] = 10**6  # poison: beyond the end nothing may be read
+    rolled.require_departures()
+    codes = rolled.poisoned()
     with torch.no_grad():
         scores = family.score(samples, codes, rolled.lengths, cfg_scale=scale)
     for row, length in enumerate(rolled.lengths):

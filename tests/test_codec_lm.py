@@ -1,7 +1,7 @@
 """The family codec_lm: decoding equals scoring, conditions are honest, checkpoints are strict."""
 
 import json
-from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +12,12 @@ from stages.errors import Refused, UserError
 from stages.families.codec_lm import CodecLM
 from stages.family import Branch, LinearOutput, has_linear_heads, load_family
 from stages.model_config import CodecLMConfig, ExpertsConfig, LocalTransformerConfig
-from stages.sampling import RolloutPolicy
-from store.schema import Sampler
+from tests import rolled as rolled_up
 
 ALPHABET = " abcdefg"
 LIMIT = 14
+DRAWN = {"max_timesteps": LIMIT, "min_timesteps": 2}
+policy_of, roll = partial(rolled_up.policy_of, **DRAWN), partial(rolled_up.roll, **DRAWN)
 
 VARIANTS = {
     "plain": {},
@@ -86,44 +87,6 @@ def family_of(seed: int = 0, context_frames: int = 0, **changes) -> CodecLM:
     return family
 
 
-def policy_of(family: CodecLM, samples: list[dict], **changes) -> RolloutPolicy:
-    return RolloutPolicy(
-        Sampler.model_validate({"max_timesteps": LIMIT, "min_timesteps": 2} | changes),
-        [(sample["sample_id"], 0) for sample in samples],
-        seed=3,
-        streams=family.streams,
-        forbidden=family.forbidden,
-        end_id=family.end_id,
-        reference_timesteps=[family.timesteps(sample) for sample in samples],
-    )
-
-
-@dataclass
-class Rolled:
-    """The steps of a rollout, put together per row."""
-
-    codes: torch.Tensor
-    logits: torch.Tensor
-    lengths: torch.Tensor
-    batch_sizes: list[int] = field(default_factory=list)
-
-
-def roll(family: CodecLM, samples: list[dict], scale: float, **changes) -> Rolled:
-    rows, streams, size = len(samples), len(family.streams), family.module.vocabulary
-    rolled = Rolled(
-        torch.zeros(rows, LIMIT, streams, dtype=torch.int64),
-        torch.full((rows, LIMIT, streams, size), float("nan")),
-        torch.zeros(rows, dtype=torch.int64),
-    )
-    for step in family.rollout(samples, policy_of(family, samples, **changes), scale):
-        assert step.logits.dtype == torch.float32
-        rolled.codes[step.rows, step.timestep] = step.codes
-        rolled.logits[step.rows, step.timestep] = step.logits
-        rolled.lengths[step.rows] = step.timestep + 1
-        rolled.batch_sizes.append(len(step.rows))
-    return rolled
-
-
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 @pytest.mark.parametrize("context", [False, True], ids=["no context", "ragged context"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -131,12 +94,8 @@ def test_rollout_logits_equal_teacher_forced_ones(variant, context, scale):
     family = family_of(context_frames=9 * context, **VARIANTS[variant])
     samples = samples_of(6, context)
     rolled = roll(family, samples, scale)
-    assert len(set(rolled.lengths.tolist())) > 1, "rows must end at different times"
-    assert rolled.batch_sizes == sorted(rolled.batch_sizes, reverse=True)
-    assert rolled.batch_sizes[-1] < len(samples), "finished rows must leave the batch"
-    codes = rolled.codes.clone()
-    for row, length in enumerate(rolled.lengths):
-        codes[row, length:] = 10**6  # poison: beyond the end nothing may be read
+    rolled.require_departures()
+    codes = rolled.poisoned()
     with torch.no_grad():
         scores = family.score(samples, codes, rolled.lengths, cfg_scale=scale)
     for row, length in enumerate(rolled.lengths):

@@ -273,9 +273,7 @@ class CausalLM:
         """
         require_frames(sample, "codes", self.facts)
         codes = torch.as_tensor(sample["codes"], dtype=torch.int64)
-        codes = self.layout.to_timesteps(
-            torch.cat([codes, codes.new_tensor([self.layout.end_code])])
-        )
+        codes = self.layout.to_timesteps(functional.pad(codes, (0, 1), value=self.layout.end_code))
         return self.layout.to_vocabulary(codes) if self.module.full else codes
 
     def frames(self, codes: Tensor) -> Tensor:
