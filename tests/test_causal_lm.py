@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from stages.audit import audit, predictions
 from stages.causal_lm_config import CausalLMConfig
 from stages.errors import Refused, UserError
 from stages.family import LinearOutput, has_linear_heads, load_family
@@ -708,3 +709,29 @@ def test_a_teacher_in_bf16_gives_logits_that_are_not_rounded_to_it(folder):
         "btsd,svd->btsv", scores.branches.cond.hidden["backbone"][0].double(), weight
     )
     torch.testing.assert_close(scores.logits.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_an_end_ends_a_rollout_where_it_is_drawn_and_not_where_it_is_only_likeliest(folder):
+    """As transformers' generate does; NeMo's rule for codes drawn in parallel is another one."""
+    family, samples = family_of(folder), samples_of(6)
+    end = family.layout.end_code
+    with torch.no_grad():
+        family.module.head.weight[END] *= 4  # an end is often the likeliest
+    rolled = roll(family, samples, 1.0, temperature=8.0)
+    passed = 0
+    for row, length in enumerate(rolled.lengths.tolist()):
+        codes, likeliest = rolled.codes[row, :length], rolled.logits[row, :length].argmax(-1)
+        passed += int((likeliest[1 : length - 1] == end).any(-1).sum())
+        assert not (codes[: length - 1] == end).any()
+        assert length == LIMIT or (codes[-1] == end).any()
+    assert passed, "the test needs timesteps that went on though an end was the likeliest"
+
+
+def test_an_audit_leaves_out_what_stands_behind_an_end(folder):
+    family, samples = family_of(folder), samples_of(3)
+    found = predictions(family, samples, 2.0)
+    # Every code of the recording, and of its last timestep the one end that counts.
+    assert [len(logprobs) for logprobs in found] == [len(s["codes"]) + 1 for s in samples]
+    assert audit(family, samples, 2.0, found).predictions == sum(
+        len(s["codes"]) + 1 for s in samples
+    )

@@ -200,3 +200,13 @@ def test_levels_of_different_length_are_refused():
 def test_layouts_that_contradict_themselves_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         layout(**changes)
+
+
+def test_nothing_behind_an_end_is_predicted_whatever_stands_there():
+    timesteps = torch.tensor(
+        [[5, 6, 7, 8, 9, 1, 2], [3, 4096, 5, 5, 4096, 5, 5], [1, 2, 3, 4, 5, 6, 7]]
+    )
+    expected = torch.tensor([[1] * 7, [1, 1, 0, 0, 0, 0, 0], [0] * 7]).bool()
+    assert torch.equal(layout().predicted(timesteps), expected)
+    both = torch.stack([timesteps, timesteps[[0, 2, 2]]])
+    assert torch.equal(layout().predicted(both), torch.stack([expected, torch.ones(3, 7).bool()]))
