@@ -735,3 +735,12 @@ def test_an_audit_leaves_out_what_stands_behind_an_end(folder):
     assert audit(family, samples, 2.0, found).predictions == sum(
         len(s["codes"]) + 1 for s in samples
     )
+
+
+def test_a_dataset_whose_frames_are_in_another_order_is_refused(folder):
+    config = CausalLMConfig.model_validate(settings(folder))
+    load_family("causal_lm").build(config, FACTS | {"slots": SLOTS}, seed=0)
+    with pytest.raises(UserError, match=r"list the codes .*\(1, 0\), \(0, 0\).* give the order"):
+        load_family("causal_lm").build(
+            config, FACTS | {"slots": (SLOTS[1], SLOTS[0], *SLOTS[2:])}, seed=0
+        )
