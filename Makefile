@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # The model packages behind extras, which tests compare with; the demo needs none of them.
-MODELS := magpie,orpheus
+MODELS := magpie,orpheus,diffusion
 MODELS_READY := $(VENV)/.ready-models
 # The engines that benchmarks compare with pin other versions (numpy < 2.2), so they live apart.
 BENCH_VENV := .venv-bench

@@ -18,6 +18,7 @@ from stages.errors import UserError
 from stages.model_config import FamilyName, ModelConfig
 
 if TYPE_CHECKING:
+    from stages.diffusion.denoiser import Denoiser, ImageEncoder
     from stages.sampling import RolloutPolicy
     from store.schema import Head, Latent, Sampler, Stream
 
@@ -349,6 +350,25 @@ def load_audio_codec_class(kind: str) -> Any:
             f"{', '.join(AUDIO_CODECS)}"
         )
     return _find(f"audio codec of kind {kind!r}", *AUDIO_CODECS[kind])
+
+
+def load_denoiser() -> type[Denoiser]:
+    """Import the family of diffusion models; raises `UserError` with the pip command."""
+    denoiser: type[Denoiser] = _find(
+        "family 'diffusion'", "stages.families.diffusion", "Diffusion", "diffusion"
+    )
+    return denoiser
+
+
+def load_image_encoder() -> type[ImageEncoder]:
+    """Import the encoders of diffusers' pipelines; raises `UserError` with the pip command."""
+    encoder: type[ImageEncoder] = _find(
+        "an encoder of kind 'pipeline'",
+        "stages.families.diffusion_encoders",
+        "PipelineEncoder",
+        "diffusion",
+    )
+    return encoder
 
 
 def _find(what: str, module_name: str, class_name: str, extra: str | None) -> Any:

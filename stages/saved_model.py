@@ -10,7 +10,10 @@ from stages.architecture import Architecture
 from stages.errors import UserError
 from stages.model_config import FamilyName, ModelConfig
 
-WEIGHTS_FILES = ("model.safetensors", "model.nemo", "adapter_model.safetensors")
+WEIGHTS_FILES = (
+    "model.safetensors", "model.nemo", "adapter_model.safetensors",
+    "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors",
+)  # fmt: skip
 """What the families call the weights that they save."""
 
 
