@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.config import RunConfig
+from pipeline.run_config import RunConfig
 from pipeline.exclusion import alone
 from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stage_identity

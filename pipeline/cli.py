@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from tqdm import tqdm
 
-from pipeline.config import load_config
+from pipeline.config import load_config, speech_run
 from pipeline.conversion import ProfileName, conversion_text, profile_of
 from pipeline.garbage import deletion_text, garbage_text
 from pipeline.inspection import (
@@ -168,7 +168,7 @@ def listen(
     as_json: Json = False,
 ) -> None:
     """Write blind listening sheets of a finished evaluation, and their key."""
-    settings = load_config(config, set_ or [])
+    settings = speech_run(config, set_ or [], "listen")
     kinds: tuple[Kind, ...] = ("mos", "ab") if only is None else (only,)
     options = SheetOptions(sheets, items, tuple(system or ()), kinds, seed)
     key = export_sheets(settings, options)
@@ -185,7 +185,7 @@ def tally(
     as_json: Json = False,
 ) -> None:
     """Sum up what listeners answered; exit code 1 where something in the files does not count."""
-    result = tally_answers(load_config(config, set_ or []), answers)
+    result = tally_answers(speech_run(config, set_ or [], "tally"), answers)
     _print(result.model_dump(mode="json"), as_json, lambda: tally_text(result))
     raise typer.Exit(FAILED if result.faults or not result.answers else FINISHED)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import RunConfig
+from pipeline.config import Run
 
 
 @dataclass(frozen=True)
 class RunFolders:
     """Paths of one run."""
 
-    config: RunConfig
+    config: Run
 
     @property
     def root(self) -> Path:
@@ -52,6 +52,11 @@ class RunFolders:
     def draws_of(self, round_name: str | None) -> Path:
         """The codes that a student drew for a round; None stands for the run's own."""
         return self.draws if round_name is None else self.root / f"draws_{round_name}"
+
+    @property
+    def previews(self) -> Path:
+        """Images that the teacher of a diffusion run rendered once."""
+        return self.root / "previews"
 
     @property
     def report(self) -> Path:

@@ -41,6 +41,8 @@ def _files(value: Any) -> Iterator[Path]:
     elif isinstance(value, Mapping):
         for inner in value.values():
             yield from _files(inner)
+    elif isinstance(value, Path) and (value / "model_index.json").exists():
+        yield from sorted(p for p in value.rglob("*") if p.suffix in (".json", ".safetensors"))
     elif isinstance(value, Path) and value.is_dir():
         yield from (value / name for name in FOLDER_FILES if (value / name).exists())
     elif isinstance(value, Path):

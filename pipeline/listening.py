@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config import RunConfig
+from pipeline.run_config import RunConfig
 from pipeline.folders import RunFolders
 from pipeline.listening_page import render_sheet
 from pipeline.report import read_report, write_report

@@ -6,12 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config import RunConfig
+from pipeline.config import Run
 from pipeline.folders import RunFolders
 from pipeline.identity import identity
 from pipeline.inputs import contents
 from pipeline.record import read_record
 from stages.config import RolloutConfig
+from stages.diffusion.config import RecordConfig
 from stages.errors import UserError
 from stages.saved_model import is_saved
 from store import PredictionStore
@@ -33,7 +34,7 @@ class Progress(Record):
     """`stale`: finished once, for other settings or inputs than the present ones."""
 
 
-def stages_of(config: RunConfig) -> list[str]:
+def stages_of(config: Run) -> list[str]:
     """Return the stages that a configuration names, in order.
 
     Students are `train:NAME` and rounds `rollout:NAME`, each after what it depends on.
@@ -46,16 +47,16 @@ def stages_of(config: RunConfig) -> list[str]:
     return list(dict.fromkeys(stages))
 
 
-def _until_trained(config: RunConfig, student: str) -> list[str]:
+def _until_trained(config: Run, student: str) -> list[str]:
     """Return the rounds and students that lead to a student, itself the last."""
-    name = config.students[student].round
+    name = config.round_of(student)
     if name is None:
         return [f"train:{student}"]
     teacher = config.rounds[name].teacher
     return [*_until_trained(config, teacher), f"rollout:{name}", f"train:{student}"]
 
 
-def progress(config: RunConfig, stage: str) -> Progress:
+def progress(config: Run, stage: str) -> Progress:
     """Return how far one stage is.
 
     A stage is done when its record says so for the present settings and inputs, and when what it
@@ -73,7 +74,7 @@ def progress(config: RunConfig, stage: str) -> Progress:
     return Progress(planned=planned, done=done, missing=planned - done, state=state)
 
 
-def _units(config: RunConfig, folders: RunFolders, stage: str) -> tuple[int, int]:
+def _units(config: Run, folders: RunFolders, stage: str) -> tuple[int, int]:
     """Return (planned, done) of a stage, in its own unit of work."""
     name, _, part = stage.partition(":")
     match name:
@@ -105,7 +106,7 @@ def _shards(path: Path) -> tuple[int, int]:
     return store.planned_shards, store.planned_shards - len(store.missing())
 
 
-def stage_identity(config: RunConfig, stage: str) -> str:
+def stage_identity(config: Run, stage: str) -> str:
     """Return what the result of a stage depends on, upstream stages included."""
     name, _, part = stage.partition(":")
     match name:
@@ -124,18 +125,20 @@ def stage_identity(config: RunConfig, stage: str) -> str:
         case "train":
             student = config.students[part]
             inputs = _inputs(config, student)
-            return identity("train", _store(config, student.round), student, inputs, config.seed)
+            return identity(
+                "train", _store(config, config.round_of(part)), student, inputs, config.seed
+            )
         case _:
             students = [stage_identity(config, f"train:{name}") for name in config.students]
             return identity("evaluate", _teacher(config), config.evaluate, *students)
 
 
-def _inputs(config: RunConfig, section: Record | None) -> dict[str, str]:
+def _inputs(config: Run, section: Record | None) -> dict[str, str]:
     """Return what the files hold that a section names."""
     return contents(section, RunFolders(config).stages)
 
 
-def _dataset(config: RunConfig) -> str:
+def _dataset(config: Run) -> str:
     """Return what the dataset depends on: how it is made, or the fingerprint of a given one."""
     if config.dataset is None:
         return stage_identity(config, "prepare")
@@ -146,29 +149,31 @@ def _dataset(config: RunConfig) -> str:
         raise UserError(f"dataset: cannot read {path}: {error.strerror}") from None
 
 
-def _teacher(config: RunConfig) -> str:
+def _teacher(config: Run) -> str:
     if config.fit is not None:
         return stage_identity(config, "fit")
     inputs = _inputs(config, config.teacher)
     return identity("checkpoint", _dataset(config), config.teacher, inputs)
 
 
-def _teacher_of(config: RunConfig, round_name: str | None) -> str:
+def _teacher_of(config: Run, round_name: str | None) -> str:
     """Return what the teacher of a round depends on: the run's own, or a student."""
     if round_name is None:
         return _teacher(config)
     return stage_identity(config, f"train:{config.rounds[round_name].teacher}")
 
 
-def _rollout(settings: RolloutConfig | None) -> tuple[RolloutConfig | str | None, ...]:
+def _rollout(
+    settings: RolloutConfig | RecordConfig | None,
+) -> tuple[RolloutConfig | RecordConfig | str | None, ...]:
     """Return the settings of stage one, and the store that it replays, by what is in it."""
-    if settings is None or settings.replay is None:
+    if not isinstance(settings, RolloutConfig) or settings.replay is None:
         return (settings,)
     codes = PredictionStore.open(settings.replay).fingerprint
     return settings.model_copy(update={"replay": None}), codes
 
 
-def _store(config: RunConfig, round_name: str | None) -> str:
+def _store(config: Run, round_name: str | None) -> str:
     if round_name is not None:
         return stage_identity(config, f"rollout:{round_name}")
     if config.rollout is not None and config.store is None:

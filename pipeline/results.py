@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from pipeline import report as page
-from pipeline.config import RunConfig
+from pipeline.config import Run
 from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stages_of
 from pipeline.record import StageRecord, Usage, read_record
@@ -20,7 +20,7 @@ from store.schema import Quantization
 
 
 def write_report(
-    config: RunConfig,
+    config: Run,
     reference: PredictionStore,
     found: Evaluation,
     wall_s: float,
@@ -51,7 +51,7 @@ def write_report(
     page.write_report(folders.report)
 
 
-def stage_costs(config: RunConfig, wall_s: float, usage: Usage) -> dict[str, StageCost]:
+def stage_costs(config: Run, wall_s: float, usage: Usage) -> dict[str, StageCost]:
     """Return what every stage of a run took so far, in their order."""
     records = {s: read_record(RunFolders(config).stages, s) for s in stages_of(config)}
     so_far = records["evaluate"] or StageRecord(stage="evaluate", identity="")
@@ -67,7 +67,7 @@ def stage_costs(config: RunConfig, wall_s: float, usage: Usage) -> dict[str, Sta
     }
 
 
-def _losses(config: RunConfig) -> Mapping[str, object]:
+def _losses(config: Run) -> Mapping[str, object]:
     folders = RunFolders(config)
     logs = {"teacher": folders.teacher / "log.jsonl"}
     logs |= {system_name(name): folders.student(name) / "log.jsonl" for name in config.students}
@@ -95,7 +95,7 @@ def _precision(quantization: Quantization | None) -> list[str]:
     ]
 
 
-def _warnings(config: RunConfig, reference: PredictionStore, found: Evaluation) -> list[str]:
+def _warnings(config: Run, reference: PredictionStore, found: Evaluation) -> list[str]:
     warnings = _precision(reference.manifest.quantization)
     warnings += [f"{use.name} gave no numbers: {use.reason}" for use in found.judges if use.reason]
     if found.sentences < 50:

@@ -8,16 +8,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config import RunConfig
+from pipeline.config import Run
 from pipeline.folders import RunFolders
 from pipeline.launch import FINISHED, MORE_TO_DO, launch
 from pipeline.progress import progress, stage_identity, stages_of
 from pipeline.record import StageRecord, read_record, write_record
+from stages.config import RolloutConfig
 from stages.errors import UserError
 from stages.interruption import StopRequest, stop_request
 
 
-def run(path: Path, overrides: Sequence[str], config: RunConfig) -> int:
+def run(path: Path, overrides: Sequence[str], config: Run) -> int:
     """Do every stage that the configuration names and that is not done; return the exit code."""
     with stop_request() as stop:
         for stage in stages_of(config):
@@ -32,7 +33,7 @@ def do_stage(
     stage: str,
     path: Path,
     overrides: Sequence[str],
-    config: RunConfig,
+    config: Run,
     stop: StopRequest,
     task: str | None = None,
 ) -> int:
@@ -63,11 +64,11 @@ def do_stage(
     return code
 
 
-def _parts(config: RunConfig, stage: str) -> tuple[str, ...]:
+def _parts(config: Run, stage: str) -> tuple[str, ...]:
     """Return what a stage does one after the other, each in processes of its own."""
     name, _, part = stage.partition(":")
     rollout = config.rollout_of(part or None) if name == "rollout" else None
-    if rollout is None or rollout.source != "student":
+    if not isinstance(rollout, RolloutConfig) or rollout.source != "student":
         return (stage,)
     return (stage.replace("rollout", "draw", 1), stage)
 
@@ -76,7 +77,7 @@ def _attempt(
     stage: str,
     path: Path,
     overrides: Sequence[str],
-    config: RunConfig,
+    config: Run,
     stop: StopRequest,
     task: str | None,
 ) -> int:
@@ -97,7 +98,7 @@ def _attempt(
     return code
 
 
-def _processes(config: RunConfig, stage: str) -> int:
+def _processes(config: Run, stage: str) -> int:
     name, _, part = stage.partition(":")
     match name:
         case "fit":

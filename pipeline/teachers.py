@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.config import RunConfig
+from pipeline.run_config import RunConfig
 from pipeline.folders import RunFolders
 from pipeline.inspection import audit_lines
 from stages.audit import audit, audit_samples, predictions

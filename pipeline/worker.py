@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from pipeline.assembly import Assembly
 from pipeline.config import load_config
+from pipeline.image_assembly import ImageAssembly
+from pipeline.run_config import RunConfig
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
 from pipeline.record import own_usage
 from stages.errors import UserError
@@ -34,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.set)
         with stop_request(at_once=options.stage in WHOLE) as stop:
             task, tasks = map(int, options.task.split("/"))
-            assembly = Assembly(config, stop, task, tasks)
+            assembly: Assembly | ImageAssembly
+            if isinstance(config, RunConfig):
+                assembly = Assembly(config, stop, task, tasks)
+            else:
+                assembly = ImageAssembly(config, stop, task, tasks)
             finished = assembly.run(options.stage)
             _note_usage(assembly.peak_device_bytes)
     except (UserError, StoreError) as error:
