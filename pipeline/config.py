@@ -37,9 +37,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
     try:
         return KINDS[kind].model_validate(document)
     except ValidationError as error:
-        told = dict.fromkeys(
-            _problems(error, document, KINDS[kind])
-        )  # a union tells of each member alike
+        # A union tells of each of its members alike.
+        told = dict.fromkeys(_problems(error, document, KINDS[kind]))
         problems = "\n".join(f"  {line}" for line in told)
         raise UserError(f"{path} is not a valid configuration:\n{problems}") from None
 

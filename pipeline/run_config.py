@@ -24,7 +24,8 @@ class OneTeacher(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        places = ("model", "checkpoint", "pretrained")
+        given = [name for name in places if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
                 "give exactly one of model (to be fitted), checkpoint (a folder that fit wrote) "

@@ -12,10 +12,12 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import RunConfig, load_config
+from pipeline.config import KINDS, load_config
+from pipeline.diffusion_config import DiffusionRunConfig
 from pipeline.folders import RunFolders, system_name
 from pipeline.identity import VOLATILE
 from pipeline.progress import stage_identity, stages_of
+from pipeline.run_config import RunConfig
 from stages.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -62,7 +64,7 @@ def load(tmp_path):
 def test_every_shipped_configuration_loads_and_survives_json(path):
     config = load_config(path)
     assert stages_of(config)
-    assert RunConfig.model_validate(json.loads(config.model_dump_json())) == config
+    assert KINDS[config.kind].model_validate(json.loads(config.model_dump_json())) == config
 
 
 def test_a_configuration_is_shipped():
@@ -84,7 +86,7 @@ def records_of(record: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[
             waiting += getattr(annotation, "__args__", ())
 
 
-RECORDS = list(records_of(RunConfig, set()))
+RECORDS = list(records_of(RunConfig, seen := set())) + list(records_of(DiffusionRunConfig, seen))
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
@@ -107,6 +109,7 @@ def test_records_are_frozen_and_refuse_unknown_keys(record):
 def test_the_walk_over_records_reaches_the_deepest():
     names = {record.__name__ for record in RECORDS}
     assert {"Sampler", "TopK", "Full", "ExpertsConfig", "OptimizerConfig", "VoiceConfig"} <= names
+    assert {"LoraConfig", "ModelContrast", "TimestepsConfig", "MaskConfig"} <= names
 
 
 UNKNOWN = {
