@@ -1,4 +1,4 @@
-"""Does a student learn the guided teacher from a store, and would we see it if it did not?
+"""Whether a student learns the guided teacher from a store, and whether we would see if not.
 
     python benchmarks/digits_proof.py --seeds 0 1 2
 
@@ -8,7 +8,7 @@ store keyed by (sample, timestep) alone would return. Systems draw 1,000 images 
 noise. Printed per seed, as ratios:
 
 - `student`: mean square error of the student to the guided teacher over that of the unguided one;
-- `unguided`: the same of the control that learns the store without guidance, 1 if it learns nothing;
+- `unguided`: the same of the control that learns the store without guidance: 1;
 - `collide`: the same of the control whose keys collide, above 1: worse than doing nothing;
 - `frechet`: Fréchet distance of the student to the held-out images over the guided teacher's.
 """
@@ -57,7 +57,7 @@ def foretell(command: str, config: Path, *more: str) -> None:
 def collided(store: PredictionStore, path: Path) -> None:
     """Copy a store so that its rollouts hold the predictions of their sample's last variation."""
     last: dict[str, int] = {}
-    for sample_id, variation in store.keys():
+    for sample_id, variation in store:
         last[sample_id] = max(variation, last.get(sample_id, variation))
     tables = {name: store.path / "tables" / name for name in store.manifest.tables}
     copy = PredictionStore.create(
