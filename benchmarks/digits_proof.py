@@ -69,7 +69,7 @@ def collided(store: PredictionStore, path: Path) -> None:
             for rollout in store.shard(shard):
                 other = store[rollout.sample_id, last[rollout.sample_id]]
                 writer.append(
-                    (rollout.sample_id, rollout.variation), overwritten(rollout, other),
+                    rollout.sample_id, rollout.variation, overwritten(rollout, other),
                     stop_reason=rollout.stop_reason, weight=rollout.weight, seed=rollout.seed,
                     drawn=rollout.drawn,
                 )  # fmt: skip
