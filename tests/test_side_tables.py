@@ -229,3 +229,36 @@ def test_a_file_that_changes_after_it_was_opened_is_read_and_checked_anew(
     assert_equal(free[3], {"latent": -ROWS[3]["latent"]})
     with pytest.raises(StoreError, match=r"00001\.safetensors: it has \d+ bytes"):
         summed[3]
+
+
+def test_a_link_to_a_file_that_is_being_opened_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another store is made of the table: its time of change is a new one."""
+    table = SideTable(tmp_path, table_at(tmp_path), sums_of(tmp_path))
+    opened = side_tables.safe_open
+
+    def linking(path: Path, framework: str) -> Any:
+        os.link(path, tmp_path / f"link-to-{path.name}")
+        return opened(path, framework=framework)
+
+    monkeypatch.setattr(side_tables, "safe_open", linking)
+    assert_equal(table[3], ROWS[3])
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = SideTable(tmp_path, table_at(tmp_path), sums_of(tmp_path))
+    opened = side_tables.safe_open
+
+    def replacing(path: Path, framework: str) -> Any:
+        content = path.read_bytes()
+        path.unlink()
+        (tmp_path / "other").write_bytes(content)
+        (tmp_path / "other").rename(path)
+        return opened(path, framework=framework)
+
+    monkeypatch.setattr(side_tables, "safe_open", replacing)
+    with pytest.raises(StoreError, match=r"00001\.safetensors: it was written to meanwhile"):
+        table[3]

@@ -9,7 +9,9 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -493,6 +495,22 @@ def test_tables_are_linked_into_a_store_or_copied(
     assert copied.fingerprint == linked.fingerprint
     assert verify(copied.path).ok
     assert list((copied.path / "tmp").iterdir()) == []
+
+
+def test_workers_that_create_a_store_at_once_make_one(tmp_path: Path) -> None:
+    manifest = manifest_of(tables={"latents": table_at(tmp_path / "table").model_dump()})
+    barrier = Barrier(6)
+
+    def begin(_: int) -> str:
+        barrier.wait()
+        tables = {"latents": tmp_path / "table"}
+        path = tmp_path / "store"
+        return PredictionStore.create(path, manifest, PLAN, SAMPLES, tables=tables).fingerprint
+
+    with ThreadPoolExecutor(6) as pool:
+        assert len(set(pool.map(begin, range(6)))) == 1
+    assert verify(tmp_path / "store").ok
+    assert list((tmp_path / "store/tmp").iterdir()) == []
 
 
 def test_another_table_than_the_stores_is_refused(tmp_path: Path) -> None:
