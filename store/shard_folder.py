@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -76,6 +76,8 @@ class ShardFolder:
     files: Mapping[str, ArrayFiles]
     """By the name of the array."""
     plan: Plan
+    drawn: Sequence[str] = ()
+    """Columns that the manifest adds to the table of rollouts."""
 
     @property
     def number(self) -> int:
@@ -147,7 +149,7 @@ class ShardFolder:
         expected = {RECORD_FILE, *record.files, *_folders_of(record.files)}
         try:
             with self._blaming(RECORD_FILE), explain_os_errors(f"list {self.path}"):
-                found = sorted(_leaves_below(self.path))
+                found = sorted(leaves_below(self.path))
         except ShardError as error:
             return [error]
         reason = "it is not a file of this shard"
@@ -163,7 +165,7 @@ class ShardFolder:
         content = self.read(ROLLOUTS_FILE, record)
         with self._blaming(ROLLOUTS_FILE):
             table = parse_table(content, ROLLOUTS_FILE)
-            return RolloutTable.from_table(table, self.plan, self.number, record.rows)
+            return RolloutTable.from_table(table, self.plan, self.number, record.rows, self.drawn)
 
     def read_lengths(self) -> Array:
         """[R] int64 timesteps of every rollout, from record and table; raises ShardError."""
@@ -354,7 +356,7 @@ def _folders_of(files: Iterable[str]) -> set[str]:
     return {f"{folder}/" for file in files for folder in PurePosixPath(file).parents}
 
 
-def _leaves_below(root: Path) -> Iterator[str]:
+def leaves_below(root: Path) -> Iterator[str]:
     """Relative paths of all files and links, and of empty folders with a slash behind."""
     for folder, folders, files in os.walk(root, onerror=_raise):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
