@@ -138,6 +138,20 @@ def test_what_is_rebuilt_with_other_last_bits_matches(shape, sigma):
         assert matches(x_t, *stored), name
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_tolerance_is_the_one_derived(shape):
+    # Every element off by as much as last bits explain, either way; and by a hundred times that.
+    x_t = noised(latents(shape), normal(shape, "noise"), 0.7).astype(np.float64)
+    stored, bound = checksum(x_t), 2.0**-22 * (np.abs(x_t) + 9)
+    kept = {1: 0, 100: 0}
+    for key in range(20):
+        signs = np.sign(normal(shape, "sign", key))
+        for times in kept:
+            kept[times] += matches(x_t + times * signs * bound, *stored)
+    assert kept[1] == 20
+    assert kept[100] <= 6  # of sums that are off by 100 deviations, where 8 are tolerated
+
+
 def test_last_bits_do_change_the_crc_so_that_the_sum_is_needed():
     shape = SHAPES[-1]
     x0, noise = latents(shape), normal(shape, "noise")
