@@ -39,7 +39,7 @@ def normal(shape: tuple[int, ...], *key: object) -> np.ndarray:
     The key is any tuple of strings and integers. A word of 64 bits gives two numbers: its upper
     half a radius √(−2 ln u), its lower half an angle (Box & Muller 1958). That is computed in
     float64 and rounded once, so that the last bits in which mathematical libraries differ change
-    about one number in 2^27, where float32 would change many. More numbers of a key begin with the
+    about one number in 2^27, where float32 would change most. More numbers of a key begin with the
     fewer.
     """
     count = math.prod(shape)
@@ -65,6 +65,15 @@ def row_noise(
 ) -> np.ndarray:
     """Return the noise [*shape] float32 of one row of a store."""
     return normal(shape, "noise", seed, sample_id, image_variation, text_variation, slot)
+
+
+def noised(x0: np.ndarray, noise: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
+    """Return alpha·x0 + sigma·noise [*shape] float32 of float16 latents and float32 noise.
+
+    Each product and the sum are rounded to float32, on the host: every processor gives the same.
+    """
+    summed: np.ndarray = np.float32(alpha) * x0.astype(np.float32) + np.float32(sigma) * noise
+    return summed
 
 
 def checksum(x_t: np.ndarray) -> Checksum:
