@@ -39,14 +39,14 @@ def error_of(name: ErrorName, delta: float) -> Callable[[Tensor], Tensor]:
         case "l1":
             return torch.abs
         case "huber":
-            return lambda difference: (
-                2
-                * functional.huber_loss(
-                    difference, torch.zeros_like(difference), reduction="none", delta=delta
-                )
-            )
+            return lambda difference: 2 * _huber(difference, delta)
         case "log_cosh":
             return lambda difference: 2 * delta**2 * _log_cosh(difference / delta)
+
+
+def _huber(difference: Tensor, delta: float) -> Tensor:
+    nothing = torch.zeros_like(difference)
+    return functional.huber_loss(difference, nothing, reduction="none", delta=delta)
 
 
 def _log_cosh(values: Tensor) -> Tensor:
