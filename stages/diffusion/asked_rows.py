@@ -141,12 +141,3 @@ class GuidedRows:
 
 def _stacked(rows: Sequence[Tensors]) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-
-
-def noised(x0: np.ndarray, noise: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
-    """Return alpha·x0 + sigma·noise [*shape] float32 of float16 latents and float32 noise.
-
-    Each product and the sum are rounded to float32, on the host: every processor gives the same.
-    """
-    summed: np.ndarray = np.float32(alpha) * x0.astype(np.float32) + np.float32(sigma) * noise
-    return summed

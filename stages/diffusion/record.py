@@ -22,8 +22,6 @@ from tqdm import tqdm
 
 from stages.background_writer import BackgroundWriter, Drawn
 from stages.diffusion.answers import (
-    FAILED,
-    NOT_ASKED,
     Answer,
     Ask,
     InFlight,
@@ -33,7 +31,7 @@ from stages.diffusion.asked_rows import ConditionRows, GuidedRows
 from stages.diffusion.config import RecordConfig, TrajectoryRows
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Draw, Sample, draws_by_key
-from stages.diffusion.facts import Recording
+from stages.diffusion.facts import FAILED, NOT_ASKED, Recording
 from stages.diffusion.forward_rows import ForwardShard, HostRows, checksums, forward_ask
 from stages.diffusion.parts import Asked, ask, passes_of, stored_parts
 from stages.diffusion.schedule import Schedule
