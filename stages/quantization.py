@@ -272,11 +272,12 @@ class Float8Linear(nn.Linear):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         whole = layer.weight.detach().float()
-        largest = whole.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        scale = largest / torch.finfo(FLOAT8).max
-        self.weight = nn.Parameter((whole / scale).to(FLOAT8).view(torch.uint8), False)
+        largest = whole.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)  # of a row of zeros
+        scale = (largest / torch.finfo(FLOAT8).max).to(layer.weight.dtype)
+        held = (whole / scale.float()).to(FLOAT8)
+        self.weight = nn.Parameter(held.view(torch.uint8), requires_grad=False)
         self.bias = layer.bias
-        self.register_buffer("scale", scale.to(layer.weight.dtype))
+        self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply [..., in] to [..., out] in the type of `x`."""
