@@ -113,6 +113,7 @@ class SideTableWriter:
                     f"{where}: tensor {name!r} is {values.dtype} but must be one of {types}: "
                     "convert it"
                 )
+        for name, values in arrays.items():
             native = values.dtype.newbyteorder("=")
             self._waiting[f"{self._rows}/{name}"] = np.array(values, native, order="C")
         self._rows += 1
