@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import batched
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,20 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.architecture import Architecture
+from stages.diffusion.asked_rows import ConditionRows
 from stages.diffusion.config import ImageEvaluateConfig
 from stages.diffusion.dataset import ImageDataset
-from stages.diffusion.denoiser import Conditions, Denoiser
+from stages.diffusion.denoiser import Denoiser
+from stages.diffusion.draws import Draw, Sample, draws_of
 from stages.diffusion.noise import normal
+from stages.diffusion.parts import Asked, Passes, ask
 from stages.diffusion.schedule import Schedule
 from stages.diffusion.solver import Predict, trajectory
+from stages.errors import UserError
 from stages.guidance import guide
 from stages.interruption import StopRequest
 from stages.publish import replace_file
 from store.schema import Record
-
-UNCONDITIONAL = 0
-"""Row of the table `conditions` that stands for no condition."""
-
 
 @dataclass(frozen=True)
 class ImageContender:
@@ -46,10 +43,11 @@ class ImageContender:
     """Scale of guidance in two passes; 1 for a single pass."""
     told_scale: float | None = None
     """Scale that a model with `takes_scale` is told; None is the family's own default."""
-    without_adapter: bool = False
-    """Guide away from the model without its adapter, instead of without the condition."""
+    guides_by: Literal["condition", "adapter", "model"] = "condition"
+    """What the second pass goes without: the condition, the model's adapter, or the model, of
+    which it is another one then."""
     load_other: Callable[[], Denoiser] | None = None
-    """Guide away from another model, which is loaded beside this one."""
+    """Loads that other model, which stays beside this one."""
     architecture: Architecture | None = None
     """Its size, where the model that is loaded does not know it, being quantized."""
 
@@ -65,23 +63,31 @@ class Item:
 
     index: int
     """Its place, which with the seed is the key of its start noise."""
-    sample: Mapping[str, Any]
+    sample: Sample
     """The sample whose condition it has."""
-    condition: int
-    """Row of the table `conditions`; −1 for an unconditional dataset."""
+    draw: Draw
+    """The variation whose condition it has."""
     shape: tuple[int, int, int]
     """Of its latent."""
 
 
 def items_of(dataset: ImageDataset, config: ImageEvaluateConfig) -> list[Item]:
-    """Take the conditions of the split in turn: its samples in order, then their next captions."""
+    """Take the conditions of the split in turn: its samples in order, then their next variations.
+
+    Raises `UserError` for a split without samples.
+    """
     samples = dataset.samples(config.split)
+    if not samples:
+        raise UserError(
+            f"the dataset has no samples in the split {config.split!r} of evaluate.split: set "
+            f"prepare.{config.split}_images, or choose another split"
+        )
     items = []
     for index in range(config.samples):
         turn, place = divmod(index, len(samples))
-        conditions = samples[place]["conditions"]
-        shape = dataset.facts.buckets[samples[place]["bucket"]]
-        items.append(Item(index, samples[place], conditions[turn % len(conditions)], shape))
+        draws = draws_of(samples[place])
+        draw = draws[turn % len(draws)]
+        items.append(Item(index, samples[place], draw, dataset.facts.buckets[draw.bucket]))
     return items
 
 
@@ -154,7 +160,7 @@ def generate(
     if not missing:
         return True
     painter = Painter(contender, dataset, config.seed)
-    gallery.note(SystemFacts(passes=contender.passes, architecture=painter.architecture))
+    gallery.note(SystemFacts(passes=contender.passes, architecture=painter.architecture()))
     painter.warm_up(missing[0][2])
     for steps, number, batch in tqdm(missing, contender.name, unit="batch", disable=None):
         if stop.requested:
@@ -168,41 +174,41 @@ def generate(
     return True
 
 
-def batches_of(items: Sequence[Item], batch_size: int) -> list[tuple[Item, ...]]:
+def batches_of(items: Sequence[Item], batch_size: int) -> list[Sequence[Item]]:
     """Put items of one shape together, in batches of at most `batch_size`."""
-    shapes = dict.fromkeys(item.shape for item in items)
-    return [
-        batch
-        for shape in shapes
-        for batch in batched([item for item in items if item.shape == shape], batch_size)
-    ]
+    batches: list[Sequence[Item]] = []
+    for shape in dict.fromkeys(item.shape for item in items):
+        alike = [item for item in items if item.shape == shape]
+        batches += [alike[at : at + batch_size] for at in range(0, len(alike), batch_size)]
+    return batches
 
 
 class Painter:
     """One system's model at work."""
 
     def __init__(self, contender: ImageContender, dataset: ImageDataset, seed: int) -> None:
-        self._contender, self._dataset, self._seed = contender, dataset, seed
+        """Load the model, and the other one that its guidance leads away from."""
+        self._contender, self._seed = contender, seed
         self._denoiser = contender.load()
         self._other = None if contender.load_other is None else contender.load_other()
         for model in filter(None, (self._denoiser, self._other)):
             model.module.eval()
         self._schedule = Schedule(self._denoiser.schedule)
         self._device = next(self._denoiser.module.parameters()).device
+        conditions = dataset.table("conditions") if dataset.facts.conditions else None
+        self._rows = ConditionRows(dataset.table("latents"), conditions)
 
-    @cached_property
-    def architecture(self) -> Architecture | None:
-        """What the model costs."""
+    def architecture(self) -> Architecture:
+        """Return how large the model is and what it costs."""
         return self._contender.architecture or self._denoiser.architecture()
 
     @torch.inference_mode()
     def draw(self, batch: Sequence[Item], steps: int) -> np.ndarray:
         """Return the final latents [b, c, h, w] float32 of items of one shape."""
-        noise = np.stack([normal(i.shape, "start", self._seed, i.index) for i in batch])
-        predict = self._predict(batch)
         times = self._schedule.solver_times(steps)
-        x = torch.from_numpy(noise).to(self._device)
-        for state in trajectory(predict, x, times, self._schedule):
+        asked = self._asked(batch, float(times[0]))
+        x = asked.x
+        for state in trajectory(self._predict(asked), x, times, self._schedule):
             x = state.x
         latents: np.ndarray = x.cpu().numpy()
         return latents
@@ -210,57 +216,50 @@ class Painter:
     @torch.inference_mode()
     def warm_up(self, batch: Sequence[Item]) -> None:
         """Predict once untimed: first calls allocate and choose kernels."""
-        x = torch.zeros((len(batch), *batch[0].shape), device=self._device)
-        last = float(self._schedule.solver_times(1)[0])
-        t = torch.full((len(batch),), last, dtype=torch.float64, device=self._device)
-        self._predict(batch)(x, t)
+        asked = self._asked(batch, float(self._schedule.solver_times(1)[0]))
+        self._predict(asked)(asked.x, asked.t)
 
-    def _predict(self, batch: Sequence[Item]) -> Predict:
-        contender, denoiser = self._contender, self._denoiser
-        scale = self._told(len(batch))
-        conditions = self._conditions(batch, [item.condition for item in batch])
-        if contender.guidance_scale == 1:
-            return lambda x, t: denoiser.predict(x, t, conditions, scale)
-        without, dropped, off = self._contrast(batch, conditions)
+    def _asked(self, batch: Sequence[Item], t: float) -> Asked:
+        """Start noise with its conditions; every item's noise is its own, whatever the batch."""
+        contender = self._contender
+        return self._rows.asked(
+            np.stack([normal(i.shape, "start", self._seed, i.index) for i in batch]),
+            np.full(len(batch), t),
+            [item.draw for item in batch],
+            np.full(len(batch), contender.guidance_scale, np.float32),
+            unconditional=contender.guides_by == "condition" and contender.passes == 2,
+        ).to(self._device)
 
-        def guided(x: Tensor, t: Tensor) -> Tensor:
-            cond = denoiser.predict(x, t, conditions, scale)
-            with off():
-                uncond = without.predict(x, t, dropped, scale)
-            return guide(cond, uncond, contender.guidance_scale)
+    def _predict(self, asked: Asked) -> Predict:
+        """Return what predicts along a trajectory with the conditions of its start."""
+        contender = self._contender
 
-        return guided
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            here = replace(asked, x=x, t=t)
+            if contender.passes == 1:
+                return self._denoiser.predict(x, t, here.conditions, self._told(len(x)))
+            cond, without = self._branches(here)
+            return guide(cond, without, contender.guidance_scale)
 
-    def _contrast(
-        self, batch: Sequence[Item], conditions: Conditions
-    ) -> tuple[Denoiser, Conditions, Callable[[], AbstractContextManager[None]]]:
-        """Return the model and the conditions that guidance leads away from."""
-        if self._other is not None:
-            return self._other, conditions, nullcontext
-        if self._contender.without_adapter:
-            return self._denoiser, conditions, self._denoiser.adapter_off
-        return self._denoiser, self._conditions(batch, [UNCONDITIONAL] * len(batch)), nullcontext
+        return predict
+
+    def _branches(self, asked: Asked) -> tuple[Tensor, Tensor]:
+        """Predict [b, *shape] twice: with what guidance leads to, and with what it leads from."""
+        passes: Passes = "adapter" if self._contender.guides_by == "adapter" else "unconditional"
+        if self._other is None:
+            cond, without = ask(self._denoiser, asked, passes)
+            assert without is not None
+            return cond, without
+        return ask(self._denoiser, asked, "one")[0], ask(self._other, asked, "one")[0]
 
     def _told(self, count: int) -> Tensor | None:
         told = self._contender.told_scale
         return None if told is None else torch.full((count,), told, device=self._device)
 
-    def _conditions(self, batch: Sequence[Item], rows: Sequence[int]) -> Conditions:
-        """Stack rows of the table `conditions`, and what the network is told of sizes."""
-        table, latents = self._dataset.table("conditions"), self._dataset.table("latents")
-        tensors = [dict(table[row]) for row in rows] if self._dataset.facts.conditions else []
-        for item, row in zip(batch, tensors, strict=False):
-            known = latents[item.sample["latents"][0]]
-            row |= {name: known[name] for name in ("time_ids",) if name in known}
-        return {
-            name: torch.from_numpy(np.stack([row[name] for row in tensors])).to(self._device)
-            for name in (tensors[0] if tensors else ())
-        }
 
-
-def grouped(items: Sequence[Item], count: int) -> Iterator[Item]:
-    """Yield `count` items for people to look at: one of each condition, then what comes next."""
-    first = {item.condition: item for item in reversed(items)}
+def to_look_at(items: Sequence[Item], count: int) -> list[Item]:
+    """Choose `count` items for people: the first of each condition, by label, then the others."""
+    first = {item.draw.condition: item for item in reversed(items)}
     ahead = sorted(first.values(), key=lambda item: (item.sample["label"], item.index))
-    rest = [item for item in items if first[item.condition] is not item]
-    yield from [*ahead, *rest][:count]
+    rest = [item for item in items if first[item.draw.condition] is not item]
+    return [*ahead, *rest][:count]

@@ -8,17 +8,28 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.diffusion.facts import ImageFacts
 from stages.errors import UserError
 
 Array = NDArray[np.float64]
 
-DIGITS, PIXELS = 10, 64
+DIGITS = 10
 MISSING = "scikit-learn is not installed: pip install 'foretell[diffusion]'"
 
 
 def missing_reason() -> str | None:
     """Say why the judge cannot run on this machine; None where it can."""
     return None if importlib.util.find_spec("sklearn") else MISSING
+
+
+def require_digits(facts: ImageFacts) -> None:
+    """Raise `UserError` for a dataset of anything but 8×8 grey images of ten classes."""
+    if facts.buckets != ((1, 8, 8),) or len(facts.classes) != DIGITS:
+        raise UserError(
+            "evaluate.judge 'digits' knows 8×8 grey images of ten classes, but the dataset has "
+            f"{len(facts.classes)} classes and latents {[list(b) for b in facts.buckets]}: leave "
+            "the judge out"
+        )
 
 
 class DigitsJudge:
@@ -31,14 +42,13 @@ class DigitsJudge:
     def trained(cls, features: Array, labels: NDArray[np.int64]) -> Self:
         """Train on real digits: features [N, 64] in [−1, 1] and labels [N] of 0 to 9.
 
-        Raises `UserError` for anything but 8×8 grey images of ten classes.
+        Raises `UserError` where a digit is missing.
         """
-        classes = np.unique(labels)
-        if features.shape[1] != PIXELS or not np.array_equal(classes, np.arange(DIGITS)):
+        present = np.unique(labels).tolist()
+        if present != list(range(DIGITS)):
             raise UserError(
-                f"evaluate.judge 'digits' knows 8×8 grey images with the labels 0 to 9, but the "
-                f"train split has {features.shape[1]} values per image and labels "
-                f"{classes.tolist()}: leave the judge out"
+                "evaluate.judge 'digits' learns from the train split, which has the labels "
+                f"{present} instead of all of 0 to 9: prepare more images"
             )
         from sklearn.linear_model import LogisticRegression
         from sklearn.svm import SVC
