@@ -19,6 +19,7 @@ from stages.errors import UserError
 from stages.rejections import kind_of
 from stages.saved_model import is_saved, saved_model
 from store import PredictionStore, Rollout, Timestep
+from store.schema import Manifest
 from store.shard_folder import ShardFolder
 from store.verify import Verification
 
@@ -71,7 +72,7 @@ def describe_store(
         "rejected": len(rejected),
         "rejected_for": dict(Counter(kind_of(reason) for _, reason in rejected).most_common()),
         "timesteps": content.timesteps,
-        "audio_s": content.timesteps * manifest.timestep_s,
+        **_audio(content.timesteps, manifest),
         "bytes": dict(sorted(content.sizes.items())),
         "longest": content.longest,
         "stop_reasons": dict(content.stop_reasons),
@@ -136,6 +137,12 @@ def describe_key(path: Path, key: str) -> Document:
     )
 
 
+def _audio(timesteps: int, manifest: Manifest) -> Document:
+    """Seconds of audio of some timesteps, where they are audio."""
+    seconds = manifest.timestep_s
+    return {} if seconds is None else {"audio_s": timesteps * seconds}
+
+
 def _rollout(store: PredictionStore, rollout: Rollout) -> Document:
     return {
         "sample_id": rollout.sample_id,
@@ -146,7 +153,7 @@ def _rollout(store: PredictionStore, rollout: Rollout) -> Document:
             if isinstance(value, str | int | float)
         },
         "timesteps": len(rollout),
-        "audio_s": len(rollout) * store.manifest.timestep_s,
+        **_audio(len(rollout), store.manifest),
         "stop_reason": rollout.stop_reason,
         "weight": rollout.weight,
         "seed": rollout.seed,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -33,6 +33,8 @@ class Drawn:
     stop_reason: str
     weight: float
     seed: int
+    drawn: Mapping[str, int] = field(default_factory=dict)
+    """What the variation drew, by the names of the manifest."""
 
 
 class BackgroundWriter:
@@ -128,6 +130,7 @@ class BackgroundWriter:
                 stop_reason=drawn.stop_reason,
                 weight=drawn.weight,
                 seed=drawn.seed,
+                drawn=drawn.drawn,
             )
 
     def _commit(self, shard: int) -> None:

@@ -100,6 +100,7 @@ def compress(values: Array, level: int, delta: bool = False) -> bytes:
         mode_spec=ModeSpec.classic(),
         delta_spec=DeltaSpec.try_consecutive(1) if delta else DeltaSpec.no_op(),
         paging_spec=PagingSpec.equal_pages_up_to(PAGE_NUMBERS),
+        enable_8_bit=flat.itemsize == 1,
     )
     return cast(bytes, standalone.simple_compress(flat, config))
 

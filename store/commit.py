@@ -16,10 +16,10 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from store.durable import Content, sync_folder, sync_subfolders, write_file
-from store.encoding import Array, array_specs, find_fault
+from store.encoding import Array, find_fault
 from store.errors import StoreError, array_of, explain_os_errors
 from store.layout import Layout, shard_name
-from store.plan import Key
+from store.plan import Key, Plan
 from store.schema import Manifest
 from store.sealed import seal
 from store.shard import RolloutTable, ShardRecord
@@ -37,6 +37,7 @@ class _Draft(NamedTuple):
     stop_reason: str
     weight: float
     seed: int
+    drawn: dict[str, int]
 
 
 class ShardWriter:
@@ -47,15 +48,15 @@ class ShardWriter:
     """
 
     def __init__(
-        self, layout: Layout, shard: int, keys: tuple[Key, ...], manifest: Manifest, seal: str
+        self, layout: Layout, shard: int, plan: Plan, manifest: Manifest, seal: str
     ) -> None:
         self._layout = layout
         self._shard = shard
-        self._keys = dict.fromkeys(keys)
+        self._keys = dict.fromkeys(plan[shard])
+        self._bucket = plan.bucket_of(shard)
         self._manifest = manifest
         self._manifest_seal = seal
-        specs = array_specs(manifest)
-        self._files = {name: ArrayFiles.of(s, manifest.profile) for name, s in specs.items()}
+        self._files = ArrayFiles.of_all(manifest, self._bucket)
         self._drafts: dict[Key, _Draft] = {}
         self._closed = False
 
@@ -79,10 +80,12 @@ class ShardWriter:
         stop_reason: str,
         weight: float,
         seed: int,
+        drawn: Mapping[str, int] | None = None,
     ) -> None:
         """Add one rollout; each array is [T, …] as `array_specs` declares it, and is copied.
 
-        Raises StoreError for a key that this shard does not plan or already holds, and for
+        `drawn` has every name of the manifest's. Raises StoreError for a key that this shard does
+        not plan or already holds, for other names or no 64-bit integers in `drawn`, and for
         arrays that the manifest does not allow (naming timestep and stream).
         """
         self._check_open()
@@ -97,9 +100,11 @@ class ShardWriter:
             raise StoreError(f"{where} was appended twice: append each key of the plan once")
         self._check_arrays(arrays, where)
         _check_facts(where, stop_reason, weight, seed)
+        numbers = _numbers(where, self._manifest.drawn, drawn or {})
         copies = {name: np.array(arrays[name], order="C") for name in self._files}
         timesteps = len(next(iter(copies.values())))
-        self._drafts[key] = _Draft(timesteps, copies, stop_reason, float(weight), int(seed))
+        facts = (stop_reason, float(weight), int(seed), numbers)
+        self._drafts[key] = _Draft(timesteps, copies, *facts)
 
     def commit(self) -> bool:
         """Publish the shard durably; False when another writer had already published it.
@@ -179,10 +184,14 @@ class ShardWriter:
             stop_reasons=tuple(draft.stop_reason for draft in drafts),
             weights=np.array([draft.weight for draft in drafts]),
             seeds=np.array([draft.seed for draft in drafts], np.uint64),
+            drawn={
+                name: np.array([draft.drawn[name] for draft in drafts], np.int64)
+                for name in self._manifest.drawn
+            },
         )
 
     def _check_arrays(self, arrays: Mapping[str, Array], where: str) -> None:
-        fault = find_fault(self._manifest, arrays)
+        fault = find_fault(self._manifest, arrays, self._bucket)
         if fault is None:
             return
         place = "" if fault.timestep is None else f", timestep {fault.timestep}"
@@ -247,3 +256,18 @@ def _check_facts(where: str, stop_reason: str, weight: float, seed: int) -> None
         raise StoreError(f"{where}: weight is {weight} but must be finite and >= 0: correct it")
     if not 0 <= seed < 2**64:
         raise StoreError(f"{where}: seed is {seed} but must be in [0, 2**64): correct it")
+
+
+def _numbers(where: str, names: Sequence[str], drawn: Mapping[str, int]) -> dict[str, int]:
+    """What a variation drew, in the order of the manifest; raises StoreError."""
+    if set(drawn) != set(names):
+        raise StoreError(
+            f"{where}: drawn has {sorted(drawn)} but the manifest lists {sorted(names)}: give each"
+        )
+    for name, number in drawn.items():
+        if not isinstance(number, int | np.integer) or not -(2**63) <= number < 2**63:
+            raise StoreError(
+                f"{where}: drawn {name!r} is {number!r} but must be an integer of 64 bits: "
+                "correct it"
+            )
+    return {name: int(drawn[name]) for name in names}

@@ -96,8 +96,16 @@ def convert(
     _refuse_overlap(Layout.at(source).root, Layout.at(destination).root)
     ours = PredictionStore.open(source, cached_shards=1)
     manifest = _manifest(ours, profile)
+    for name in manifest.tables:
+        ours.table(name).check()
     theirs = PredictionStore.create(
-        destination, manifest, ours.plan, ours.samples, ours.heads, ours.rejected
+        destination,
+        manifest,
+        ours.plan,
+        ours.samples,
+        ours.heads,
+        ours.rejected,
+        {name: ours.table(name).folder for name in manifest.tables},
     )
     tally = _Tally(theirs.manifest, ours.heads)
     written = 0
@@ -153,6 +161,7 @@ def _write(store: PredictionStore, shard: Shard) -> bool:
                 stop_reason=rollout.stop_reason,
                 weight=rollout.weight,
                 seed=rollout.seed,
+                drawn=rollout.drawn,
             )
         return writer.commit()
 
@@ -204,6 +213,12 @@ class _Tally:
                 raise StoreError(
                     f"{_place(folder, ROLLOUTS_FILE)} holds other {name} of the rollouts than the "
                     "source: move the shard away and convert again"
+                )
+        for name, numbers in shard.rollouts.drawn.items():
+            if not np.array_equal(numbers, found.rollouts.drawn[name]):
+                raise StoreError(
+                    f"{_place(folder, ROLLOUTS_FILE)} holds another {name} of the rollouts than "
+                    "the source: move the shard away and convert again"
                 )
         for name, files in folder.files.items():
             divergences = self.arrays.setdefault(name, _Divergences())
@@ -298,7 +313,9 @@ def _compare(codec: ChunkCodec | None, source: Array, found: Array) -> tuple[Arr
 
 
 def _same_bits(source: Array, found: Array) -> Array:
-    same: Array = source.view(np.uint8) == found.view(np.uint8)
+    """Which bytes [T, …] are equal; the values may be one number per timestep."""
+    one, two = (values.reshape(len(values), -1).view(np.uint8) for values in (source, found))
+    same: Array = one == two
     return same
 
 

@@ -5,27 +5,31 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from store.durable import sync_folder, write_file
-from store.errors import StoreError, explain_os_errors
+from store.durable import sync_file, sync_folder, write_file
+from store.errors import StoreError, SystemFailure, explain_os_errors
 from store.heads import HEADS_FILE, Heads, check_heads, heads_bytes, read_heads
 from store.layout import Layout, refuse_nesting, refuse_strangers
+from store.mapped_file import MappedFile
 from store.plain_file import lies_at
 from store.plan import Plan
 from store.rejected import Rejected, read_rejected, rejected_table
 from store.samples import SampleRows, check_conditions
-from store.schema import Manifest
+from store.schema import FileSum, Manifest
 from store.sealed import seal, unseal
+from store.side_tables import SideTable, table_files
 from store.sums import file_sum
 from store.tables import read_table, table_bytes
 
 MAX_SHOWN_LETTERS = 200
+EMPTY: Mapping[str, Path] = MappingProxyType({})
 
 
 def create_store(
@@ -35,21 +39,24 @@ def create_store(
     samples: pa.Table,
     heads: Heads,
     rejected: Rejected = (),
+    tables: Mapping[str, Path] = EMPTY,
 ) -> None:
     """Make the store unless an equal one exists.
 
-    Plan, samples and heads are linked into place first, the manifest last; links never replace a
-    file, so of two creators one wins and the other compares. Raises StoreError when a different
-    store exists (naming the fields), the path is unsuitable, or the disk fails.
+    Plan, samples, heads and tables are linked into place first, the manifest last; links never
+    replace a file, so of two creators one wins and the other compares. Raises StoreError when a
+    different store exists (naming the fields), the path is unsuitable, or the disk fails.
     """
     given = f"samples given for {layout.root}"
     check_conditions(samples.column_names, manifest, given)
     SampleRows.of(samples["sample_id"].chunks, plan, given)
     check_heads(heads, manifest, f"heads given for {layout.root}")
+    plan.check_buckets(len(manifest.buckets), f"plan given for {layout.root}")
+    parts = _table_parts(manifest, tables, f"tables given for {layout.root}")
     refuse_nesting(layout.root)
     if not lies_at(layout.manifest):
         refuse_strangers(layout.root)
-        contents = {
+        contents: dict[str, bytes | Path] = {
             "plan.parquet": table_bytes(plan.to_table()),
             "samples.parquet": table_bytes(samples),
         }
@@ -57,49 +64,107 @@ def create_store(
             contents[layout.rejected.name] = table_bytes(rejected_table(rejected))
         if heads:
             contents[HEADS_FILE] = heads_bytes(heads)
-        sums = {name: file_sum(content) for name, content in contents.items()}
+        for name, folder in tables.items():
+            SideTable(folder, manifest.tables[name]).check()
+        contents |= parts
+        sums = {name: _sum(content) for name, content in contents.items()}
         contents["manifest.json"] = seal(manifest.model_copy(update={"files": sums}))
         with explain_os_errors(f"create the store {layout.root}"):
             _place(layout, contents)
-    _compare(layout, manifest, plan, samples, heads, rejected)
+    _compare(layout, manifest, plan, samples, heads, rejected, parts)
 
 
-def _place(layout: Layout, contents: dict[str, bytes]) -> None:
+def _table_parts(manifest: Manifest, tables: Mapping[str, Path], source: str) -> dict[str, Path]:
+    """Files of the tables by their paths in the store.
+
+    Raises StoreError that begins with `source` unless the tables are the manifest's.
+    """
+    if set(tables) != set(manifest.tables):
+        raise StoreError(
+            f"{source} are {sorted(tables)} but the manifest calls for {sorted(manifest.tables)}: "
+            "give the folder of each"
+        )
+    return {
+        file: tables[name].absolute() / Path(file).name
+        for name, facts in manifest.tables.items()
+        for file in table_files(name, facts)
+    }
+
+
+def _sum(content: bytes | Path) -> FileSum:
+    """Size and hash of what is there, or of a file that is; raises StoreError."""
+    if isinstance(content, bytes):
+        return file_sum(content)
+    try:
+        return file_sum(MappedFile.open(content).content)
+    except SystemFailure:
+        raise
+    except StoreError as error:
+        raise StoreError(f"{content}: {error}: restore it from a copy") from error
+
+
+def _place(layout: Layout, contents: Mapping[str, bytes | Path]) -> None:
     for folder in (layout.root, layout.shards, layout.tmp):
         folder.mkdir(parents=True, exist_ok=True)
     staged = layout.tmp / f"create-{uuid.uuid4().hex}"
     staged.mkdir()
     try:
         for name, content in contents.items():
-            (staged / name).parent.mkdir(exist_ok=True)
-            write_file(staged / name, [content])
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            _stage(content, staged / name)
         for name, content in contents.items():
             target = layout.root / name
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target == layout.manifest:
+                for below in sorted(set(_folders(contents)), reverse=True):
+                    sync_folder(layout.root / below)
             if not _link(staged / name, target, content, layout):
                 return
-            if target.parent != layout.root:
-                sync_folder(target.parent)
         sync_folder(layout.root)
         sync_folder(layout.root.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _link(source: Path, target: Path, content: bytes, layout: Layout) -> bool:
+def _folders(files: Iterable[str]) -> Iterator[PurePosixPath]:
+    """Every folder above some relative paths, the root among them."""
+    return (folder for file in files for folder in PurePosixPath(file).parents)
+
+
+def _stage(content: bytes | Path, path: Path) -> None:
+    """Write a file, or link one that exists; else copy it. Raises OSError."""
+    if isinstance(content, bytes):
+        write_file(path, [content])
+        return
+    try:
+        os.link(content, path, follow_symlinks=False)
+    except OSError:  # another file system, or one without links
+        write_file(path, [MappedFile.open(content).content])
+    else:
+        sync_file(path)
+
+
+def _link(source: Path, target: Path, content: bytes | Path, layout: Layout) -> bool:
     """Link a file to a free name; False when a whole store is there already."""
     try:
         os.link(source, target)
     except FileExistsError:
         if lies_at(layout.manifest):
             return False
-        if target.read_bytes() != content:
+        if not _holds(target, content):
             raise StoreError(
                 f"{target} differs from the one to be written and no manifest.json is beside it: "
                 f"a store was begun here with another plan; remove {layout.root} or choose another "
                 "folder"
             ) from None
     return True
+
+
+def _holds(path: Path, content: bytes | Path) -> bool:
+    """Whether a file holds this, or what another file holds; raises OSError, StoreError."""
+    if isinstance(content, bytes):
+        return path.read_bytes() == content
+    return path.samefile(content) or _sum(path) == _sum(content)
 
 
 def _compare(
@@ -109,6 +174,7 @@ def _compare(
     samples: pa.Table,
     heads: Heads,
     rejected: Rejected,
+    parts: Mapping[str, Path],
 ) -> None:
     stored, _ = unseal(layout.manifest, Manifest)
     changes = list(_differences(stored.model_dump(mode="json"), manifest.model_dump(mode="json")))
@@ -130,11 +196,22 @@ def _compare(
         found = read_heads(layout.heads, stored)
         names = sorted(name for name in heads if not np.array_equal(found[name], heads[name]))
         changes += [f"{HEADS_FILE}: other values in {names}"] if names else []
+    if not changes:
+        changes += _other_parts(layout, stored, parts)
     if changes:
         raise StoreError(
             f"the store {layout.root} exists and differs in {'; '.join(changes)}. "
             "Choose another folder, or give the configuration that made it"
         )
+
+
+def _other_parts(layout: Layout, stored: Manifest, parts: Mapping[str, Path]) -> Iterator[str]:
+    """Files of tables that differ from those given; raises StoreError."""
+    for file, source in parts.items():
+        with explain_os_errors(f"look up {source}"):
+            same = (layout.root / file).samefile(source)
+        if not same and _sum(source) != stored.files[file]:
+            yield f"{file}: other tensors than in {source}"
 
 
 def _differences(stored: dict[str, Any], given: dict[str, Any], path: str = "") -> Iterator[str]:

@@ -27,6 +27,15 @@ def write_file(path: Path, parts: Iterable[Content]) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable that someone else wrote; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(path: Path) -> None:
     """Make the entries of a folder durable; raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -5,6 +5,7 @@ A new target adds a declaration and a check here, and nothing elsewhere in the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,9 @@ import numpy as np
 from store.schema import Dense, Full, Hidden, Latent, Manifest, Sampled, TopK
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+COLUMN = "row."
+"""What the array of a column has before its name."""
 
 LOGMASS_TOLERANCE = 1e-5
 """A log mass may exceed 0 by the rounding of two fp32 logsumexp."""
@@ -38,7 +42,7 @@ class ArraySpec:
     @property
     def row_bytes(self) -> int:
         """Bytes of one timestep."""
-        return int(np.prod(self.trailing)) * self.dtype.itemsize
+        return math.prod(self.trailing) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,11 @@ class Fault:
     stream: int | None = None
 
 
-def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
-    """Arrays of every shard of a store by name, in the order in which they are written.
+def array_specs(manifest: Manifest, bucket: int | None = None) -> dict[str, ArraySpec]:
+    """Arrays of the shards of a bucket by name, in the order in which they are written.
+
+    Without a bucket: of every shard of a store that has none. Where it has some, of its first one's
+    shape, those of the target included.
 
     `codes` [N, C] (categorical streams only), then those of the target:
 
@@ -63,16 +70,27 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
       `full.uncond`;
     - `sampled`: `sampled.ids` [N, C, draws] rising with repeats;
     - `hidden`: per group `hidden.GROUP` [N, H, D], or `hidden.cond.GROUP`, `hidden.uncond.GROUP`;
-    - `dense`: `dense.guided` [N, C, *shape], or `dense.cond` and `dense.delta`.
+    - `dense`: `dense.guided` [N, C, *shape], or `dense.cond` and `dense.delta`; a bucket that is
+      not predicted has neither.
+
+    Last `row.NAME` of every column: [N], or [N, C, *shape].
     """
-    specs = list(_target_specs(manifest))
+    stream = manifest.streams[0]
+    shape, predicted = stream.shape if isinstance(stream, Latent) else (), True
+    if bucket is not None:
+        shape, predicted = manifest.buckets[bucket].shape, manifest.buckets[bucket].predicted
+    latent = (len(manifest.streams), *shape)
+    specs = list(_target_specs(manifest, latent)) if predicted else []
     if not isinstance(manifest.target, Dense):
         ids = ids_dtype(manifest.vocabulary)
         specs.insert(0, ArraySpec("codes", ids, (len(manifest.streams),)))
+    for column in manifest.columns:
+        trailing = latent if column.latent else ()
+        specs.append(ArraySpec(f"{COLUMN}{column.name}", np.dtype(column.dtype), trailing))
     return {spec.name: spec for spec in specs}
 
 
-def _target_specs(manifest: Manifest) -> Iterator[ArraySpec]:
+def _target_specs(manifest: Manifest, latent: tuple[int, ...]) -> Iterator[ArraySpec]:
     streams, ids = len(manifest.streams), ids_dtype(manifest.vocabulary)
     single = np.dtype(np.float32)
     match manifest.target:
@@ -100,10 +118,8 @@ def _target_specs(manifest: Manifest) -> Iterator[ArraySpec]:
                     states = (head.vectors, head.width)
                     yield ArraySpec(f"hidden.{part}{head.group}", np.dtype(target.dtype), states)
         case Dense() as target:
-            stream = manifest.streams[0]
-            one = stream.shape if isinstance(stream, Latent) else ()
             for part in ("guided",) if target.branches == "guided" else ("cond", "delta"):
-                yield ArraySpec(f"dense.{part}", np.dtype(target.dtype), (streams, *one))
+                yield ArraySpec(f"dense.{part}", np.dtype(target.dtype), latent)
 
 
 def ids_dtype(vocabulary: int) -> np.dtype[Any]:
@@ -111,13 +127,15 @@ def ids_dtype(vocabulary: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
 
 
-def find_fault(manifest: Manifest, arrays: Mapping[str, Array]) -> Fault | None:
+def find_fault(
+    manifest: Manifest, arrays: Mapping[str, Array], bucket: int | None = None
+) -> Fault | None:
     """First fault of the arrays of one rollout or one shard, each [T, *trailing]; None if sound.
 
     Names, types, shapes, then values: ids in range, allowed and in order, no NaN, logits relative
     to the row maximum, masses at most 1.
     """
-    fault = _shape_fault(array_specs(manifest), arrays)
+    fault = _shape_fault(array_specs(manifest, bucket), arrays)
     return fault or next(_value_faults(manifest, arrays), None)
 
 
@@ -155,17 +173,19 @@ def _value_faults(manifest: Manifest, arrays: Mapping[str, Array]) -> Iterator[F
             yield from _order_faults("sampled.ids", arrays["sampled.ids"])
         case Hidden() | Dense():
             for name in sorted(arrays.keys() - {"codes"}):
-                for fault in _faults(name, _not_finite(arrays[name]), ~np.isfinite(arrays[name])):
+                values = arrays[name]
+                for fault in _faults(name, _not_finite(name, values), ~np.isfinite(values)):
                     # A state belongs to a head, which may serve several streams.
                     hidden = isinstance(manifest.target, Hidden)
                     yield replace(fault, stream=None) if hidden else fault
 
 
-def _not_finite(values: Array) -> str:
+def _not_finite(name: str, values: Array) -> str:
     """The reason of a fault; float16 has no place for what is larger than its largest number."""
     if values.dtype != np.float16:
         return "NaN or infinity"
-    return "NaN or infinity (float16 ends at 65504: for larger numbers set target.dtype: float32)"
+    wider = "a wider type of the column" if name.startswith(COLUMN) else "target.dtype: float32"
+    return f"NaN or infinity (float16 ends at 65504: for larger numbers set {wider})"
 
 
 def _top_k_faults(manifest: Manifest, arrays: Mapping[str, Array]) -> Iterator[Fault]:
@@ -231,5 +251,5 @@ def _full_logit_faults(manifest: Manifest, name: str, logits: Array) -> Iterator
 
 def _faults(array: str, reason: str, wrong: Array) -> Iterator[Fault]:
     if wrong.any():
-        timestep, stream = np.unravel_index(int(wrong.argmax()), wrong.shape)[:2]
-        yield Fault(array, f"it holds {reason}", int(timestep), int(stream))
+        timestep, *stream = np.unravel_index(int(wrong.argmax()), wrong.shape)[:2]
+        yield Fault(array, f"it holds {reason}", int(timestep), int(stream[0]) if stream else None)

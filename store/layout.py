@@ -9,8 +9,8 @@ from pathlib import Path
 from store.errors import StoreError, explain_os_errors
 
 ENTRIES = (
-    "manifest.json", "plan.parquet", "samples.parquet", "rejected.parquet", "heads", "shards",
-    "tmp",
+    "manifest.json", "plan.parquet", "samples.parquet", "rejected.parquet", "heads", "tables",
+    "shards", "tmp",
 )  # fmt: skip
 
 
@@ -53,6 +53,11 @@ class Layout:
     def heads(self) -> Path:
         """Weights of the output heads, where the target is `hidden`."""
         return self.root / "heads" / "heads.safetensors"
+
+    @property
+    def tables(self) -> Path:
+        """Folder of the side tables, where there are any."""
+        return self.root / "tables"
 
     @property
     def shards(self) -> Path:

@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from store.errors import StoreError
-from store.schema import MAX_SAMPLE_ID_BYTES
+from store.schema import MAX_BUCKETS, MAX_SAMPLE_ID_BYTES
 from store.text_index import TextIndex
 
 Key = tuple[str, int]
 Integers = np.ndarray[Any, np.dtype[np.int32]]
+Buckets = np.ndarray[Any, np.dtype[np.int16]]
 Offsets = np.ndarray[Any, np.dtype[np.int64]]
 
 SCHEMA = pa.schema(
@@ -28,6 +29,8 @@ SCHEMA = pa.schema(
         pa.field("shard", pa.int64(), nullable=False),
     ]
 )
+BUCKET = pa.field("bucket", pa.int16(), nullable=False)
+"""Column of a plan whose shards are of several buckets."""
 EMPTY = pa.array([], pa.string())
 MAX_VARIATION = 2**31
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -50,12 +53,15 @@ class Plan:
     """[R] int32."""
     starts: Offsets
     """[shards + 1] int64 index of the first rollout of each shard, then their number."""
+    buckets: Buckets | None = None
+    """[shards] int16 number of the bucket of each shard; None where the manifest has none."""
 
     @classmethod
-    def of(cls, shards: Iterable[Iterable[Key]]) -> Plan:
-        """Plan from the keys of each shard.
+    def of(cls, shards: Iterable[Iterable[Key]], buckets: Sequence[int] | None = None) -> Plan:
+        """Plan from the keys of each shard, and the bucket of each where the manifest has some.
 
-        Raises StoreError for a duplicate key, an empty shard, an invalid sample id or variation.
+        Raises StoreError for a duplicate key, an empty shard, an invalid sample id or variation,
+        and for buckets that are not one number of the manifest's for each shard.
         """
         sample_ids: list[str] = []
         variations: list[int] = []
@@ -70,6 +76,7 @@ class Plan:
             _sample_column(sample_ids),
             np.array(variations, np.int32),
             np.array(starts, np.int64),
+            None if buckets is None else _bucket_column(buckets, len(starts) - 1),
         )
 
     @classmethod
@@ -95,7 +102,7 @@ class Plan:
     @classmethod
     def from_table(cls, table: pa.Table, source: str) -> Plan:
         """Plan from plan.parquet; raises StoreError naming `source`."""
-        if not table.schema.equals(SCHEMA):
+        if not table.schema.equals(SCHEMA) and not table.schema.equals(SCHEMA.append(BUCKET)):
             raise StoreError(
                 f"{source} has the columns {table.schema.names}, not a plan's: restore"
             )
@@ -109,22 +116,65 @@ class Plan:
         try:
             _check_range(ids, variations)
             starts = np.append(np.flatnonzero(steps), len(shard))
-            return cls._encoded(ids, variations.astype(np.int32), starts)
+            buckets = None
+            if BUCKET.name in table.schema.names:
+                rows = table[BUCKET.name].to_numpy()
+                buckets = rows[starts[:-1]]
+                if not np.array_equal(rows, np.repeat(buckets, np.diff(starts))):
+                    raise StoreError("a shard is of several buckets: restore it")
+            return cls._encoded(ids, variations.astype(np.int32), starts, buckets)
         except StoreError as error:
             raise StoreError(f"{source}: {error}") from error
 
     @classmethod
-    def _encoded(cls, sample_ids: pa.StringArray, variations: Integers, starts: Offsets) -> Self:
+    def _encoded(
+        cls,
+        sample_ids: pa.StringArray,
+        variations: Integers,
+        starts: Offsets,
+        buckets: Buckets | None,
+    ) -> Self:
         index, samples = TextIndex.encode(sample_ids)
-        return cls(index, samples, variations, starts)._checked()
+        return cls(index, samples, variations, starts, buckets)._checked()
 
     def to_table(self) -> pa.Table:
-        """The content of plan.parquet: sample_id, variation, shard, one row per rollout."""
+        """The content of plan.parquet: one row per rollout.
+
+        Its sample_id, variation and shard, and, where the plan has buckets, that of the shard.
+        """
         shard = np.repeat(np.arange(len(self)), self.sizes)
         columns = [self.sample_ids.take(pa.array(self.samples)), self.variations, shard]
+        schema = SCHEMA
+        if self.buckets is not None:
+            columns.append(np.repeat(self.buckets, self.sizes))
+            schema = SCHEMA.append(BUCKET)
         return pa.table(
-            [pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA
+            [pa.array(c, t) for c, t in zip(columns, schema.types, strict=True)], schema=schema
         )
+
+    def bucket_of(self, shard: int) -> int | None:
+        """Number of the bucket of a planned shard; None where the manifest has none."""
+        return None if self.buckets is None else self.buckets.item(shard)
+
+    def check_buckets(self, count: int, source: str) -> None:
+        """Refuse a plan whose buckets are not among so many of the manifest's; 0 calls for none.
+
+        Raises StoreError that begins with `source`.
+        """
+        if (self.buckets is not None) != bool(count):
+            has = "no bucket" if self.buckets is None else "buckets"
+            raise StoreError(
+                f"{source} has {has} but the manifest has {count}: give every shard of the plan "
+                "one of the manifest's buckets, and none where it has none"
+            )
+        if self.buckets is None:
+            return
+        wrong = np.flatnonzero((self.buckets < 0) | (self.buckets >= count))
+        if len(wrong):
+            raise StoreError(
+                f"{source}: shard {wrong[0]} is of bucket {self.buckets[wrong[0]]} but the "
+                f"manifest has buckets 0 to {count - 1}: correct the plan"
+            )
 
     @property
     def sample_ids(self) -> pa.StringArray:
@@ -162,6 +212,10 @@ class Plan:
             return NotImplemented
         columns = ("samples", "variations", "starts")
         same = all(np.array_equal(getattr(self, c), getattr(other, c)) for c in columns)
+        if self.buckets is None or other.buckets is None:
+            same = same and self.buckets is other.buckets
+        else:
+            same = same and np.array_equal(self.buckets, other.buckets)
         return same and bool(self.sample_ids.equals(other.sample_ids))
 
     __hash__ = None  # type: ignore[assignment]
@@ -226,6 +280,18 @@ def _sample_column(sample_ids: Sequence[str]) -> pa.StringArray:
         for sample_id in sample_ids:
             check_sample_id(sample_id)
         raise
+
+
+def _bucket_column(buckets: Sequence[int], shards: int) -> Buckets:
+    """[shards] int16; raises StoreError unless each shard has one."""
+    if len(buckets) != shards:
+        raise StoreError(f"buckets names {len(buckets)} shards of {shards}: give each shard one")
+    wrong = [bucket for bucket in buckets if not 0 <= bucket < MAX_BUCKETS]
+    if wrong:
+        raise StoreError(
+            f"bucket {wrong[0]!r} must be in [0, {MAX_BUCKETS}): number those of the manifest"
+        )
+    return np.array(buckets, np.int16)
 
 
 def _check_variations(sample_ids: Sequence[str], variations: Sequence[int]) -> None:

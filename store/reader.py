@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from store.commit import ShardWriter
 from store.create import create_store
-from store.encoding import Array, array_specs
+from store.encoding import Array
 from store.errors import RolloutNotFound, StoreError
 from store.heads import Heads, find_heads, read_heads
 from store.layout import Layout, shard_name
@@ -25,6 +25,7 @@ from store.schema import Fast, Manifest
 from store.sealed import unseal
 from store.shard import Rollout, RolloutTable, Shard, Timestep
 from store.shard_folder import MappedShard, ShardFolder, VerifiedShard
+from store.side_tables import SideTable, check_listing, table_files
 from store.tables import read_table
 from store.threads import in_threads
 from store.zarr_files import ArrayFiles
@@ -60,13 +61,18 @@ class PredictionStore:
         self._layout = layout
         self.manifest, self.fingerprint = unseal(layout.manifest, Manifest)
         self.plan = Plan.from_table(read_table(layout.plan, self.manifest), str(layout.plan))
+        self.plan.check_buckets(len(self.manifest.buckets), str(layout.plan))
         pa.default_memory_pool().release_unused()  # what decoding and checking the table took
         self._samples = Samples(layout.samples, self.manifest, self.plan)
         pa.default_memory_pool().release_unused()
         find_heads(layout.heads, self.manifest)
+        check_listing(self.manifest, str(layout.manifest))
         self._pin(layout.committed())
-        specs = array_specs(self.manifest).values()
-        self._files = {spec.name: ArrayFiles.of(spec, self.manifest.profile) for spec in specs}
+        self._files = {
+            bucket: ArrayFiles.of_all(self.manifest, bucket)
+            for bucket in range(len(self.manifest.buckets)) or [None]
+        }
+        self._tables: dict[str, SideTable] = {}
         self._mapped_only = isinstance(self.manifest.profile, Fast)
         self._limits = cached_shards, mapped_shards
         self._verified: dict[int, VerifiedShard] = {}
@@ -82,16 +88,19 @@ class PredictionStore:
         samples: pa.Table,
         heads: Heads | None = None,
         rejected: Rejected = (),
+        tables: Mapping[str, str | Path] | None = None,
     ) -> PredictionStore:
         """Make a store, or open the equal one that is there.
 
         `samples` has the column sample_id and those of `manifest.conditions`; `heads` holds, for
         every head of the manifest, `GROUP.weight` [C_g, V, D] and `GROUP.bias` [C_g, V] float32;
-        `rejected` names samples that the plan leaves out, and the reason of each. Raises StoreError
-        when a store with another manifest, plan, samples or heads is there, or one that leaves out
-        other samples, naming what differs.
+        `rejected` names samples that the plan leaves out, and the reason of each; `tables` has the
+        folder of every table of the manifest, whose files are linked, or else copied. Raises
+        StoreError when a store with another manifest, plan, samples, heads or tables is there, or
+        one that leaves out other samples, naming what differs.
         """
-        create_store(Layout.at(path), manifest, plan, samples, heads or {}, rejected)
+        folders = {name: Path(folder) for name, folder in (tables or {}).items()}
+        create_store(Layout.at(path), manifest, plan, samples, heads or {}, rejected, folders)
         return cls.open(path)
 
     @classmethod
@@ -155,7 +164,7 @@ class PredictionStore:
     def writer(self, shard: int) -> ShardWriter:
         """A writer of one planned shard; raises StoreError when it is not planned."""
         self._check_planned(shard)
-        return ShardWriter(self._layout, shard, self.plan[shard], self.manifest, self.fingerprint)
+        return ShardWriter(self._layout, shard, self.plan, self.manifest, self.fingerprint)
 
     def __len__(self) -> int:
         return int(self.plan.sizes[self.committed].sum())
@@ -192,7 +201,8 @@ class PredictionStore:
     def folder(self, shard: int) -> ShardFolder:
         """A shard as it lies on disk; raises StoreError when it is not planned."""
         self._check_planned(shard)
-        return ShardFolder(self._layout.shard(shard), self.fingerprint, self._files, self.plan)
+        path, files = self._layout.shard(shard), self._files[self.plan.bucket_of(shard)]
+        return ShardFolder(path, self.fingerprint, files, self.plan, self.manifest.drawn)
 
     def shard(self, shard: int) -> Shard:
         """All rollouts of a committed shard, verified; read-only arrays.
@@ -218,6 +228,21 @@ class PredictionStore:
         Empty where the target is not `hidden`. Raises StoreError when the file was altered.
         """
         return read_heads(self._layout.heads, self.manifest)
+
+    def table(self, name: str) -> SideTable:
+        """A side table, whose files are compared with their sums when first opened.
+
+        Raises StoreError for a name that the manifest does not list.
+        """
+        if name not in self.manifest.tables:
+            raise StoreError(
+                f"{self.path} has no table {name!r}: it has {sorted(self.manifest.tables)}"
+            )
+        if name not in self._tables:
+            folder, facts = self._layout.tables / name, self.manifest.tables[name]
+            sums = {Path(file).name: self.manifest.files[file] for file in table_files(name, facts)}
+            self._tables[name] = SideTable(folder, facts, sums)
+        return self._tables[name]
 
     @overload
     def __getitem__(self, key: tuple[str, int]) -> Rollout: ...

@@ -24,9 +24,17 @@ FORMAT_VERSION = 1
 MAX_STREAMS = 4096
 MAX_VOCABULARY = 2**31
 MAX_SAMPLE_ID_BYTES = 512
+MAX_COLUMNS = 256
+MAX_BUCKETS = 4096
+MAX_TABLES = 256
 LEAST_HIDDEN_STEP = 2**-16
 """Finer than this, fp32 itself rounds the large features of a state by more than half a step."""
 
+
+ROLLOUT_COLUMNS = frozenset(
+    ("sample_id", "variation", "start", "length", "stop_reason", "weight", "seed")
+)
+"""Columns that every rollouts.parquet has."""
 
 GROUP = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 
@@ -97,6 +105,28 @@ class Latent(Record):
 
 
 AnyStream = Annotated[Stream | Latent, Field(discriminator="kind")]
+
+
+class Column(Record):
+    """One fact of every timestep beside its target, in the array `row.NAME`."""
+
+    name: GroupName
+    """Name of the column, unique in a manifest, e.g. `t`."""
+    dtype: Literal["float64", "float32", "float16", "uint8", "uint32", "uint64", "int64"]
+    """Type of its values; those of floats are finite."""
+    latent: bool = False
+    """Whether it is a tensor per stream, of its shape; a number otherwise."""
+
+
+class Bucket(Record):
+    """What all shards of one bucket hold: latents of one shape, with or without predictions."""
+
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=2**24)], ...], Field(max_length=8)]
+    """Shape of one prediction, e.g. channels, height, width."""
+    predicted: bool = True
+    """Whether the teacher was asked: without it the arrays of the target are left out."""
+
+
 Branches = Literal["guided", "both"]
 FloatType = Literal["float16", "float32"]
 
@@ -400,6 +430,20 @@ class FileSum(Record):
     """XXH3-128 in lower-case hex, its canonical (big-endian) form."""
 
 
+class TableFacts(Record):
+    """How many rows a side table has, and how they lie in its files."""
+
+    rows: int = Field(ge=0, lt=2**31)
+    """Rows of the table."""
+    rows_per_part: int = Field(ge=1, lt=2**31)
+    """Rows of every file but the last one, which may hold fewer."""
+
+    @property
+    def parts(self) -> int:
+        """Files of the table."""
+        return -(-self.rows // self.rows_per_part)
+
+
 class Manifest(Record):
     """The immutable, self-describing header of a store; holds no time and no host name."""
 
@@ -431,8 +475,8 @@ class Manifest(Record):
     """Seed of the run; each rollout's own seed derives from it, its sample and its variation."""
     split: str
     """Split of the dataset that the samples come from."""
-    timestep_s: float
-    """Seconds of audio per timestep."""
+    timestep_s: float | None
+    """Seconds of audio per timestep; null where it is not audio."""
     conditions: tuple[str, ...]
     """Columns of samples.parquet that the family needs."""
     fingerprints: Fingerprints
@@ -444,9 +488,21 @@ class Manifest(Record):
     quantization: Quantization | None = None
     """Precision of the teacher's weights, where they were quantized or what that cost was measured;
     what a null would say, as in older stores, is not written."""
+    columns: Annotated[tuple[Column, ...], Field(max_length=MAX_COLUMNS)] = ()
+    """Facts of every timestep beside a `dense` target."""
+    drawn: Annotated[tuple[GroupName, ...], Field(max_length=MAX_COLUMNS)] = ()
+    """Further int64 columns of every rollouts.parquet: what a variation drew, by name."""
+    buckets: Annotated[tuple[Bucket, ...], Field(max_length=MAX_BUCKETS)] = ()
+    """What the shards of a `dense` target hold, where they differ: every shard is of one bucket."""
+    tables: Annotated[dict[GroupName, TableFacts], Field(max_length=MAX_TABLES)] = Field(
+        default_factory=dict
+    )
+    """Side tables by name: tensors that many rollouts share, in tables/."""
+    recording: dict[str, JsonValue] = Field(default_factory=dict)
+    """How the timesteps were made, where that takes more than the fields above."""
     files: dict[str, FileSum] = Field(default_factory=dict)
-    """plan.parquet, samples.parquet, rejected.parquet and heads, where they are; filled in when the
-    store is created."""
+    """plan.parquet, samples.parquet, rejected.parquet, heads and the files of tables, where they
+    are; filled in when the store is created."""
 
     @classmethod
     def completed(cls, content: dict[str, Any]) -> dict[str, Any]:
@@ -463,10 +519,13 @@ class Manifest(Record):
 
     @model_serializer(mode="wrap")
     def _leave_out_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without quantization the record is spelled as before there was any."""
+        """Without what was added later the record is spelled as before there was any."""
         document: dict[str, Any] = write(self)
         if self.quantization is None:
             del document["quantization"]
+        for name in ("columns", "drawn", "buckets", "tables", "recording"):
+            if not document[name]:
+                del document[name]
         return document
 
     @property
@@ -544,11 +603,34 @@ class Manifest(Record):
         return self
 
     @model_validator(mode="after")
+    def _check_rows(self) -> Self:
+        dense = isinstance(self.target, Dense)
+        for name, given in (("columns", self.columns), ("buckets", self.buckets)):
+            advice = "use the target `dense`, or leave them out"
+            require(dense or not given, name, given, "empty", advice)
+        for name, names in (("columns", [c.name for c in self.columns]), ("drawn", self.drawn)):
+            twice = [name for name, times in Counter(names).items() if times > 1]
+            require(not twice, f"names of {name} given twice", twice, "unique", "rename them")
+        taken = sorted(ROLLOUT_COLUMNS & set(self.drawn))
+        limit = f"other names than {sorted(ROLLOUT_COLUMNS)}"
+        require(not taken, "drawn", taken, limit, "rename them")
+        if not self.buckets:
+            return self
+        shape = next(s.shape for s in self.streams if isinstance(s, Latent))
+        first, advice = self.buckets[0].shape, "give the streams the shape of the first bucket"
+        require(first == shape, "shape of bucket 0", first, f"{shape}, the streams'", advice)
+        bare = [bucket for bucket in self.buckets if not bucket.predicted]
+        advice = "a shard needs an array; give a column"
+        require(bool(self.columns) or not bare, "buckets", bare, "predicted", advice)
+        return self
+
+    @model_validator(mode="after")
     def _check_numbers(self) -> Self:
         advice = "give a non-negative 63-bit integer"
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)", advice)
-        advice = "give the seconds of audio per decoding step"
-        require(self.timestep_s > 0, "timestep_s", self.timestep_s, "> 0", advice)
+        advice = "give the seconds of audio per decoding step, or null where it is not audio"
+        valid = self.timestep_s is None or self.timestep_s > 0
+        require(valid, "timestep_s", self.timestep_s, "> 0", advice)
         return self
 
 

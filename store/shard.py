@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -52,7 +52,9 @@ class Timestep:
     variation: int
     timestep: int
     arrays: Mapping[str, Array]
-    """Each [C, …], read-only."""
+    """Each [C, …], read-only; that of a column which is no latent is a number."""
+    drawn: Mapping[str, int] = field(default_factory=dict)
+    """What the variation drew, by name."""
 
     @property
     def codes(self) -> Array:
@@ -72,6 +74,8 @@ class Rollout:
     weight: float
     """Weight in training, >= 0."""
     seed: int
+    drawn: Mapping[str, int] = field(default_factory=dict)
+    """What the variation drew, by name."""
 
     @property
     def codes(self) -> Array:
@@ -88,7 +92,7 @@ class Rollout:
                 f"is not in [0, {len(self)}): the rollout has {len(self)} timesteps"
             )
         arrays = {name: array[timestep] for name, array in self.arrays.items()}
-        return Timestep(self.sample_id, self.variation, timestep, arrays)
+        return Timestep(self.sample_id, self.variation, timestep, arrays, self.drawn)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class RolloutTable:
     """[R] float64."""
     seeds: Array
     """[R] uint64."""
+    drawn: Mapping[str, Array] = field(default_factory=dict)
+    """[R] int64 each: what every variation drew, by the names of the manifest."""
 
     @property
     def lengths(self) -> Array:
@@ -115,7 +121,8 @@ class RolloutTable:
     def rollout(self, row: int, key: Key, arrays: Mapping[str, Array]) -> Rollout:
         """The rollout of a row, whose key and arrays [T, …] are given."""
         reason, weight, seed = self.stop_reasons[row], self.weights.item(row), self.seeds.item(row)
-        return Rollout(key[0], key[1], arrays, reason, weight, seed)
+        drawn = {name: values.item(row) for name, values in self.drawn.items()}
+        return Rollout(key[0], key[1], arrays, reason, weight, seed, drawn)
 
     def row_of(self, timestep: int) -> int:
         """The rollout that holds a timestep of the shard; the last one for those behind its end."""
@@ -132,16 +139,19 @@ class RolloutTable:
             list(self.stop_reasons),
             self.weights,
             self.seeds,
+            *self.drawn.values(),
         ]
-        return pa.table(columns, schema=ROLLOUTS_SCHEMA)
+        return pa.table(columns, schema=_rollouts_schema(self.drawn))
 
     @classmethod
-    def from_table(cls, table: pa.Table, plan: Plan, shard: int, rows: int) -> RolloutTable:
+    def from_table(
+        cls, table: pa.Table, plan: Plan, shard: int, rows: int, drawn: Sequence[str] = ()
+    ) -> RolloutTable:
         """The rollouts of a shard of N = `rows` timesteps, checked against the plan.
 
-        Raises StoreError that says what is wrong.
+        `drawn` names the columns that the manifest adds. Raises StoreError that says what is wrong.
         """
-        if not table.schema.equals(ROLLOUTS_SCHEMA):
+        if not table.schema.equals(_rollouts_schema(drawn)):
             raise StoreError(f"its columns are {table.schema.names}, not those of rollouts")
         start, lengths, variations, weights, seeds = (
             table[name].to_numpy() for name in ("start", "length", "variation", "weight", "seed")
@@ -163,7 +173,14 @@ class RolloutTable:
         reasons = table["stop_reason"].combine_chunks().dictionary_encode()
         names = reasons.dictionary.to_pylist()  # each text once, however many rollouts share it
         shared = tuple(names[place] for place in reasons.indices.to_pylist())
-        return cls(offsets, shared, weights, seeds)
+        numbers = {name: table[name].to_numpy() for name in drawn}
+        return cls(offsets, shared, weights, seeds, numbers)
+
+
+def _rollouts_schema(drawn: Iterable[str]) -> pa.Schema:
+    """The columns of rollouts.parquet of a store whose manifest adds some."""
+    fields = (pa.field(name, pa.int64(), nullable=False) for name in drawn)
+    return pa.schema([*ROLLOUTS_SCHEMA, *fields])
 
 
 @dataclass(frozen=True)

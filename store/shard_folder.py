@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -76,6 +76,8 @@ class ShardFolder:
     files: Mapping[str, ArrayFiles]
     """By the name of the array."""
     plan: Plan
+    drawn: Sequence[str] = ()
+    """Columns that the manifest adds to the table of rollouts."""
 
     @property
     def number(self) -> int:
@@ -163,7 +165,7 @@ class ShardFolder:
         content = self.read(ROLLOUTS_FILE, record)
         with self._blaming(ROLLOUTS_FILE):
             table = parse_table(content, ROLLOUTS_FILE)
-            return RolloutTable.from_table(table, self.plan, self.number, record.rows)
+            return RolloutTable.from_table(table, self.plan, self.number, record.rows, self.drawn)
 
     def read_lengths(self) -> Array:
         """[R] int64 timesteps of every rollout, from record and table; raises ShardError."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from store.encoding import Array, array_specs, ids_dtype
+from store.encoding import Array, ArraySpec, array_specs, ids_dtype
 from store.heads import head_shapes
 from store.plan import Key, Plan
 from store.reader import PredictionStore
@@ -71,15 +71,17 @@ def synthetic_heads(manifest: Manifest) -> dict[str, Array]:
     return {name: random.standard_normal(shape, np.float32) for name, shape in shapes}
 
 
-def synthetic_arrays(manifest: Manifest, key: Key, timesteps: int) -> dict[str, Array]:
-    """Arrays [T, …] of one rollout, depending on the key alone."""
+def synthetic_arrays(
+    manifest: Manifest, key: Key, timesteps: int, bucket: int | None = None
+) -> dict[str, Array]:
+    """Arrays [T, …] of one rollout of a bucket, depending on the key alone."""
     sample_id, variation = key
     random = np.random.default_rng([manifest.seed, variation, *sample_id.encode()])
     target = manifest.target
     if isinstance(target, Dense | Hidden):
-        continuous: dict[str, Array] = {
-            name: random.standard_normal((timesteps, *spec.trailing), np.float32).astype(spec.dtype)
-            for name, spec in array_specs(manifest).items()
+        continuous = {
+            name: _numbers(random, spec, timesteps)
+            for name, spec in array_specs(manifest, bucket).items()
             if name != "codes"
         }
         if isinstance(target, Dense):
@@ -98,6 +100,15 @@ def synthetic_arrays(manifest: Manifest, key: Key, timesteps: int) -> dict[str, 
             return {"codes": codes, "sampled.ids": _drawn(logits, random, target.draws)}
         case TopK():
             return {"codes": codes} | _top_k(manifest, target, logits, ranked, random)
+
+
+def _numbers(random: np.random.Generator, spec: ArraySpec, timesteps: int) -> Array:
+    """[T, *trailing] normally distributed, or integers of the whole range of the type."""
+    shape, dtype = (timesteps, *spec.trailing), spec.dtype
+    if dtype.kind == "f":
+        return random.standard_normal(shape, np.float32).astype(dtype)
+    limits = np.iinfo(dtype)
+    return random.integers(limits.min, limits.max, shape, dtype, endpoint=True)
 
 
 def _ranked_ids(
@@ -153,12 +164,14 @@ def synthetic_store(
 
 def write_synthetic_shard(store: PredictionStore, shard: int, mean_timesteps: int) -> bool:
     """Commit one shard of rollouts of about `mean_timesteps`; False when it is there already."""
+    bucket = store.plan.bucket_of(shard)
     with store.writer(shard) as writer:
         for key in store.plan[shard]:
             seed = key[1] + sum(key[0].encode())
             timesteps = mean_timesteps // 2 + seed * 7 % mean_timesteps + 1
-            arrays = synthetic_arrays(store.manifest, key, timesteps)
-            writer.append(*key, arrays, stop_reason="end", weight=1.0, seed=seed)
+            arrays = synthetic_arrays(store.manifest, key, timesteps, bucket)
+            drawn = {name: seed + at for at, name in enumerate(store.manifest.drawn)}
+            writer.append(*key, arrays, stop_reason="end", weight=1.0, seed=seed, drawn=drawn)
         return writer.commit()
 
 

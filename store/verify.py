@@ -137,7 +137,7 @@ def _content_damages(store: PredictionStore, folder: ShardFolder) -> Iterator[Sh
     except ShardError as error:
         yield error
         return
-    fault = find_fault(store.manifest, shard.arrays)
+    fault = find_fault(store.manifest, shard.arrays, store.plan.bucket_of(folder.number))
     if fault is not None:
         at = fault.timestep or 0
         row = shard.rollouts.row_of(at)

@@ -32,7 +32,7 @@ from store.schema import Compact
 
 @dataclass(frozen=True)
 class Pco(ChunkCodec):
-    """Numbers of 16 to 64 bits as they are: one Pco file, bit-exact for any content."""
+    """Numbers of 8 to 64 bits as they are: one Pco file, bit-exact for any content."""
 
     name = "foretell.pco"
     level: int = PCO_LEVEL
@@ -276,9 +276,10 @@ def compact_codec(spec: ArraySpec, profile: Compact) -> ChunkCodec:
         "sampled.ids": SortedDraws(),
         "hidden": States(profile.hidden_step),
         "dense": Pco(),
+        "row": Pco(),
     }
     kind = spec.name.split(".")[0]
-    return codecs[kind if kind in ("hidden", "dense") else spec.name]
+    return codecs[kind if kind in ("hidden", "dense", "row") else spec.name]
 
 
 CODECS: tuple[type[ChunkCodec], ...] = (

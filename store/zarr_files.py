@@ -21,9 +21,9 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 
 from store.chunk_codec import ChunkCodec
 from store.durable import Content
-from store.encoding import Array, ArraySpec
+from store.encoding import Array, ArraySpec, array_specs
 from store.errors import StoreError
-from store.schema import Compact, Profile
+from store.schema import Compact, Manifest, Profile
 from store.threads import in_threads
 from store.zarr_codecs import compact_codec
 
@@ -34,6 +34,8 @@ INDEX_ENTRY_BYTES = 16
 CRC_BYTES = 4
 
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+BYTES = {"name": "bytes"}
+"""Where a value is one byte, there is no order of bytes."""
 SILENT = ("attributes", "dimension_names")
 """Keys of a header that say nothing about the values."""
 
@@ -70,6 +72,12 @@ class ArrayFiles:
         """The files of an array under a profile."""
         return cls(spec, compact_codec(spec, profile) if isinstance(profile, Compact) else None)
 
+    @classmethod
+    def of_all(cls, manifest: Manifest, bucket: int | None) -> dict[str, ArrayFiles]:
+        """The files of every array of the shards of a bucket, by its name."""
+        specs = array_specs(manifest, bucket)
+        return {name: cls.of(spec, manifest.profile) for name, spec in specs.items()}
+
     @property
     def header(self) -> str:
         """Path of the header below the shard."""
@@ -92,9 +100,10 @@ class ArrayFiles:
     def describe(self, timesteps: int) -> dict[str, Any]:
         """What the header of an array of so many timesteps must say, as JSON values."""
         trailing = list(self.spec.trailing)
+        plain = LITTLE if self.spec.dtype.itemsize > 1 else BYTES
         sharding = {
             "chunk_shape": [CHUNK_TIMESTEPS, *trailing],
-            "codecs": [self.codec.to_dict() if self.codec else LITTLE],
+            "codecs": [self.codec.to_dict() if self.codec else plain],
             "index_codecs": [LITTLE, {"name": "crc32c"}],
             "index_location": "end",
         }
