@@ -14,7 +14,11 @@ LARGEST_SIDE = 384
 """Pixels of a side up to which a picture is in the page as it is; larger ones are scaled."""
 SMALL_SIDE = 64
 """Pixels of a side up to which pixels are drawn as squares."""
+LONGEST_CAPTION = 40
+"""Letters of a caption that the head of a column surely shows."""
 REFERENCE = "reference"
+OF_A_MODEL = ("parameters", "flops_per_timestep", "passes")
+"""Metrics that are the same at every count of solver steps."""
 
 FOOTER = (
     "Intervals are 95\N{NO-BREAK SPACE}% percentile bootstrap intervals over images. Differences "
@@ -60,10 +64,11 @@ def system_table(report: Report, images: Images) -> str:
 
 
 def other_steps(report: Report, images: Images) -> str:
-    """Return one table per further count of solver steps."""
+    """Return one table per further count of solver steps, of what depends on it."""
+    metrics = {name: shown for name, shown in MAIN_METRICS.items() if name not in OF_A_MODEL}
     return "".join(
         f"<h3>{steps} {'step' if steps == 1 else 'steps'}</h3>"
-        f"{metric_table(report, MAIN_METRICS, systems)}"
+        f"{metric_table(report, metrics, systems)}"
         for steps, systems in images.other_steps.items()
     )
 
@@ -81,8 +86,16 @@ def image_grid(report: Report, images: Images, folder: Path) -> str:
     rows = "".join(_row(name, report, images.samples, folder) for name in names)
     return (
         '<div class="scroll"><table class="pictures"><thead><tr><th>system</th>'
-        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>{_captions(images)}"
     )
+
+
+def _captions(images: Images) -> str:
+    """Return the captions in full, where the heads of columns cannot hold them."""
+    if max(len(sample.text) for sample in images.samples) <= LONGEST_CAPTION:
+        return ""
+    items = "".join(f"<li>{escape(sample.text)}</li>" for sample in images.samples)
+    return f"<details><summary>Captions</summary><ol>{items}</ol></details>"
 
 
 def _row(name: str, report: Report, samples: tuple[ImageSample, ...], folder: Path) -> str:

@@ -243,9 +243,7 @@ def _intervals(report: Report, metric: str, title: str) -> str:
     if not rows:
         return ""
     figure = interval_rows(rows, METRICS[metric].show)
-    return (
-        f'<div class="card" style="margin-bottom:12px"><h3>{escape(title)}</h3>{figure}</div>'
-    )
+    return f'<div class="card" style="margin-bottom:12px"><h3>{escape(title)}</h3>{figure}</div>'
 
 
 def _listeners(report: Report, heard: Tally | None) -> tuple[str, str]:

@@ -20,7 +20,6 @@ from stages.report_schema import Report, StageCost, read_losses
 from store import PredictionStore
 from store.schema import Quantization
 
-
 FEW_IMAGES = 200
 """Images below which a Fréchet distance over some hundred features says little."""
 

@@ -98,7 +98,7 @@ def example(folder, **changes):
 class Outline(HTMLParser):
     """Elements with their attributes, and a check that every one is closed in order."""
 
-    VOID = frozenset({"meta", "br", "path", "input"})
+    VOID = frozenset({"meta", "br", "path", "input", "img"})
 
     def __init__(self, page):
         super().__init__()

@@ -98,9 +98,7 @@ class Teacher:
         with full_precision(self._module):
             return HostArrays.of(_with_flags(self._ask(asked.rows(index)))).arrays()
 
-    def _tell(
-        self, cells: Sequence[Sequence[Cell]], lost: np.ndarray, status: np.ndarray
-    ) -> None:
+    def _tell(self, cells: Sequence[Sequence[Cell]], lost: np.ndarray, status: np.ndarray) -> None:
         failed = [c for row in lost for c, s in zip(cells[row], status[row], strict=True)
                   if s == FAILED]  # fmt: skip
         repeated = [cells[row][0] for row in lost if (status[row] == REPEATED).all()]

@@ -83,9 +83,7 @@ class ForwardShard:
         scale = np.array([self._scales[place] for place, _ in places], np.float32)
         return HostRows(
             asked=self._conditions.asked(x, t, draws, scale, unconditional=self._unconditional),
-            cells=[
-                [Cell(*draw.key, slot)] for draw, (_, slot) in zip(draws, places, strict=True)
-            ],
+            cells=[[Cell(*draw.key, slot)] for draw, (_, slot) in zip(draws, places, strict=True)],
             columns={f"{COLUMN}{name}": values[:, None] for name, values in columns.items()},
         )
 

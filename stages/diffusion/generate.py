@@ -1,4 +1,4 @@
-"""Images of one system from keyed start noise, kept batch by batch so that nothing is drawn twice."""
+"""Images of one system from keyed start noise, kept batch by batch: nothing is drawn twice."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from stages.guidance import guide
 from stages.interruption import StopRequest
 from stages.publish import replace_file
 from store.schema import Record
+
 
 @dataclass(frozen=True)
 class ImageContender:

@@ -126,7 +126,9 @@ class _Rollouts:
         whole = len(arrays[f"{COLUMN}status"]) // self.rows
         starts = range(0, whole * self.rows, self.rows)
         rollouts = [
-            self._drawn(draw, {n: values[start : start + self.rows] for n, values in arrays.items()})
+            self._drawn(
+                draw, {n: values[start : start + self.rows] for n, values in arrays.items()}
+            )
             for draw, start in zip(self.draws[self.done :], starts, strict=False)
         ]
         self.rest = {n: values[whole * self.rows :] for n, values in arrays.items()}
