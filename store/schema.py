@@ -375,7 +375,7 @@ class Fingerprints(Record):
     """The store that the codes were taken from, where the source is `replay`."""
 
 
-QuantizationMethod = Literal["int8", "int4"]
+QuantizationMethod = Literal["int8", "int4", "fp8"]
 DTypeName = Literal["float32", "bfloat16"]
 
 
@@ -406,7 +406,7 @@ class Audit(Record):
 class Quantization(Record):
     """In which precision the teacher held its weights, and what that cost."""
 
-    method: Literal["none", "int8", "int4"]
+    method: Literal["none", "int8", "int4", "fp8"]
     """What the weights of `layers` were quantized to; `none` where only the type is not float32."""
     dtype: DTypeName
     """Type of all other weights, and of the arithmetic."""

@@ -27,7 +27,7 @@ NetworkClass = Literal[
 ErrorName = Literal["mse", "l1", "huber", "log_cosh"]
 WeightingName = Literal["constant", "min_snr", "soft_min_snr", "debiased", "p2"]
 TargetSource = Literal["teacher", "data", "prior"]
-StorageMethod = QuantizationMethod | Literal["fp8"]
+StorageMethod = QuantizationMethod
 Size = tuple[Positive, Positive]
 
 
