@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from stages.capture import HostArrays
+from stages.diffusion.facts import FAILED, OK, REPEATED
 from stages.diffusion.full_precision import full_precision
 from stages.diffusion.parts import Asked
 
 logger = logging.getLogger(__name__)
 
-OK, REPEATED, FAILED, END, NOT_ASKED = range(5)
-"""Status of a row: predicted; predicted in float32, as it was not finite before; not finite, zeros
-are stored; end of a trajectory, where nothing is predicted; of a sample that is its own target."""
 LISTED = 5
 """Rows that a message names, at most."""
 FINITE = "finite"

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.diffusion.config import Contrast
 from stages.diffusion.draws import UNCONDITIONAL_ROW, Draw
-from stages.diffusion.parts import Asked
+from stages.diffusion.parts import Asked, scale_of
 
 SIZES = ("time_ids",)
 """Tensors of the table `latents` that a network is told beside the condition."""
@@ -82,7 +83,9 @@ class ConditionRows:
     def __init__(self, latents: Rows, conditions: Rows | None) -> None:
         """Take the tables; there are no conditions of an unconditional dataset."""
         self.latent = lru_cache(CACHED_ROWS)(latents.__getitem__)
-        self._conditions = conditions and lru_cache(CACHED_ROWS)(conditions.__getitem__)
+        self._conditions = None
+        if conditions is not None:
+            self._conditions = lru_cache(CACHED_ROWS)(conditions.__getitem__)
 
     def asked(
         self,
@@ -114,14 +117,27 @@ class ConditionRows:
         )
 
 
+@dataclass(frozen=True)
+class GuidedRows:
+    """Rows with their conditions and the guidance scales of their targets."""
+
+    conditions: ConditionRows
+    contrast: Contrast
+    scale: float
+    """Of a teacher's target."""
+    unconditional: bool
+    """Whether the condition that stands for none comes along."""
+
+    def latent(self, draw: Draw) -> np.ndarray:
+        """Return the clean latent [*shape] float16 of a variation."""
+        return self.conditions.latent(draw.latent)["latent"]
+
+    def asked(self, x: np.ndarray, t: np.ndarray, draws: Sequence[Draw]) -> HostAsked:
+        """Return rows `x` [b, *shape] at `t` [b], one of each of `draws`."""
+        scales = [scale_of(draw.target, self.contrast, self.scale) for draw in draws]
+        scale = np.array(scales, np.float32)
+        return self.conditions.asked(x, t, draws, scale, unconditional=self.unconditional)
+
+
 def _stacked(rows: Sequence[Tensors]) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-
-
-def noised(x0: np.ndarray, noise: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
-    """Return alpha·x0 + sigma·noise [*shape] float32 of float16 latents and float32 noise.
-
-    Each product and the sum are rounded to float32, on the host: every processor gives the same.
-    """
-    summed: np.ndarray = np.float32(alpha) * x0.astype(np.float32) + np.float32(sigma) * noise
-    return summed

@@ -20,7 +20,7 @@ UNCONDITIONAL_ROW = 0
 
 @dataclass(frozen=True)
 class Draw:
-    """One variation of a sample: its number is image_variation · text_variations + text_variation."""
+    """One variation of a sample, number image_variation · text_variations + text_variation."""
 
     key: Key
     image_variation: int

@@ -12,6 +12,10 @@ from store.schema import Record
 NOISE = "philox4x64-boxmuller-f32"
 """Name of the generator of noise (`stages.diffusion.noise`)."""
 
+OK, REPEATED, FAILED, END, NOT_ASKED = range(5)
+"""Status of a row: predicted; predicted in float32, as it was not finite before; not finite, zeros
+are stored; end of a trajectory, where nothing is predicted; of a sample that is its own target."""
+
 
 class ConditionFacts(Record):
     """One tensor of an encoded condition, such as `prompt_embeds`."""

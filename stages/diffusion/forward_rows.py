@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from stages.diffusion.answers import Ask, Cell
-from stages.diffusion.asked_rows import ConditionRows, HostAsked, noised
+from stages.diffusion.asked_rows import GuidedRows, HostAsked
 from stages.diffusion.config import ForwardRows
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Draw
-from stages.diffusion.noise import checksum, row_noise
+from stages.diffusion.noise import checksum, noised, row_noise
 from stages.diffusion.parts import Asked, Passes, ask, stored_parts
 from stages.diffusion.schedule import Schedule
 from store.encoding import COLUMN
@@ -39,22 +39,15 @@ class ForwardShard:
         draws: Sequence[Draw],
         rows: ForwardRows,
         schedule: Schedule,
-        conditions: ConditionRows,
-        *,
+        guided: GuidedRows,
         seed: int,
-        scales: np.ndarray,
-        unconditional: bool,
     ) -> None:
-        """Draw the times of every variation; `scales` [R] float32 are their guidance scales."""
-        self._draws, self._rows, self._conditions = draws, rows, conditions
-        self._seed, self._scales, self._unconditional = seed, scales, unconditional
-        self._t = np.concatenate([
-            schedule.draw(
-                rows.timesteps, rows.slots, seed, *draw.key[:1], draw.image_variation,
-                draw.text_variation,
-            )
-            for draw in draws
-        ])  # fmt: skip
+        """Draw the times of every variation."""
+        self._draws, self._rows, self._guided, self._seed = draws, rows, guided, seed
+        self.each = rows.slots
+        """Rows of a rollout."""
+        times = [schedule.draw(rows.timesteps, rows.slots, *_key(seed, draw)) for draw in draws]
+        self._t = np.concatenate(times)
         self._alpha, self._sigma = schedule.at(self._t)
 
     def __len__(self) -> int:
@@ -64,32 +57,37 @@ class ForwardShard:
     def read(self, span: range) -> HostRows:
         """Return some rows of the shard."""
         places = [divmod(row, self._rows.slots) for row in span]
-        draws = [self._draws[place] for place, _ in places]
-        latents = [self._conditions.latent(draw.latent)["latent"] for draw in draws]
+        asked = [(self._draws[place], slot) for place, slot in places]
+        draws = [draw for draw, _ in asked]
         at = slice(span.start, span.stop)
         t, alpha, sigma = self._t[at], self._alpha[at], self._sigma[at]
         columns = {"t": t, "alpha": alpha, "sigma": sigma}
-        noise = np.stack([
-            row_noise(
-                self._seed, draw.key[0], draw.image_variation, draw.text_variation, slot, x0.shape
-            )
-            for draw, (_, slot), x0 in zip(draws, places, latents, strict=True)
-        ])  # fmt: skip
+        latents = [self._guided.latent(draw) for draw in draws]
+        rows = zip(asked, latents, strict=True)
+        noise = np.stack([noise_of(self._seed, *row, x0.shape) for row, x0 in rows])
         if self._rows.store_noise:
             columns["noise"] = noise.astype(np.float16)[:, None]
             noise = columns["noise"][:, 0].astype(np.float32)
         x = np.stack([noised(*row) for row in zip(latents, noise, alpha, sigma, strict=True)])
         columns |= checksums(x)
-        scale = np.array([self._scales[place] for place, _ in places], np.float32)
         return HostRows(
-            asked=self._conditions.asked(x, t, draws, scale, unconditional=self._unconditional),
-            cells=[[Cell(*draw.key, slot)] for draw, (_, slot) in zip(draws, places, strict=True)],
+            asked=self._guided.asked(x, t, draws),
+            cells=[[Cell(*draw.key, slot)] for draw, slot in asked],
             columns={f"{COLUMN}{name}": values[:, None] for name, values in columns.items()},
         )
 
 
+def noise_of(seed: int, draw: Draw, slot: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the noise [*shape] float32 of a row."""
+    return row_noise(*_key(seed, draw), slot, shape)
+
+
+def _key(seed: int, draw: Draw) -> tuple[int, str, int, int]:
+    return seed, draw.key[0], draw.image_variation, draw.text_variation
+
+
 def checksums(x: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the columns `x_t_crc` [n] uint32 and `x_t_sum` [n] float64 of float32 x [n, *shape]."""
+    """Return the columns `x_t_crc` [n] uint32 and `x_t_sum` [n] float64 of float32 [n, *shape]."""
     sums = [checksum(values) for values in x]
     return {
         "x_t_crc": np.array([each.crc for each in sums], np.uint32),

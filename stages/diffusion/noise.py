@@ -67,6 +67,15 @@ def row_noise(
     return normal(shape, "noise", seed, sample_id, image_variation, text_variation, slot)
 
 
+def noised(x0: np.ndarray, noise: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
+    """Return alpha·x0 + sigma·noise [*shape] float32 of float16 latents and float32 noise.
+
+    Each product and the sum are rounded to float32, on the host: every processor gives the same.
+    """
+    summed: np.ndarray = np.float32(alpha) * x0.astype(np.float32) + np.float32(sigma) * noise
+    return summed
+
+
 def checksum(x_t: np.ndarray) -> Checksum:
     """Return the checksum of a noised latent [*shape], float32 or what float32 holds exactly."""
     return Checksum(_crc(x_t), _projected(x_t))

@@ -12,36 +12,33 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import google_crc32c
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from stages.background_writer import BackgroundWriter, Drawn
 from stages.diffusion.answers import (
-    FAILED,
-    NOT_ASKED,
     Answer,
     Ask,
     InFlight,
     Teacher,
 )
-from stages.diffusion.asked_rows import ConditionRows
-from stages.diffusion.config import ForwardRows, RecordConfig, TrajectoryRows
+from stages.diffusion.asked_rows import ConditionRows, GuidedRows
+from stages.diffusion.config import RecordConfig, TrajectoryRows
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Draw, Sample, draws_by_key
-from stages.diffusion.facts import Recording
+from stages.diffusion.facts import FAILED, NOT_ASKED, Recording
 from stages.diffusion.forward_rows import ForwardShard, HostRows, checksums, forward_ask
-from stages.diffusion.parts import Asked, ask, passes_of, scale_of, stored_parts
+from stages.diffusion.parts import Asked, ask, passes_of, stored_parts
 from stages.diffusion.schedule import Schedule
 from stages.diffusion.trajectories import (
     STATES,
     TrajectoryShard,
     ended,
-    kept_steps,
     trajectory_ask,
 )
 from stages.errors import UserError
@@ -64,7 +61,7 @@ VALUE = "value"
 def record(
     denoiser: Denoiser,
     store: PredictionStore,
-    samples: Iterable[Sample],
+    dataset: Samples,
     shards: Sequence[int],
     config: RecordConfig,
     *,
@@ -73,15 +70,16 @@ def record(
 ) -> bool:
     """Write the given shards of a store; return False when `stop` was requested first.
 
-    `samples` are the dataset's rows of the store's split. What is asked and kept follows from the
+    `dataset` is the one that the store was planned of. What is asked and kept follows from the
     manifest; of `config` counts only how many rows make a forward pass, which may move the last
     bits. `other` is the second model of a contrast between two, of which only the one that is asked
     is on the device. A shard is encoded and committed in a thread of its own while the next one is
     asked for; one that was asked for whole is committed. A shard that another worker commits first
     is left to it. Rows whose prediction is not finite are asked for again in float32, and else
-    stored as failed. Raises NotFinite where a shard has too many of them, and what the store raises.
+    stored as failed. Raises NotFinite where a shard has too many of them, and what the store
+    raises.
     """
-    recorder = _Recorder(denoiser, other, store, samples, config.batch_size, stop)
+    recorder = _Recorder(denoiser, other, store, dataset, config.batch_size, stop)
     rollouts = sum(len(store.plan[shard]) for shard in shards)
     with (
         tqdm(total=rollouts, unit="rollout", desc="record", disable=None) as bar,
@@ -95,6 +93,14 @@ def record(
                 if piece.collect is not None:
                     writer.commit(piece.shard)
     return not recorder.stopped
+
+
+class Samples(Protocol):
+    """A dataset of images, of which only its samples are read here."""
+
+    def samples(self, split: str) -> Sequence[Sample]:
+        """Return the rows of a split."""
+        ...
 
 
 class _Piece(NamedTuple):
@@ -149,7 +155,7 @@ class _Recorder:
         denoiser: Denoiser,
         other: Denoiser | None,
         store: PredictionStore,
-        samples: Iterable[Sample],
+        dataset: Samples,
         batch_size: int,
         stop: StopRequest,
     ) -> None:
@@ -158,13 +164,18 @@ class _Recorder:
         assert isinstance(store.manifest.target, Dense)
         self._target = store.manifest.target
         self._schedule = Schedule(recording.schedule)
-        self._draws = draws_by_key(samples)
+        self._draws = draws_by_key(dataset.samples(store.manifest.split))
         tables = store.manifest.tables
         conditions = store.table("conditions") if "conditions" in tables else None
-        self._conditions = ConditionRows(store.table("latents"), conditions)
+        scale = store.manifest.guidance.scale
+        self._passes = passes_of(recording.contrast, self._target, scale)
+        self._guided = GuidedRows(
+            ConditionRows(store.table("latents"), conditions),
+            recording.contrast,
+            scale,
+            unconditional=self._passes == "unconditional",
+        )
         self._batch_size, self._stop = batch_size, stop
-        self._scale = store.manifest.guidance.scale
-        self._passes = passes_of(recording.contrast, self._target, self._scale)
         self._device = next(denoiser.module.parameters()).device
         self._models = [denoiser] if other is None else [denoiser, other]
         if (recording.contrast.kind == "model") != (other is not None):
@@ -202,15 +213,14 @@ class _Recorder:
         return (finish() for finish in one_behind(self._one_model(shards)))
 
     def _one_model(self, shards: Sequence[int]) -> Iterator[Callable[[], _Piece]]:
-        for shard in shards:
-            if self._committed(shard):
-                yield partial(_Piece, shard, None, True)
-                continue
-            work = self._work(shard)
-            if not work.predicted:
-                yield from (partial(work.not_asked, rows) for rows in self._read(work))
+        for work in self._open(shards):
+            if isinstance(work, _Piece):
+                yield partial(_Piece, *work)
                 continue
             for rows in self._read(work):
+                if not work.predicted:
+                    yield partial(work.not_asked, rows)
+                    continue
                 flight = self._teachers[0].begin(rows.asked.to(self._device), rows.cells)
                 yield partial(self._answered, work, rows, flight)
 
@@ -223,18 +233,15 @@ class _Recorder:
         What the first one answers waits in float32 on the host.
         """
         turn = 0
-        for shard in shards:
-            if self._committed(shard):
-                yield _Piece(shard, None, True)
+        for work in self._open(shards):
+            if isinstance(work, _Piece):
+                yield work
                 continue
-            work = self._work(shard)
             if not work.predicted:
                 yield from (work.not_asked(rows) for rows in self._read(work))
                 continue
             self._to_device(turn)
             first = [answer for _, answer in self._answers(work, turn)]
-            if self.stopped:
-                return
             turn = 1 - turn
             self._to_device(turn)
             for (rows, answer), before in zip(self._answers(work, turn), first, strict=False):
@@ -258,9 +265,16 @@ class _Recorder:
             self._models[1 - turn].module.to("cpu")
             self._models[turn].module.to(self._device)
 
-    def _committed(self, shard: int) -> bool:
-        """Whether another worker has committed a shard since the store was opened."""
-        return self._store.is_committed(shard)
+    def _open(self, shards: Sequence[int]) -> Iterator[_Work | _Piece]:
+        """Begin shards in order, until a stop is requested; one that is committed is no work."""
+        for shard in shards:
+            if self.stopped:
+                return
+            if self._store.is_committed(shard):
+                # By another worker, since the store was opened.
+                yield _Piece(shard, None, True)
+            else:
+                yield self._work(shard)
 
     def _read(self, work: _Work) -> Iterator[HostRows]:
         """Read the batches of a shard ahead, in a thread, until a stop is requested."""
@@ -285,25 +299,18 @@ class _Recorder:
         draws = [self._draws[key] for key in self._store.plan[number]]
         bucket = self._store.plan.bucket_of(number)
         assert bucket is not None
-        rows, contrast = self._recording.rows, self._recording.contrast
-        scales = [scale_of(draw.target, contrast, self._scale) for draw in draws]
-        kind = ForwardShard if isinstance(rows, ForwardRows) else TrajectoryShard
-        shard = kind(
-            draws,
-            rows,
-            self._schedule,
-            self._conditions,
-            seed=self._manifest.seed,
-            scales=np.array(scales, np.float32),
-            unconditional=self._passes == "unconditional",
-        )
-        each = rows.slots if isinstance(rows, ForwardRows) else len(kept_steps(rows))
+        rows, seed = self._recording.rows, self._manifest.seed
+        shard: Shard
+        if isinstance(rows, TrajectoryRows):
+            shard = TrajectoryShard(draws, rows, self._schedule, self._guided, seed)
+        else:
+            shard = ForwardShard(draws, rows, self._schedule, self._guided, seed)
         return _Work(
             number=number,
             shard=shard,
             predicted=self._manifest.buckets[bucket].predicted,
-            rollouts=_Rollouts(self._manifest, draws, each),
-            left=len(draws) * each,
+            rollouts=_Rollouts(self._manifest, draws, shard.each),
+            left=len(draws) * shard.each,
         )
 
 
@@ -380,14 +387,15 @@ def _value(model: Denoiser, asked: Asked) -> dict[str, Tensor]:
 
 def combined(cond: Answer, other: Answer, scale: Tensor, target: Dense) -> Answer:
     """Return the stored parts of what two models answered; what failed in either is zeros."""
-    values = [torch.from_numpy(answer.arrays[VALUE][:, 0, 0]) for answer in (cond, other)]
-    parts = stored_parts(*values, scale, target)
-    arrays = {name: each[:, None, None].numpy() for name, each in parts.items()}
+    value, without = (torch.from_numpy(x.arrays[VALUE][:, 0, 0]) for x in (cond, other))
+    parts = stored_parts(value, without, scale, target)
     status = np.maximum(cond.status, other.status)
-    for values_ in parts.values():
-        status[~values_.isfinite().flatten(1).all(1).numpy()] = FAILED
-    for each in arrays.values():
-        each[status == FAILED] = 0
+    for part in parts.values():
+        # Finite in float32, and beyond what the store's type holds.
+        status[~part.isfinite().flatten(1).all(1).numpy()] = FAILED
+    arrays = {name: part[:, None, None].numpy() for name, part in parts.items()}
+    for values in arrays.values():
+        values[status == FAILED] = 0
     return Answer(arrays, status)
 
 

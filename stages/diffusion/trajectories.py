@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.diffusion.answers import END, FAILED, Answer, Ask, Cell
-from stages.diffusion.asked_rows import ConditionRows
+from stages.diffusion.answers import Answer, Ask, Cell
+from stages.diffusion.asked_rows import GuidedRows
 from stages.diffusion.config import TrajectoryRows
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Draw
-from stages.diffusion.forward_rows import HostRows
-from stages.diffusion.noise import row_noise
+from stages.diffusion.facts import END, FAILED
+from stages.diffusion.forward_rows import HostRows, noise_of
 from stages.diffusion.parts import Asked, Passes, ask, guided_value, stored_parts
 from stages.diffusion.schedule import Schedule
 from stages.diffusion.solver import trajectory
@@ -41,17 +41,15 @@ class TrajectoryShard:
         draws: Sequence[Draw],
         rows: TrajectoryRows,
         schedule: Schedule,
-        conditions: ConditionRows,
-        *,
+        guided: GuidedRows,
         seed: int,
-        scales: np.ndarray,
-        unconditional: bool,
     ) -> None:
-        """Take the keys; `scales` [R] float32 are their guidance scales."""
-        self._draws, self._conditions, self._seed = draws, conditions, seed
-        self._scales, self._unconditional = scales, unconditional
-        self._kept = kept_steps(rows)
-        self._t = schedule.solver_times(rows.steps)[self._kept]
+        """Take the variations; the states are those of one solver."""
+        self._draws, self._guided, self._seed = draws, guided, seed
+        kept = kept_steps(rows)
+        self.each = len(kept)
+        """Rows of a rollout."""
+        self._t = schedule.solver_times(rows.steps)[kept]
         self._alpha, self._sigma = schedule.at(self._t)
 
     def __len__(self) -> int:
@@ -61,24 +59,12 @@ class TrajectoryShard:
     def read(self, span: range) -> HostRows:
         """Return some trajectories of the shard: their start noise, and columns of every state."""
         draws = [self._draws[place] for place in span]
-        shape = self._conditions.latent(draws[0].latent)["latent"].shape
-        noise = np.stack([
-            row_noise(
-                self._seed, draw.key[0], draw.image_variation, draw.text_variation, START_SLOT,
-                shape,
-            )
-            for draw in draws
-        ])  # fmt: skip
+        shape = self._guided.latent(draws[0]).shape
+        noise = np.stack([noise_of(self._seed, draw, START_SLOT, shape) for draw in draws])
         columns = {"t": self._t, "alpha": self._alpha, "sigma": self._sigma}
         return HostRows(
-            asked=self._conditions.asked(
-                noise,
-                np.full(len(draws), self._t[0]),
-                draws,
-                self._scales[span.start : span.stop],
-                unconditional=self._unconditional,
-            ),
-            cells=[[Cell(*draw.key, slot) for slot in range(len(self._kept))] for draw in draws],
+            asked=self._guided.asked(noise, np.full(len(draws), self._t[0]), draws),
+            cells=[[Cell(*draw.key, slot) for slot in range(self.each)] for draw in draws],
             columns={
                 f"{COLUMN}{name}": np.tile(values, (len(draws), 1))
                 for name, values in columns.items()
