@@ -19,7 +19,6 @@ from stages.checkpoint import Checkpoint, load_latest, save_checkpoint
 from stages.config import OptimizerConfig
 from stages.distributed import Place, computes_bf16
 from stages.errors import UserError
-from stages.family import Family
 from stages.interruption import StopRequest
 from stages.sampling import keyed_seed
 from stages.training_log import TrainingLog
@@ -59,8 +58,19 @@ class Learner(Protocol[Batch]):
         """Return what is reported at every checkpoint; called on the leading process only."""
 
 
-def attach(family: Family, config: OptimizerConfig, place: Place) -> nn.Module:
-    """Let `family.score` call a compiled or data-parallel form of its module, and return it."""
+class Model(Protocol):
+    """A model, seen from the loop: a family or a denoiser, which calls `network`."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The bare network."""
+
+    network: nn.Module
+    """What it calls: the module, or its compiled or data-parallel form."""
+
+
+def attach(family: Model, config: OptimizerConfig, place: Place) -> nn.Module:
+    """Let `family` call a compiled or data-parallel form of its module, and return it."""
     network: nn.Module = family.module
     if config.compile:
         network = torch.compile(network)  # type: ignore[assignment]

@@ -393,13 +393,13 @@ def require_scale(manifest: Manifest, given: bool) -> None:
 def read_scales(
     setting: float | tuple[float, float] | None,
     seed: int,
-    keys: Sequence[tuple[str, int]],
+    keys: Sequence[tuple[str | int, ...]],
     epochs: Sequence[int],
 ) -> Tensor | None:
     """Return the guidance scale [B] float32 at which each rollout of a batch is read, or None.
 
-    A range (low, high) draws one uniformly per rollout and epoch, keyed by (seed, sample_id,
-    variation, epoch): neither the batch nor the process changes it.
+    A range (low, high) draws one uniformly per rollout and epoch, keyed by (seed, *key, epoch):
+    neither the batch nor the process changes it. A key is (sample_id, variation), or that of a row.
     """
     if setting is None:
         return None

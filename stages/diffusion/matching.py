@@ -1,0 +1,116 @@
+"""What a student and a store must agree on before the one can learn from the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stages.diffusion.config import DiffusionLossConfig, TargetSource
+from stages.diffusion.denoiser import Denoiser
+from stages.diffusion.facts import ImageFacts, Recording
+from stages.diffusion.row_targets import transfers
+from stages.errors import UserError
+from stages.targets import require_scale
+from store import PredictionStore
+
+FACTS = {
+    "encoder": "autoencoder and text encoders",
+    "latent_channels": "latent channels",
+    "downsample": "pixels per latent",
+    "scaling": "scaling of latents",
+    "shift": "shift of latents",
+    "conditions": "encoded conditions",
+    "unconditional": "convention for no condition",
+    "unconditional_text": "negative prompt",
+    "classes": "classes",
+}
+"""Fields of `ImageFacts` that must be equal, in words."""
+
+
+def require_match(denoiser: Denoiser, store: PredictionStore) -> None:
+    """Refuse a student that was built for other latents or conditions than the store holds."""
+    stored = ImageFacts.model_validate(store.manifest.conditioning)
+    for name, what in FACTS.items():
+        own, theirs = getattr(denoiser.facts, name), getattr(stored, name)
+        if own != theirs:
+            raise UserError(
+                f"the student's {what} ({own}) differ from the store's ({theirs}, in "
+                f"manifest.json, conditioning.{name}): the two would mean other images by the same "
+                "numbers; begin with a student of the store's dataset, or record the student's"
+            )
+
+
+def require_loss(
+    denoiser: Denoiser, store: PredictionStore, recording: Recording, loss: DiffusionLossConfig
+) -> None:
+    """Refuse a loss that the store has nothing for, or the student no input."""
+    along = recording.rows.kind == "trajectory"
+    if loss.teaches != "prediction" and not along:
+        raise UserError(
+            f"loss.teaches is {loss.teaches!r}, but {store.path} holds noised images and no "
+            "trajectories: use `prediction`, or record with rows.kind: trajectory"
+        )
+    if along and (loss.data_share or loss.mask is not None):
+        name = "loss.mask" if loss.mask is not None else "loss.data_share"
+        raise UserError(
+            f"{name} is set, but {store.path} holds trajectories, which begin in noise and have no "
+            "image: leave it out, or record with rows.kind: forward"
+        )
+    if loss.teaches == "pairs" and recording.rows.kind == "trajectory":
+        kept = recording.rows.keep
+        if kept is not None and kept[0] != 0:
+            raise UserError(
+                f"loss.teaches: pairs needs the start of every trajectory, but {store.path} keeps "
+                f"the steps {list(kept)}: record with rows.keep beginning at 0"
+            )
+    _require_scale(denoiser, store, loss)
+    if transfers(store.manifest, recording, loss) and denoiser.config.adapter is None:
+        raise UserError(
+            f"{store.path} holds the difference to another model (contrast: "
+            f"{recording.contrast.kind}), which is taught on top of what the student predicts "
+            "without its adapter, but it has none: set model.adapter"
+        )
+
+
+def _require_scale(denoiser: Denoiser, store: PredictionStore, loss: DiffusionLossConfig) -> None:
+    scale = loss.guidance_scale
+    if loss.teaches == "prediction":
+        require_scale(store.manifest, scale is not None)
+    elif scale is not None:
+        raise UserError(
+            f"loss.guidance_scale was given with teaches: {loss.teaches}, but the trajectories of "
+            f"{store.path} were solved at scale {store.manifest.guidance.scale}: leave it out"
+        )
+    if isinstance(scale, tuple) and scale[0] != scale[1] and not denoiser.takes_scale:
+        raise UserError(
+            f"loss.guidance_scale={list(scale)} draws a scale per row, but the student is not told "
+            "which and would learn their mean: set model.scale_input: true, or give one number"
+        )
+
+
+def require_targets(store: PredictionStore, recording: Recording) -> None:
+    """Refuse a sample whose target is not in the store."""
+    along = recording.rows.kind == "trajectory"
+    for sample_id, source, predicted in _sources(store):
+        if source != "data" and not predicted:
+            raise UserError(
+                f"sample {sample_id!r} is to learn from {source!r}, but {store.path} holds no "
+                "prediction of it (its bucket is not predicted): the store is not of this dataset; "
+                "record again"
+            )
+        if source == "data" and along:
+            raise UserError(
+                f"sample {sample_id!r} is its own target, but {store.path} holds trajectories, "
+                "which begin in noise and have no image: record it with rows.kind: forward, or "
+                "give it the target `teacher`"
+            )
+
+
+def _sources(store: PredictionStore) -> Iterator[tuple[str, TargetSource, bool]]:
+    """Id, source of the target, and whether there is a prediction, of every sample of a shard."""
+    buckets = store.manifest.buckets
+    for shard in store.committed:
+        bucket = store.plan.bucket_of(shard)
+        predicted = bucket is None or buckets[bucket].predicted
+        rows = range(len(store.plan[shard]))
+        for sample in store.samples_at([shard] * len(rows), rows):
+            yield sample["sample_id"], sample["target"], predicted
