@@ -12,6 +12,7 @@ from stages.tally import Tally
 
 LABELS = {
     "recording": "recording",
+    "reference": "reference images",
     "codec_copy": "codec copy",
     "teacher_guided": "teacher, guided",
     "teacher_unguided": "teacher, unguided",
@@ -77,7 +78,12 @@ MAIN_METRICS = {
     "wer_second": Shown("WER, second judge", "by the second recogniser", decimals(3)),
     "cer_second": Shown("CER, second judge", "by the second recogniser", decimals(3)),
     "paired_kl": Shown("KL to guided", "nats per code, on the same codes; lower", significant),
-    "paired_mse": Shown("MSE to guided", "on the same inputs; lower", significant),
+    "paired_mse": Shown("MSE to guided", "final latents, from the same noise; lower", significant),
+    "frechet": Shown("Fréchet distance", "to the reference images; lower", significant),
+    "frechet_to_guided": Shown("Fréchet to guided", "to the guided teacher's; lower", significant),
+    "accuracy": Shown("Accuracy", "share the judge recognises; higher", decimals(3)),
+    "log_probability": Shown("Log-probability", "of the condition, nats; higher", decimals(3)),
+    "class_spread": Shown("Class spread", "within a class; near the reference's", decimals(3)),
     "agreement": Shown("Agreement", "same most probable code; higher", decimals(3)),
     "mos": Shown("MOS, predicted", "1 to 5; higher is better", decimals(2)),
     "speaker_similarity": Shown("Speaker similarity", "to the recording; higher", decimals(3)),
@@ -85,11 +91,12 @@ MAIN_METRICS = {
     "success": Shown("Success", "ended, heard, of plausible duration; higher", decimals(3)),
     "rtf": Shown("Real-time factor", "generation per second of audio; lower", significant),
     "rtf_single": Shown("Real-time factor, single", "each sample alone; lower", significant),
+    "seconds_per_image": Shown("Time per image", "seconds, decoder left out; lower", significant),
     "parameters": Shown("Parameters", "of the model", short_count),
     "active_parameters": Shown("Active", "parameters that a position visits", short_count),
     "flops_per_timestep": Shown("FLOPs", "per timestep and pass, without attention", short_count),
     "dense_flops_per_timestep": Shown("FLOPs, dense", "were all experts one layer", short_count),
-    "passes": Shown("Passes", "forward passes per timestep", decimals(0)),
+    "passes": Shown("Passes", "forward passes per step", decimals(0)),
 }
 """What systems are compared by, in the order of the table."""
 
@@ -117,9 +124,14 @@ METRICS = MAIN_METRICS | SPEECH_METRICS
 """All metrics of a report."""
 
 
-def metric_table(report: Report, metrics: Mapping[str, Shown]) -> str:
-    """Return the table of metrics × systems, without the metrics that nobody measured."""
-    systems = report.systems
+def metric_table(
+    report: Report, metrics: Mapping[str, Shown], systems: Mapping[str, System] | None = None
+) -> str:
+    """Return the table of metrics × systems, without the metrics that nobody measured.
+
+    `systems` are others than the report's own.
+    """
+    systems = report.systems if systems is None else systems
     measured = [m for m in metrics if any(getattr(s, m) is not None for s in systems.values())]
     if not measured:
         return ""
@@ -201,7 +213,11 @@ def preference_table(heard: Tally, report: Report) -> str:
     return html_table(f"{head}<th>share preferred</th><th>sign test, p</th>", rows)
 
 
-MARKDOWN_METRICS = ("wer", "paired_kl", "agreement", "mos", "rtf", "passes", "parameters")
+MARKDOWN_METRICS = (
+    "wer", "paired_kl", "agreement", "mos", "rtf",
+    "paired_mse", "frechet", "accuracy", "seconds_per_image",
+    "passes", "parameters",
+)  # fmt: skip
 
 
 def markdown_table(report: Report) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from string import Template
 import soundfile
 from pydantic import JsonValue, ValidationError
 
+from pipeline import image_report
+from pipeline.embedding import data_address, named_file
 from pipeline.figures import bar_rows, interval_rows, line_plot
 from pipeline.metric_tables import (
     MAIN_METRICS,
@@ -30,7 +31,7 @@ from pipeline.metric_tables import (
 )
 from stages.errors import UserError
 from stages.publish import replace_file
-from stages.report_schema import AudioClip, AudioSample, Metric, Report, System
+from stages.report_schema import AudioClip, AudioSample, Images, Metric, Report, System
 from stages.tally import Tally
 
 
@@ -63,7 +64,8 @@ def render(report: Report, folder: Path, heard: Tally | None = None) -> str:
         title=escape(f"{report.run} · foretell"),
         style=Path(__file__).with_name("report.css").read_text(encoding="utf-8"),
         run=escape(report.run),
-        lead=escape(_lead(report)),
+        lead=escape(image_report.lead(report) if report.images else _lead(report)),
+        footer=escape(image_report.FOOTER if report.images else FOOTER),
         sections="\n".join(filter(None, _sections(report, folder, heard))),
     )
 
@@ -71,20 +73,43 @@ def render(report: Report, folder: Path, heard: Tally | None = None) -> str:
 def _sections(report: Report, folder: Path, heard: Tally | None) -> Iterator[str]:
     yield _warnings(report)
     yield _section("At a glance", "", _glance(report))
-    systems = _error_rates(report) + metric_table(report, MAIN_METRICS)
-    yield _section("Systems", SYSTEMS_HINT + _rtf_hint(report), systems)
-    yield _section("Listeners", *_listeners(report, heard))
-    yield _section("Paired differences", COMPARISONS_HINT, comparison_table(report))
-    yield _section("Duration and repetition", SPEECH_HINT, metric_table(report, SPEECH_METRICS))
-    yield _section("Listen", _listen_hint(report), _audio(report, folder))
+    if report.images is None:
+        yield from _of_speech(report, folder, heard)
+    else:
+        yield from _of_images(report, report.images, folder)
     yield _section("Cost of the stages", STAGES_HINT, _stages(report))
     yield _section("Loss curves", LOSSES_HINT, _losses(report))
     yield _section("Provenance", "", _provenance(report))
 
 
+def _of_speech(report: Report, folder: Path, heard: Tally | None) -> Iterator[str]:
+    systems = _intervals(report, "wer", "Word error rate") + metric_table(report, MAIN_METRICS)
+    yield _section("Systems", SYSTEMS_HINT + _rtf_hint(report), systems)
+    yield _section("Listeners", *_listeners(report, heard))
+    yield _section("Paired differences", COMPARISONS_HINT, comparison_table(report))
+    yield _section("Duration and repetition", SPEECH_HINT, metric_table(report, SPEECH_METRICS))
+    yield _section("Listen", _listen_hint(report), _audio(report, folder))
+
+
+def _of_images(report: Report, images: Images, folder: Path) -> Iterator[str]:
+    error = _intervals(report, "paired_mse", "Error to the guided teacher's images")
+    systems = error + image_report.system_table(report, images)
+    yield _section("Systems", image_report.systems_hint(images), systems)
+    grid = image_report.image_grid(report, images, folder)
+    yield _section("Images", image_report.GRID_HINT, grid)
+    yield _section("Paired differences", COMPARISONS_HINT, comparison_table(report))
+    others = image_report.other_steps(report, images)
+    yield _section("Other numbers of solver steps", image_report.STEPS_HINT, others)
+
+
 SYSTEMS_HINT = (
     "All systems speak the same held-out sentences and draw with the same random numbers. The "
     "codec copy is the recording through the audio codec, a ceiling for whatever speaks its codes."
+)
+FOOTER = (
+    "Intervals are 95\N{NO-BREAK SPACE}% percentile bootstrap intervals over sentences; all clips "
+    "of a sentence are drawn together. Differences are paired: both systems are resampled with the "
+    "same sentences. The numbers of this page are in report.json beside it."
 )
 COMPARISONS_HINT = "Where the interval leaves out zero, the difference is more than chance."
 SPEECH_HINT = (
@@ -134,13 +159,14 @@ def _warnings(report: Report) -> str:
 
 
 def _glance(report: Report) -> str:
-    facts = [f for f in (_words(report), _distance(report), _speed(report), _memory(report)) if f]
+    asked = (_words, _distance, _frechet, _speed, _memory)
     cards = (
         f'<div class="card fact"><h3>{escape(title)}</h3><p class="big">{escape(big)}</p>'
         f"<p>{escape(rest)}</p></div>"
-        for title, big, rest in facts
+        for title, big, rest in filter(None, (fact(report) for fact in asked))
     )
-    return f'<div class="grid">{"".join(cards)}</div>' if facts else ""
+    facts = "".join(cards)
+    return f'<div class="grid">{facts}</div>' if facts else ""
 
 
 def _of(report: Report, system: str, metric: str) -> float | None:
@@ -159,10 +185,13 @@ def _words(report: Report) -> tuple[str, str, str] | None:
 
 
 def _distance(report: Report) -> tuple[str, str, str] | None:
-    student, unguided = (_of(report, s, "paired_kl") for s in ("student", "teacher_unguided"))
+    metric, unit = ("paired_mse", "MSE") if report.images else ("paired_kl", "KL")
+    student, unguided = (_of(report, s, metric) for s in ("student", "teacher_unguided"))
     if student is None or unguided is None or unguided == 0:
         return None
-    rest = f"of the unguided teacher's: KL {significant(student)} against {significant(unguided)}"
+    rest = (
+        f"of the unguided teacher's: {unit} {significant(student)} against {significant(unguided)}"
+    )
     return (
         "Distance to the guided teacher",
         f"{100 * student / unguided:.0f}\N{NO-BREAK SPACE}%",
@@ -170,11 +199,28 @@ def _distance(report: Report) -> tuple[str, str, str] | None:
     )
 
 
+def _frechet(report: Report) -> tuple[str, str, str] | None:
+    student, guided = (_of(report, system, "frechet") for system in ("student", "teacher_guided"))
+    if student is None or guided is None or guided == 0:
+        return None
+    rest = (
+        f"of the guided teacher's, to the reference images: {significant(student)} against "
+        f"{significant(guided)}"
+    )
+    return "Fréchet distance", f"{student / guided:.2f}\N{NO-BREAK SPACE}×", rest
+
+
 def _speed(report: Report) -> tuple[str, str, str] | None:
-    student, guided = (_of(report, system, "rtf") for system in ("student", "teacher_guided"))
+    metric = "seconds_per_image" if report.images else "rtf"
+    student, guided = (_of(report, system, metric) for system in ("student", "teacher_guided"))
     if student is None or guided is None or student == 0:
         return None
-    rest = f"of guided decoding: real-time factor {significant(student)}, was {significant(guided)}"
+    now, was = significant(student), significant(guided)
+    rest = (
+        f"of guided sampling: {now} s per image, was {was} s"
+        if report.images
+        else f"of guided decoding: real-time factor {now}, was {was}"
+    )
     return "Speed of the student", f"{guided / student:.2f}\N{NO-BREAK SPACE}×", rest
 
 
@@ -187,17 +233,17 @@ def _memory(report: Report) -> tuple[str, str, str] | None:
     return "Peak memory, stage one | two", big, "teacher alone | student alone"
 
 
-def _error_rates(report: Report) -> str:
-    """Draw the word error rates with their intervals."""
+def _intervals(report: Report, metric: str, title: str) -> str:
+    """Draw one metric of all systems with its intervals."""
     rows = [
-        (system_label(name), system_colour(name, report), system.wer)
+        (system_label(name), system_colour(name, report), found)
         for name, system in report.systems.items()
-        if system.wer is not None
+        if (found := getattr(system, metric)) is not None
     ]
     if not rows:
         return ""
-    figure = interval_rows(rows, METRICS["wer"].show)
-    return f'<div class="card" style="margin-bottom:12px"><h3>Word error rate</h3>{figure}</div>'
+    figure = interval_rows(rows, METRICS[metric].show)
+    return f'<div class="card" style="margin-bottom:12px"><h3>{escape(title)}</h3>{figure}</div>'
 
 
 def _listeners(report: Report, heard: Tally | None) -> tuple[str, str]:
@@ -252,17 +298,10 @@ def _heard(clip: AudioClip) -> str:
 
 def _embedded(folder: Path, file: str) -> str:
     """Return a wav file as a data address: 16-bit FLAC, lossless and about half the size."""
-    path = (folder / file).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise UserError(f"{file!r} in report.json leads out of {folder}: correct the report")
-    if not path.is_file():
-        raise UserError(
-            f"report.json names the clip {file!r}, which is not in {folder}: evaluate again"
-        )
-    waveform, rate_hz = soundfile.read(path, dtype="int16")
+    waveform, rate_hz = soundfile.read(named_file(folder, file, "clip"), dtype="int16")
     packed = io.BytesIO()
     soundfile.write(packed, waveform, rate_hz, format="FLAC", subtype="PCM_16")
-    return f"data:audio/flac;base64,{base64.b64encode(packed.getvalue()).decode()}"
+    return data_address("audio/flac", packed.getvalue())
 
 
 def _stages(report: Report) -> str:

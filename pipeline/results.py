@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -13,10 +14,14 @@ from pipeline.config import Run
 from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stages_of
 from pipeline.record import StageRecord, Usage, read_record
+from stages.diffusion.evaluate import ImageEvaluation
 from stages.evaluate import Evaluation
 from stages.report_schema import Report, StageCost, read_losses
 from store import PredictionStore
 from store.schema import Quantization
+
+FEW_IMAGES = 200
+"""Images below which a Fréchet distance over some hundred features says little."""
 
 
 def write_report(
@@ -31,24 +36,58 @@ def write_report(
     `wall_s` and `usage` are what the evaluation itself has needed up to now; what the other stages
     needed is in their records.
     """
-    folders = RunFolders(config)
     report = Report(
-        run=config.name,
+        **_of_run(config, wall_s, usage),
         samples=found.samples,
         sentences=found.sentences,
         **found.systems,
-        stages=stage_costs(config, wall_s, usage),
         comparisons=found.comparisons,
         judges=found.judges,
         audio=found.audio,
-        losses=_losses(config),
-        settings=config.model_dump(mode="json"),
         fingerprints=reference.manifest.fingerprints.model_dump(),
-        environment=environment(),
         warnings=tuple(_warnings(config, reference, found)),
     )
-    report.write(folders.report / "report.json")
-    page.write_report(folders.report)
+    _publish(config, report)
+
+
+def write_image_report(
+    config: Run,
+    fingerprints: Mapping[str, str],
+    found: ImageEvaluation,
+    wall_s: float,
+    usage: Usage,
+    quantization: Quantization | None = None,
+) -> None:
+    """Write report.json and report.html of a run of images; `quantization` is the teacher's."""
+    report = Report(
+        **_of_run(config, wall_s, usage),
+        samples=found.samples,
+        sentences=found.conditions,
+        **found.systems,
+        comparisons=found.comparisons,
+        judges=found.judges,
+        images=found.images,
+        fingerprints=dict(fingerprints),
+        warnings=tuple(_image_warnings(found, quantization)),
+    )
+    _publish(config, report)
+
+
+def _of_run(config: Run, wall_s: float, usage: Usage) -> dict[str, Any]:
+    """What a report says of any run."""
+    return {
+        "run": config.name,
+        "stages": stage_costs(config, wall_s, usage),
+        "losses": _losses(config),
+        "settings": config.model_dump(mode="json"),
+        "environment": environment(),
+    }
+
+
+def _publish(config: Run, report: Report) -> None:
+    folder = RunFolders(config).report
+    report.write(folder / "report.json")
+    page.write_report(folder)
 
 
 def stage_costs(config: Run, wall_s: float, usage: Usage) -> dict[str, StageCost]:
@@ -93,6 +132,17 @@ def _precision(quantization: Quantization | None) -> list[str]:
         f"linear layers hold their weights in {quantization.method} ({quantization.backend} "
         f"{quantization.backend_version})"
     ]
+
+
+def _image_warnings(found: ImageEvaluation, quantization: Quantization | None) -> list[str]:
+    warnings = _precision(quantization)
+    fewest = min(found.samples, found.images.references)
+    if fewest < FEW_IMAGES:
+        warnings.append(
+            f"the Fréchet distances are of {found.samples} images to {found.images.references} "
+            "reference images: so few that they are mostly bias"
+        )
+    return warnings
 
 
 def _warnings(config: Run, reference: PredictionStore, found: Evaluation) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from stages import verdict
 from stages.config import EvaluateConfig
 from stages.dataset import Dataset
-from stages.errors import UserError
 from stages.family import Sample
 from stages.interruption import StopRequest
 from stages.measure import (
@@ -22,8 +21,8 @@ from stages.measure import (
     write_measure,
     write_recordings,
 )
-from stages.metrics import Bootstrap, Ratio
-from stages.publish import replace_file
+from stages.metrics import Bootstrap, Ratio, comparisons
+from stages.publish import claim
 from stages.report_schema import RECORDING, AudioSample, Comparison, JudgeUse, System
 from store import PredictionStore
 
@@ -61,7 +60,7 @@ def evaluate(
     `identity` names what their answers depend on, and `UserError` refuses a folder of another.
     Returns None when `stop` was requested first.
     """
-    _claim(folder / "identity", identity)
+    claim(folder / "identity", identity)
     chosen = [samples[sample_id] for sample_id, _ in reference]
     audio_codec = dataset.audio_codec()
     write_recordings(dataset, chosen, folder / AUDIO / RECORDING)
@@ -89,17 +88,6 @@ def evaluate(
     if stop.requested:
         return None
     return _sum_up(config, measures, chosen, folder)
-
-
-def _claim(path: Path, identity: str) -> None:
-    """Mark a folder as belonging to one evaluation; refuse what another one left half done."""
-    if not path.exists():
-        replace_file(path, identity.encode())
-    if path.read_text(encoding="utf-8") != identity:
-        raise UserError(
-            f"{path.parent} holds parts of an evaluation of other models or settings: move it "
-            "away, then evaluate again"
-        )
 
 
 def _measure_once(folder: Path, name: str, work: Callable[[Path], Measure]) -> Measure:
@@ -130,7 +118,7 @@ def _sum_up(
             )
             for measure in measures
         },
-        comparisons=verdict.comparisons(found, bootstrap),
+        comparisons=comparisons(found, bootstrap, verdict.PAIRED),
         judges=verdict.judge_uses(config, heard),
         audio=verdict.audio_samples(config, names, samples, found, heard, AUDIO),
         samples=len(samples),

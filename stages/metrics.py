@@ -7,14 +7,14 @@ together, because their errors are not independent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.report_schema import Metric
+from stages.report_schema import Comparison, Metric
 from stages.transcripts import normalise, readings
 
 LEVEL = 0.95
@@ -161,6 +161,29 @@ class Bootstrap:
         drawn: Array = np.full(len(above), np.nan)
         np.divide(above, below, out=drawn, where=below > 0)
         return drawn
+
+
+def comparisons(
+    found: Mapping[str, Mapping[str, Ratio]], bootstrap: Bootstrap, metrics: Sequence[str]
+) -> tuple[Comparison, ...]:
+    """Return paired differences: guided against unguided teacher, every student against both.
+
+    `found` holds the metrics of every system by name; what one of a pair lacks is left out.
+    """
+    students = [name for name in found if name.startswith("student")]
+    pairs = [("teacher_guided", "teacher_unguided")]
+    pairs += [(s, t) for s in students for t in ("teacher_guided", "teacher_unguided")]
+    return tuple(
+        Comparison(
+            metric=metric,
+            system=ours,
+            against=theirs,
+            difference=bootstrap.difference(found[ours][metric], found[theirs][metric]),
+        )
+        for ours, theirs in pairs
+        for metric in metrics
+        if metric in found.get(ours, {}) and metric in found.get(theirs, {})
+    )
 
 
 def crossed_metric(sentences: Bootstrap, listeners: Bootstrap, values: Ratio) -> Metric:

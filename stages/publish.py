@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stages.errors import UserError
 from store.durable import sync_folder
 
 
@@ -16,6 +17,20 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file whole, or leave what was there; durable when this returns."""
     with publish_file(path) as draft:
         draft.write_bytes(content)
+
+
+def claim(path: Path, identity: str) -> None:
+    """Mark a folder, by the file `path` in it, as belonging to one evaluation.
+
+    Raises `UserError` for a folder that holds what another one left half done.
+    """
+    if not path.exists():
+        replace_file(path, identity.encode())
+    if path.read_text(encoding="utf-8") != identity:
+        raise UserError(
+            f"{path.parent} holds parts of an evaluation of other models or settings: move it "
+            "away, then evaluate again"
+        )
 
 
 @contextmanager

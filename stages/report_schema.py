@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 from stages.publish import replace_file
 from stages.training_log import read_log
@@ -96,7 +103,20 @@ class System(Record):
     paired_kl: Metric | None = None
     """Mean KL(guided teacher ‖ system) per timestep and stream on the same codes, in nats."""
     paired_mse: Metric | None = None
-    """Mean squared error to the guided teacher's prediction on the same inputs."""
+    """Mean squared error of final latents to the guided teacher's from the same start noise."""
+    frechet: Metric | None = None
+    """Squared Fréchet distance between the images and the reference images."""
+    frechet_to_guided: Metric | None = None
+    """Squared Fréchet distance between the images and the guided teacher's."""
+    accuracy: Metric | None = None
+    """Share of images that the judge takes for what their condition asks for."""
+    log_probability: Metric | None = None
+    """Mean log-probability, in nats, that the judge gives to what the condition asks for."""
+    class_spread: Metric | None = None
+    """Root mean square deviation of images, in [−1, 1], from the mean image of their class."""
+    seconds_per_image: Metric | None = None
+    """Seconds of all solver steps per image, decoder left out, in batches of
+    `evaluate.batch_size`."""
     agreement: Metric | None = None
     """Share of predictions whose most probable id is that of the guided teacher."""
     rtf: Metric | None = None
@@ -113,7 +133,7 @@ class System(Record):
     dense_flops_per_timestep: Metric | None = None
     """The same with one dense feed-forward as wide as all experts of a layer together."""
     passes: Metric | None = None
-    """Forward passes per timestep."""
+    """Forward passes per timestep, or per solver step."""
 
 
 class StageCost(Record):
@@ -160,23 +180,26 @@ class JudgeUse(Record):
     """Why it gave none, such as a package that is not installed; null when it ran."""
 
 
+def _check_file(file: str) -> str:
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts or "\\" in file or not path.name:
+        raise ValueError(f"file={file!r} must be a relative path below the report's folder")
+    return file
+
+
+ReportFile = Annotated[str, AfterValidator(_check_file)]
+"""Path of a file below the folder of report.json."""
+
+
 class AudioClip(Record):
     """One utterance of one system."""
 
-    file: str
+    file: ReportFile
     """Path of the wav file below the folder of report.json."""
     heard: str | None = None
     """What the first recogniser heard; null when none ran."""
     edits: int | None = Field(None, ge=0)
     """Word edits between the text and what was heard."""
-
-    @field_validator("file")
-    @classmethod
-    def _check_file(cls, file: str) -> str:
-        path = PurePosixPath(file)
-        if path.is_absolute() or ".." in path.parts or "\\" in file or not path.name:
-            raise ValueError(f"file={file!r} must be a relative path below the report's folder")
-        return file
 
 
 class AudioSample(Record):
@@ -190,6 +213,36 @@ class AudioSample(Record):
     """Its speaker."""
     clips: dict[str, AudioClip]
     """System name → what it said."""
+
+
+class ImageSample(Record):
+    """One condition as several systems draw it from the same start noise."""
+
+    sample_id: str
+    """Name of the sample whose condition it is."""
+    text: str
+    """Its caption, or the name of its label; empty without any."""
+    reference: ReportFile | None = None
+    """PNG of the sample's own image, where it was kept."""
+    files: dict[str, ReportFile]
+    """System name → PNG of what it drew."""
+
+
+class Images(Record):
+    """What a report of images has beside its systems."""
+
+    solver_steps: int = Field(ge=1)
+    """Solver steps of the systems' numbers."""
+    other_steps: dict[int, dict[str, System]] = Field(default_factory=dict)
+    """Other numbers of solver steps → system → the same numbers there."""
+    features: Literal["pixels", "areas"]
+    """What the Fréchet distance is of: the pixels, or means over an 8×8 grid of every channel."""
+    references: int = Field(ge=0)
+    """Reference images that the Fréchet distance is to."""
+    reference: System | None = None
+    """What the reference images are like; their Fréchet distance is that between two halves."""
+    samples: tuple[ImageSample, ...] = ()
+    """A few conditions to look at."""
 
 
 class Points(Record):
@@ -218,9 +271,10 @@ class Report(Record):
     run: str
     """Name of the run."""
     samples: int = Field(ge=0)
-    """Held-out samples that every system spoke."""
+    """Held-out samples that every system spoke, or images that it drew."""
     sentences: int = Field(ge=0)
-    """Different texts among them: the units that the bootstrap draws."""
+    """Different texts among them, the units that the bootstrap draws; of images their different
+    conditions, where it draws images."""
     codec_copy: System | None = None
     """The recordings through the audio codec: the ceiling of everything else."""
     teacher_guided: System | None = None
@@ -237,6 +291,8 @@ class Report(Record):
     """Judges that were asked for, first recogniser first."""
     audio: tuple[AudioSample, ...] = ()
     """A few samples to listen to."""
+    images: Images | None = None
+    """What a report of images has beside; null of speech."""
     losses: dict[str, dict[str, Points]] = Field(default_factory=dict)
     """Training run (`teacher`, `student`, ...) → loss term → curve."""
     settings: dict[str, JsonValue] = Field(default_factory=dict)
@@ -270,8 +326,8 @@ class Report(Record):
         return cls.model_validate_json(path.read_bytes())
 
     def write(self, path: Path) -> None:
-        """Write report.json at once or not at all; systems that do not exist are left out."""
-        absent = {name for name in SYSTEMS if getattr(self, name) is None}
+        """Write report.json at once or not at all; what does not exist is left out."""
+        absent = {name for name in (*SYSTEMS, "images") if getattr(self, name) is None}
         replace_file(path, f"{self.model_dump_json(indent=1, exclude=absent)}\n".encode())
 
 

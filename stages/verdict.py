@@ -20,7 +20,6 @@ from stages.report_schema import (
     RECORDING,
     AudioClip,
     AudioSample,
-    Comparison,
     JudgeUse,
     Metric,
     System,
@@ -206,26 +205,6 @@ def _quantiles(name: str, values: Array) -> dict[str, Metric]:
         name.format(quantile): Metric(value=float(np.quantile(values, share)))
         for quantile, share in QUANTILES.items()
     }
-
-
-def comparisons(
-    found: Mapping[str, Mapping[str, Ratio]], bootstrap: Bootstrap
-) -> tuple[Comparison, ...]:
-    """Return paired differences: guided against unguided, every student against both."""
-    students = [name for name in found if name.startswith("student")]
-    pairs = [("teacher_guided", "teacher_unguided")]
-    pairs += [(s, t) for s in students for t in ("teacher_guided", "teacher_unguided")]
-    return tuple(
-        Comparison(
-            metric=metric,
-            system=ours,
-            against=theirs,
-            difference=bootstrap.difference(found[ours][metric], found[theirs][metric]),
-        )
-        for ours, theirs in pairs
-        for metric in PAIRED
-        if metric in found.get(ours, {}) and metric in found.get(theirs, {})
-    )
 
 
 def judge_uses(config: EvaluateConfig, heard: Mapping[JudgeName, Heard]) -> tuple[JudgeUse, ...]:

@@ -14,11 +14,11 @@ from stages import judges
 from stages.architecture import Architecture
 from stages.config import EvaluateConfig
 from stages.errors import UserError
-from stages.evaluate import _claim
 from stages.judges import JUDGES
 from stages.measure import Measure, Spoken, _write_clip
-from stages.metrics import Bootstrap
-from stages.verdict import comparisons, ratios, system_numbers
+from stages.metrics import Bootstrap, comparisons
+from stages.publish import claim
+from stages.verdict import PAIRED, ratios, system_numbers
 
 
 def clip(audio_s=2.0, **changes):
@@ -39,10 +39,10 @@ def numbers(measure, copy, bounds=(0.5, 2.0)):
 
 
 def test_parts_of_an_evaluation_of_other_models_are_refused_and_kept(tmp_path):
-    _claim(tmp_path / "identity", "first")
-    _claim(tmp_path / "identity", "first")
+    claim(tmp_path / "identity", "first")
+    claim(tmp_path / "identity", "first")
     with pytest.raises(UserError, match="other models or settings"):
-        _claim(tmp_path / "identity", "second")
+        claim(tmp_path / "identity", "second")
     assert (tmp_path / "identity").read_text() == "first"
 
 
@@ -138,7 +138,7 @@ def test_successes_of_systems_are_compared_in_pairs():
         name: ratios(system(name, [clip()] * 2, ended=ended), copy, samples, {}, (0.5, 2))
         for name, ended in (("teacher_guided", (1, 1)), ("student", (1, 0)))
     }
-    (pair,) = [c for c in comparisons(found, bootstrap) if c.metric == "success"]
+    (pair,) = [c for c in comparisons(found, bootstrap, PAIRED) if c.metric == "success"]
     assert (pair.system, pair.against, pair.difference.value) == ("student", "teacher_guided", -0.5)
 
 
