@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,22 +21,32 @@ from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stage_identity
 from pipeline.record import own_usage
 from pipeline.results import write_image_report
-from stages.diffusion.config import DiffusionTeacher, DistilConfig, ModelContrast, RecordConfig
+from stages.diffusion.config import (
+    DiffusionTeacher,
+    DistilConfig,
+    ImageEvaluateConfig,
+    ModelContrast,
+    RecordConfig,
+)
 from stages.diffusion.dataset import ImageDataset
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.distil import distil
-from stages.diffusion.evaluate import ImageContender, evaluate_images
-from stages.diffusion.facts import Recording
+from stages.diffusion.evaluate import evaluate_images
+from stages.diffusion.facts import ImageFacts, Recording
 from stages.diffusion.fit import fit_denoiser
+from stages.diffusion.generate import ImageContender
+from stages.diffusion.holding import quantize_denoiser
 from stages.diffusion.prepare import prepare_images
-from stages.diffusion.previews import render
+from stages.diffusion.previews import Previews, StudentGallery, render
 from stages.diffusion.record import record
 from stages.diffusion.record_plan import create_record_store
 from stages.distributed import choose_device, peak_device_bytes, place
 from stages.errors import UserError
 from stages.family import load_denoiser
 from stages.interruption import StopRequest
+from stages.quantization import Quantized
 from store import PredictionStore
+from store.schema import Manifest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -99,7 +110,7 @@ class ImageAssembly:
         config = _given(self._config.rollout, "rollout")
         device = choose_device(config.device)
         dataset = ImageDataset.open(self._folders.dataset)
-        teacher, quantization = self._teacher(config, dataset, device)
+        teacher, quantized = self._teacher(config, dataset, device)
         other = None
         if isinstance(config.contrast, ModelContrast):
             # On the CPU until its turn comes.
@@ -110,8 +121,9 @@ class ImageAssembly:
             teacher,
             dataset,
             seed=self._config.seed,
-            quantization=quantization,
+            quantized=quantized,
             other=other,
+            embedded_guidance=self._embedded_guidance,
         )
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
         finished = record(teacher, store, dataset, shards, config, stop=self._stop, other=other)
@@ -122,7 +134,7 @@ class ImageAssembly:
 
     def _teacher(
         self, config: RecordConfig, dataset: ImageDataset, device: torch.device
-    ) -> tuple[Denoiser, Quantization | None]:
+    ) -> tuple[Denoiser, Quantized | None]:
         """Load the teacher as stage one has it: quantized on its way to the device, if at all."""
         teacher = _given(self._config.teacher, "teacher")
         first = device if config.quantization is None else torch.device("cpu")
@@ -134,9 +146,15 @@ class ImageAssembly:
             )
         if config.quantization is None:
             return denoiser, None
-        return denoiser, quantize_denoiser(
-            denoiser, config.quantization, keep=config.keep, device=device
-        )
+        before = denoiser.fingerprint(), denoiser.architecture()
+        record = quantize_denoiser(denoiser, config.quantization, keep=config.keep, device=device)
+        return denoiser, Quantized(record, *before)
+
+    @property
+    def _embedded_guidance(self) -> float | None:
+        teacher = self._config.teacher
+        given = teacher.pretrained if teacher else None
+        return given.embedded_guidance if given else None
 
     def _pretrained(
         self,
@@ -162,7 +180,7 @@ class ImageAssembly:
                 identity=stage_identity(self._config, f"train:{name}"),
                 place=here,
                 stop=self._stop,
-                previews=self._previews(config),
+                previews=self._gallery(name, config),
             )
             self.peak_device_bytes = peak_device_bytes(here.device)
         return finished
@@ -198,21 +216,28 @@ class ImageAssembly:
         teacher = _given(self._config.teacher, "teacher").pretrained
         return (self._folders.teacher, None) if teacher is None else (teacher.path, teacher.config)
 
-    def _previews(self, config: DistilConfig) -> TeacherPreviews | None:
-        """Return what a student's images stand beside, and what makes them visible."""
+    def _gallery(self, name: str, config: DistilConfig) -> StudentGallery | None:
+        """Return what draws a student's images beside the teacher's, where that is asked for."""
         if config.previews is None:
             return None
-        return TeacherPreviews.open(
-            self._folders.previews, ImageDataset.open(self._folders.dataset)
-        )
+        if not self._folders.previews.exists():
+            raise UserError(
+                f"students.{name}.previews is given, but {self._folders.previews}, which stage one "
+                "renders, is not there: give rollout.previews, or leave the student's out"
+            )
+        decoder = None
+        if (self._folders.dataset / "dataset.json").exists():
+            decoder = ImageDataset.open(self._folders.dataset).decoder(config.optimizer.device)
+        teacher = Previews.read(self._folders.previews)
+        folder = self._folders.student(name) / "previews"
+        return StudentGallery(teacher, config.previews, folder, decoder)
 
     def _evaluate(self) -> bool:
         config = _given(self._config.evaluate, "evaluate")
-        recording = _given(self._config.rollout, "rollout")
         device = choose_device(config.device)
         dataset = ImageDataset.open(self._folders.dataset)
         result = evaluate_images(
-            self._contenders(dataset, recording, device),
+            self._contenders(config, dataset, device),
             dataset,
             config,
             self._folders.report,
@@ -222,16 +247,30 @@ class ImageAssembly:
         self.peak_device_bytes = peak_device_bytes(device)
         if result is None:
             return False
-        usage = own_usage(self.peak_device_bytes)
-        write_image_report(self._config, result, time.monotonic() - self._started, usage)
+        write_image_report(
+            self._config,
+            self._store_manifest(),
+            result,
+            time.monotonic() - self._started,
+            own_usage(self.peak_device_bytes),
+        )
         return True
 
+    def _store_manifest(self) -> Manifest | None:
+        path = self._folders.store
+        return PredictionStore.open(path).manifest if (path / "manifest.json").exists() else None
+
     def _contenders(
-        self, dataset: ImageDataset, recording: RecordConfig, device: torch.device
+        self, config: ImageEvaluateConfig, dataset: ImageDataset, device: torch.device
     ) -> Sequence[ImageContender]:
-        """Return what is compared: the teacher with and without guidance, and every student."""
-        config = _given(self._config.evaluate, "evaluate")
-        scale = config.guidance_scale or recording.guidance.scale
+        """Return what is compared: the teacher with and without guidance, and every student.
+
+        All compute in the precision in which the teacher was recorded.
+        """
+        recording = self._config.rollout or RecordConfig()
+        contrast, told = recording.contrast, self._embedded_guidance
+        scale = recording.guidance.scale if told is None else told
+        scale = scale if config.guidance_scale is None else config.guidance_scale
 
         def teacher() -> Denoiser:
             return self._teacher(recording, dataset, device)[0]
@@ -240,9 +279,17 @@ class ImageAssembly:
             folder, dtype = self._folders.student(name), DTYPES[recording.precision]
             return load_denoiser().load(folder, device=str(device), dtype=dtype)
 
+        guided = ImageContender("teacher_guided", teacher, guidance_scale=scale)
+        if told is not None:
+            guided = ImageContender("teacher_guided", teacher, told_scale=scale)
+        elif isinstance(contrast, ModelContrast):
+            other = partial(self._pretrained, contrast.other, dataset, device, recording)
+            guided = replace(guided, guides_by="model", load_other=other)
+        elif contrast.kind == "adapter":
+            guided = replace(guided, guides_by="adapter")
         return [
-            ImageContender("teacher_guided", teacher, guidance_scale=scale),
-            ImageContender("teacher_unguided", teacher),
+            guided,
+            ImageContender("teacher_unguided", teacher, told_scale=None if told is None else 1.0),
             *(
                 ImageContender(system_name(name), partial(student, name), told_scale=scale)
                 for name in self._config.students

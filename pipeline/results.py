@@ -18,7 +18,7 @@ from stages.diffusion.evaluate import ImageEvaluation
 from stages.evaluate import Evaluation
 from stages.report_schema import Report, StageCost, read_losses
 from store import PredictionStore
-from store.schema import Quantization
+from store.schema import Manifest, Quantization
 
 FEW_IMAGES = 200
 """Images below which a Fréchet distance over some hundred features says little."""
@@ -52,13 +52,13 @@ def write_report(
 
 def write_image_report(
     config: Run,
-    fingerprints: Mapping[str, str],
+    manifest: Manifest | None,
     found: ImageEvaluation,
     wall_s: float,
     usage: Usage,
-    quantization: Quantization | None = None,
 ) -> None:
-    """Write report.json and report.html of a run of images; `quantization` is the teacher's."""
+    """Write report.json and report.html of a run of images; `manifest` is its store's."""
+    quantization = None if manifest is None else manifest.quantization
     report = Report(
         **_of_run(config, wall_s, usage),
         samples=found.samples,
@@ -67,7 +67,7 @@ def write_image_report(
         comparisons=found.comparisons,
         judges=found.judges,
         images=found.images,
-        fingerprints=dict(fingerprints),
+        fingerprints={} if manifest is None else manifest.fingerprints.model_dump(),
         warnings=tuple(_image_warnings(found, quantization)),
     )
     _publish(config, report)

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from stages.diffusion import judge as judges
 from stages.diffusion.config import ImageEvaluateConfig
-from stages.diffusion.dataset import ImageDataset, to_uint8
-from stages.diffusion.denoiser import ImageEncoder
+from stages.diffusion.dataset import ImageDataset, ImageDecoder, to_uint8
 from stages.diffusion.frechet import (
     Array,
     class_spread,
@@ -121,7 +120,7 @@ class Album:
         self.shown = to_look_at(items, config.images)
 
     @cached_property
-    def _decoder(self) -> ImageEncoder:
+    def _decoder(self) -> ImageDecoder:
         return self.dataset.decoder()
 
     def develop(self, name: str, gallery: Gallery, steps: int) -> None:
