@@ -107,8 +107,13 @@ def save(network: Any, folder: Path) -> None:
         (Path(draft) / WEIGHTS_FILE).rename(f)
 
 
-def load(network: Any, config: LoraConfig, targets: tuple[str, ...], folder: Path) -> None:
-    """Put the adapter that `save` wrote on a network; raises `UserError` if it does not fit."""
+def load(
+    network: Any, config: LoraConfig, targets: tuple[str, ...], folder: Path
+) -> dict[str, Tensor]:
+    """Put the adapter that `save` wrote on a network, and return its tensors as `state` does.
+
+    Raises `UserError` if it does not fit.
+    """
     file = folder / WEIGHTS_FILE
     with reading(file, "train the model again, or get it again"):
         tensors = load_file(file)
@@ -118,6 +123,7 @@ def load(network: Any, config: LoraConfig, targets: tuple[str, ...], folder: Pat
     expected = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     check_tensors(file, _shapes(expected), _shapes(found))
     set_peft_model_state_dict(network, found, adapter_name=ADAPTER)
+    return found
 
 
 def load_published(network: Any, file: Path, scale: float) -> None:
@@ -164,10 +170,12 @@ def load_published(network: Any, file: Path, scale: float) -> None:
             "%s holds %d tensors for other than the %s, such as text encoders: prepare reads "
             "captions without them", file, len(tensors) - len(own), component,
         )  # fmt: skip
+    dtype = network.dtype
     for layer in layers:
         layer.set_scale(ADAPTER, scale)
-    network.requires_grad_(False)
-    network.eval()
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.to(dtype)
+    network.requires_grad_(False).eval()
 
 
 UPS = ("lora_B.weight", "lora.up.weight", "lora_up.weight", ".up.weight")

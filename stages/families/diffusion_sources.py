@@ -122,8 +122,19 @@ class Source:
         return read_json(self.place / CONFIG_FILE)
 
     @property
+    def adapter(self) -> bool:
+        """Whether it is a folder of ours with an adapter, whose base lies elsewhere."""
+        described = self.description
+        return self.component is None and OWN_KEY in described and "_class_name" not in described
+
+    @property
     def kind(self) -> Kind:
-        """The class of its network."""
+        """The class of its network; raises `UserError` for one unknown."""
+        if self.adapter:
+            raise UserError(
+                f"{self.path} holds an adapter alone: give the pipeline that it was trained on, "
+                "and its pytorch_lora_weights.safetensors as the adapter"
+            )
         return kind_of(self.description.get("_class_name"), self.place)
 
     @property
