@@ -6,6 +6,7 @@ the stock pipeline's own call, not a second reading of it.
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -199,6 +200,8 @@ def test_captions_are_encoded_as_by_the_stock_pipeline(tiny, kind):
         if kind != "sd15":
             np.testing.assert_array_equal(row["pooled_prompt_embeds"], pooled[i].half().numpy())
     assert not np.array_equal(rows[0]["prompt_embeds"], rows[1]["prompt_embeds"])
+    empty = one.encoder.encode_texts([""])[0]
+    assert all(np.isfinite(array).all() and (array != 0).any() for array in empty.values())
     assert all((zero == 0).all() for zero in one.encoder.zeros().values())
 
 
@@ -470,6 +473,18 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(tiny, tiny_unconditional
         teach(tiny("sdxl").folder, one.facts.model_copy(update={"scaling": 0.13025}))
     with pytest.raises(UserError, match="no text encoders"):
         tiny("dit").encoder.encode_texts(["a"])
+
+
+def test_a_tokenizer_without_a_length_is_named(tmp_path):
+    from stages.families.diffusion_tiny import save_tiny
+
+    save_tiny("sd15", tmp_path)
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["model_max_length"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json has model_max_length=None"):
+        _ = load_image_encoder().open(tmp_path, device=CPU).conditions
 
 
 def test_weights_in_half_precision_alone_are_found(tiny, tmp_path):
