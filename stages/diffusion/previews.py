@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -34,6 +35,8 @@ LATENTS = "latents.safetensors"
 GRID = "grid.png"
 NOISE, CONDITION, GUIDED, UNGUIDED = "noise", "condition", "guided", "unguided"
 """Parts of it, before the number of an image and, of conditions, the name of the tensor."""
+FACTS = "previews"
+"""Entry of its metadata: one, because the file keeps several in no order."""
 MARGIN = 2
 """Pixels between two images of a grid."""
 
@@ -108,14 +111,15 @@ def render(
             tensors[f"{way}/{number}"] = _solved(denoiser, predict, noise, config.steps)
         told = {**asked.conditions, **asked.sizes}
         tensors |= {f"{CONDITION}/{number}/{name}": told[name][0, ...] for name in told}
-    ids = json.dumps([sample["sample_id"] for sample in samples])
-    facts = {"sample_ids": ids, "steps": str(config.steps), "scale": repr(ways[GUIDED])}
+    ids = [sample["sample_id"] for sample in samples]
+    facts = {"sample_ids": ids, "steps": config.steps, "scale": ways[GUIDED]}
     latents = {way: [tensors[f"{way}/{n}"] for n in range(len(samples))] for way in ways}
     with publish_folder(path) as draft:
-        (draft / LATENTS).write_bytes(save(tensors, metadata=facts))
+        (draft / LATENTS).write_bytes(save(tensors, metadata={FACTS: json.dumps(facts)}))
         decoder = dataset.decoder()
         if decoder is not None:
-            (draft / GRID).write_bytes(grid(latents, decoder))
+            with _away(denoiser):
+                (draft / GRID).write_bytes(grid(latents, decoder))
 
 
 @dataclass(frozen=True)
@@ -136,16 +140,16 @@ class Previews:
     def read(cls, path: Path) -> Previews:
         """Read what `render` wrote into a folder."""
         with safe_open(path / LATENTS, "np") as file:
-            facts = file.metadata()
+            facts = json.loads(file.metadata()[FACTS])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        ids = json.loads(facts["sample_ids"])
+        ids = facts["sample_ids"]
         ways = [way for way in (GUIDED, UNGUIDED) if f"{way}/0" in tensors]
         numbers = range(len(ids))
         starts = [f"{CONDITION}/{number}/" for number in numbers]
         return cls(
             sample_ids=tuple(ids),
-            steps=int(facts["steps"]),
-            scale=float(facts["scale"]),
+            steps=facts["steps"],
+            scale=facts["scale"],
             noise=tuple(tensors[f"{NOISE}/{number}"] for number in numbers),
             conditions=tuple(
                 {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
@@ -217,6 +221,22 @@ def _solved(denoiser: Denoiser, predict: Predict, noise: np.ndarray, steps: int)
 def _device(denoiser: Denoiser) -> torch.device:
     device: torch.device = next(denoiser.module.parameters()).device
     return device
+
+
+@contextmanager
+def _away(denoiser: Denoiser) -> Iterator[None]:
+    """Keep a denoiser in the memory of the host inside the block, so that a decoder has room."""
+    device = _device(denoiser)
+    if device.type == "cpu":
+        yield
+        return
+    with torch.inference_mode(False):
+        denoiser.module.to("cpu")
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False):
+            denoiser.module.to(device)
 
 
 def grid(latents: Mapping[str, Sequence[np.ndarray]], decoder: Decoder) -> bytes:
