@@ -19,13 +19,14 @@ def describe_stream(store: PredictionStore, timestep: Timestep, stream: int) -> 
     """Return the drawn code and the candidates of one stream, most probable first.
 
     With both branches stored the probabilities are those at the guidance scale of the drawn codes,
-    and each candidate has those of the branches beside it. A continuous stream has the mean, root
-    mean square and range of its values instead.
+    and each candidate has those of the branches beside it. A continuous stream has the mean,
+    standard deviation, root mean square and range of its values instead, and of its latent columns.
     """
     manifest = store.manifest
     match manifest.target:
         case Dense():
-            return {part: _summary(values[stream]) for part, values in timestep.arrays.items()}
+            arrays = timestep.arrays.items()
+            return {name: summary(values[stream]) for name, values in arrays if values.ndim}
         case TopK():
             found = _kept(timestep.arrays, stream)
         case Sampled():
@@ -44,10 +45,12 @@ def describe_stream(store: PredictionStore, timestep: Timestep, stream: int) -> 
     return {"code": int(timestep.arrays["codes"][stream]), **found}
 
 
-def _summary(values: Array) -> Document:
+def summary(values: Array) -> Document:
+    """Return the mean, standard deviation, root mean square and range of some values."""
     exact = values.astype(np.float64)
     return {
         "mean": float(exact.mean()),
+        "std": float(exact.std()),
         "rms": float(np.sqrt(np.square(exact).mean())),
         "least": float(exact.min()),
         "most": float(exact.max()),

@@ -14,18 +14,25 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.candidates import describe_stream
+from pipeline.candidates import describe_stream, summary
 from stages.errors import UserError
 from stages.rejections import kind_of
 from stages.saved_model import is_saved, saved_model
 from store import PredictionStore, Rollout, Timestep
+from store.encoding import COLUMN
 from store.schema import Manifest
 from store.shard_folder import ShardFolder
+from store.side_tables import table_files
 from store.verify import Verification
 
 Document = dict[str, Any]
 
 ROLLOUT_KEY = re.compile(r"(?P<sample_id>.+)/(?P<variation>[0-9]{1,10})")
+MOST_SHOWN_NUMBERS = 8
+WIDE_LETTERS = 160
+"""Width of what has a line for every timestep."""
+CHECKSUMS = ("_crc", "_sum")
+"""How columns end that tell people nothing."""
 TIMESTEP_KEY = re.compile(ROLLOUT_KEY.pattern + r"/(?P<timestep>[0-9]{1,10})")
 
 
@@ -79,6 +86,7 @@ def describe_store(
         "weights": dict(content.weights),
         "weight": math.fsum(content.weights.values()),
         "streams": [stream.model_dump() for stream in manifest.streams],
+        **_beside_target(store),
         "targets": manifest.target.model_dump(mode="json"),
         "profile": manifest.profile.model_dump(mode="json"),
         "lineage": [ancestor.model_dump(mode="json") for ancestor in manifest.lineage],
@@ -94,6 +102,27 @@ def describe_store(
         "fingerprints": manifest.fingerprints.model_dump(),
         "format_version": manifest.format_version,
     }
+
+
+def _beside_target(store: PredictionStore) -> Document:
+    """What a store holds beside its target, as far as there is any."""
+    manifest, buckets = store.manifest, Counter(map(store.plan.bucket_of, store.committed))
+    tables = {
+        name: {"rows": facts.rows, "bytes": sum(manifest.files[f].bytes for f in files)}
+        for name, facts in manifest.tables.items()
+        for files in [list(table_files(name, facts))]
+    }
+    found = {
+        "columns": [column.model_dump() for column in manifest.columns],
+        "drawn": list(manifest.drawn),
+        "buckets": [
+            bucket.model_dump(mode="json") | {"shards": buckets[number]}
+            for number, bucket in enumerate(manifest.buckets)
+        ],
+        "tables": tables,
+        "recording": manifest.recording,
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def is_model(path: Path) -> bool:
@@ -158,11 +187,36 @@ def _rollout(store: PredictionStore, rollout: Rollout) -> Document:
         "weight": rollout.weight,
         "seed": rollout.seed,
         "codes": rollout.codes.tolist() if "codes" in rollout.arrays else None,
+        **({"drawn": dict(rollout.drawn)} if rollout.drawn else {}),
+        **({} if "codes" in rollout.arrays else {"rows": _rows(rollout)}),
+    }
+
+
+def _rows(rollout: Rollout) -> list[Document]:
+    """Every timestep of a rollout without codes: its columns, and how large its predictions are."""
+    return [
+        _columns(timestep)
+        | {
+            name: {part: found[part] for part in ("mean", "std")}
+            for name, values in timestep.arrays.items()
+            if not name.startswith(COLUMN)
+            for found in [summary(values)]
+        }
+        for timestep in map(rollout.__getitem__, range(len(rollout)))
+    ]
+
+
+def _columns(timestep: Timestep) -> Document:
+    """The columns of a timestep that are numbers."""
+    return {
+        name.removeprefix(COLUMN): value.item()
+        for name, value in timestep.arrays.items()
+        if name.startswith(COLUMN) and not value.ndim
     }
 
 
 def _timestep(store: PredictionStore, timestep: Timestep) -> Document:
-    return {
+    document = {
         "sample_id": timestep.sample_id,
         "variation": timestep.variation,
         "timestep": timestep.timestep,
@@ -171,14 +225,20 @@ def _timestep(store: PredictionStore, timestep: Timestep) -> Document:
             for index, stream in enumerate(store.manifest.streams)
         ],
     }
+    beside = {"columns": _columns(timestep), "drawn": dict(timestep.drawn)}
+    return document | {name: values for name, values in beside.items() if values}
 
 
 def store_text(document: Document) -> str:
     """Return a readable table of `describe_store` or `describe_key`."""
     buffer = StringIO()
-    console = Console(file=buffer, width=100, highlight=False)
+    width = WIDE_LETTERS if "rows" in document else 100
+    console = Console(file=buffer, width=width, highlight=False)
     if "timestep" in document:
         console.print(_candidate_table(document))
+        beside = {name: document[name] for name in document if name in ("columns", "drawn")}
+        if beside:
+            console.print(_value_table(beside))
     else:
         console.print(_value_table(document))
     return buffer.getvalue().rstrip()
@@ -204,6 +264,61 @@ def _text(name: str, value: Any) -> str:
 def _streams(streams: list[Document]) -> str:
     groups = Counter((s["group"], _size(s)) for s in streams)
     return ", ".join(f"{n} × {group} ({size})" for (group, size), n in groups.items())
+
+
+def _names(columns: list[Any] | Document) -> str:
+    if isinstance(columns, dict):  # of one timestep or rollout
+        return ", ".join(f"{name} {_number(value, 9)}" for name, value in columns.items())
+    return ", ".join(c if isinstance(c, str) else f"{c['name']} ({c['dtype']})" for c in columns)
+
+
+def _buckets(buckets: list[Document]) -> str:
+    return ", ".join(
+        f"{' × '.join(map(str, b['shape']))}{'' if b['predicted'] else ' without predictions'} "
+        f"({b['shards']:,} shards)"
+        for b in buckets
+    )
+
+
+def _tables(tables: Document) -> str:
+    found = (f"{name} {t['rows']:,} rows ({t['bytes']:,} bytes)" for name, t in tables.items())
+    return ", ".join(found)
+
+
+def _recording(document: Document, path: str = "") -> str:
+    """A line for every value, long lists by their length."""
+    lines = []
+    for name, value in document.items():
+        if isinstance(value, dict):
+            lines.append(_recording(value, f"{path}{name}."))
+        elif isinstance(value, list) and len(value) > MOST_SHOWN_NUMBERS:
+            lines.append(f"{path}{name}: {len(value):,} values")
+        else:
+            lines.append(f"{path}{name}: {value}")
+    return "\n".join(line for line in lines if line)
+
+
+def _row_lines(rows: list[Document]) -> str:
+    """A line for every timestep, without checksums."""
+    heads = [name for name in rows[0] if not name.endswith(CHECKSUMS)]
+    lines = [["timestep", *(head.removeprefix("dense.") for head in heads)]]
+    for timestep, row in enumerate(rows):
+        lines.append([str(timestep), *(_cell(row[head]) for head in heads)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def _cell(value: Document | float) -> str:
+    if isinstance(value, dict):
+        return f"{value['mean']:.2g} ± {value['std']:.3g}"
+    return _number(value, 5)
+
+
+def _number(value: float, digits: int) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
 
 
 def _bytes(sizes: Document) -> str:
@@ -277,6 +392,12 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "weight": lambda weight: f"{weight:,g}",
     "weights": _weights,
     "rejected_for": lambda kinds: _text("", kinds) or "none",
+    "columns": _names,
+    "drawn": _names,
+    "buckets": _buckets,
+    "tables": _tables,
+    "recording": _recording,
+    "rows": _row_lines,
     "architecture": _architecture,
     "quantization": _quantization,
 }
@@ -311,7 +432,7 @@ def _candidate(candidate: Document) -> str:
 
 
 def _latent_table(table: Table, streams: list[Document]) -> Table:
-    for column in ("stream", "array", "mean", "rms", "least", "most"):
+    for column in ("stream", "array", "mean", "std", "rms", "least", "most"):
         table.add_column(column)
     for stream in streams:
         for name, values in stream.items():

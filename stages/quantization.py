@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.architecture import Architecture
 from stages.config import QuantizationConfig
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 NF4_BLOCK = 64
 """Weights of a row that share a scale in nf4; a row is whole blocks."""
+FLOAT8 = torch.float8_e4m3fn
 OUTLIERS = 6.0
 """Features of an input this large are multiplied in full. Source: LLM.int8() (2208.07339)."""
 
@@ -40,7 +41,7 @@ class Backend:
 
     package: str
     extra: str
-    """The extra of foretell that installs it."""
+    """The extra of foretell that installs it; torch is always there."""
     replace: Callable[[ModuleType, nn.Linear, torch.device], nn.Linear]
     """Return the layer, on the device and with its weight quantized; may change the one given."""
     holds: Callable[[nn.Linear], bool]
@@ -182,7 +183,8 @@ def weight_bytes(layer: nn.Module) -> int:
     """Bytes that the weight of a linear layer takes, scales included."""
     weight: Any = layer.weight
     state: Any = getattr(weight, "quant_state", None)
-    scales = [getattr(weight, "SCB", None), state and state.absmax]
+    own = getattr(layer, "scale", None)
+    scales = [getattr(weight, "SCB", None), state and state.absmax, own]
     return _stored(weight) + sum(x.nbytes for x in scales if isinstance(x, torch.Tensor))
 
 
@@ -260,6 +262,56 @@ def _holds_nf4_bitsandbytes(layer: nn.Linear) -> bool:
     )
 
 
+class Float8Linear(nn.Linear):
+    """A linear layer whose weight is held as float8 (e4m3) with a scale per output.
+
+    It computes in the type of its input. The bytes are kept as whole numbers, as other packages do
+    it: what moves a module to another type, or takes its own from a weight's, leaves them alone.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        whole = layer.weight.detach().float()
+        largest = whole.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)  # of a row of zeros
+        scale = (largest / torch.finfo(FLOAT8).max).to(layer.weight.dtype)
+        held = (whole / scale.float()).to(FLOAT8)
+        self.weight = nn.Parameter(held.view(torch.uint8), requires_grad=False)
+        self.bias = layer.bias
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply [..., in] to [..., out] in the type of `x`."""
+        product: Tensor = _Float8Product.apply(x, self.weight, self.scale)
+        return product if self.bias is None else product + self.bias.to(x.dtype)
+
+
+class _Float8Product(torch.autograd.Function):
+    """A product with a frozen weight that is widened anew on the way back, instead of kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return nn.functional.linear(x, _widened(weight, scale, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        weight, scale = ctx.saved_tensors
+        return gradient @ _widened(weight, scale, gradient.dtype), None, None
+
+
+def _widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.view(FLOAT8).to(dtype) * scale.to(dtype)
+
+
+def _float8(_: ModuleType, layer: nn.Linear, device: torch.device) -> nn.Linear:
+    return Float8Linear(layer.to(device))
+
+
+def _holds_float8(layer: nn.Linear) -> bool:
+    return isinstance(layer, Float8Linear) and layer.weight.dtype == torch.uint8
+
+
 def _with(made: nn.Linear, weight: Any, layer: nn.Linear, device: torch.device) -> nn.Linear:
     """Give a layer of bitsandbytes its weight, which is quantized on its way to the device."""
     made.weight = weight
@@ -267,14 +319,17 @@ def _with(made: nn.Linear, weight: Any, layer: nn.Linear, device: torch.device) 
     return made.to(device)
 
 
+FLOAT8_BACKEND = Backend("torch", "", _float8, _holds_float8)
 BACKENDS: dict[str, dict[QuantizationMethod, Backend]] = {
     "cpu": {
+        "fp8": FLOAT8_BACKEND,
         "int8": Backend("torchao", "orpheus", _int8_torchao, _holds_int8_torchao),
         "int4": Backend(
             "bitsandbytes", "orpheus", _nf4_bitsandbytes, _holds_nf4_bitsandbytes, NF4_BLOCK
         ),
     },
     "cuda": {
+        "fp8": FLOAT8_BACKEND,
         "int8": Backend("bitsandbytes", "orpheus", _int8_bitsandbytes, _holds_int8_bitsandbytes),
         "int4": Backend(
             "bitsandbytes", "orpheus", _nf4_bitsandbytes, _holds_nf4_bitsandbytes, NF4_BLOCK

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, Field, JsonValue
 
 from stages.architecture import Architecture
+from stages.causal_lm_config import CausalLMConfig
+from stages.diffusion.config import DenoiserConfig
 from stages.errors import UserError
-from stages.model_config import FamilyName, ModelConfig
+from stages.model_config import CodecLMConfig, FamilyName, MagpieConfig
 
 WEIGHTS_FILES = (
     "model.safetensors", "model.nemo", "adapter_model.safetensors",
     "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors",
 )  # fmt: skip
 """What the families call the weights that they save."""
+OWN_KEY = "_foretell"
+"""Where in a config.json that another package reads too, and is strict about, ours stands."""
 
 
 class SavedModel(BaseModel):
     """What every family says of a model in its config.json, beside what it alone reads."""
 
-    config: ModelConfig
+    config: Annotated[
+        CodecLMConfig | MagpieConfig | CausalLMConfig | DenoiserConfig,
+        Field(discriminator="family"),
+    ]
     """Its architecture's settings."""
     architecture: Architecture | None = None
     """How large it is; null where an earlier release saved it."""
@@ -29,15 +38,22 @@ class SavedModel(BaseModel):
 
 
 def saved_family(folder: Path) -> FamilyName:
-    """Return which family wrote a model folder, from its config.json."""
-    return saved_model(folder).config.family
+    """Return which family of speech models wrote a model folder, from its config.json."""
+    family = saved_model(folder).config.family
+    if family == "diffusion":
+        raise UserError(
+            f"{folder} holds a diffusion model, and this is a run of speech: give a folder of a "
+            "speech model, or put `kind: diffusion` on top of the configuration"
+        )
+    return family
 
 
 def saved_model(folder: Path) -> SavedModel:
     """Read the config.json of a model folder; raises `UserError` where there is none."""
     try:
-        return SavedModel.model_validate_json((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
+        description = json.loads((folder / "config.json").read_bytes())
+        return SavedModel.model_validate_json(json.dumps(description.get(OWN_KEY, description)))
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"{folder} holds no finished model ({error}): give a folder that `fit` or `train` "
             "wrote, or run that stage first"

@@ -29,6 +29,8 @@ from store.sums import file_sum
 from store.tables import read_table, table_bytes
 
 MAX_SHOWN_LETTERS = 200
+SETTLED_ELSEWHERE = ("files", "architecture", "quantization.audit", "recording.versions")
+"""Fields of a manifest in which two stores of the same rollouts may differ."""
 EMPTY: Mapping[str, Path] = MappingProxyType({})
 
 
@@ -219,8 +221,9 @@ def _differences(stored: dict[str, Any], given: dict[str, Any], path: str = "") 
         here = f"{path}{name}"
         one, two = stored.get(name), given.get(name)
         # The architecture follows from the teacher, whose fingerprint is compared, and so does what
-        # an audit measured, to the last digits, which depend on the machine.
-        if here in ("files", "architecture", "quantization.audit") or one == two:
+        # an audit measured, to the last digits, which depend on the machine. Packages may be newer
+        # than those that began a recording.
+        if here in SETTLED_ELSEWHERE or one == two:
             continue
         if isinstance(one, dict) and isinstance(two, dict):
             yield from _differences(one, two, f"{here}.")

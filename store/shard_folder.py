@@ -149,7 +149,7 @@ class ShardFolder:
         expected = {RECORD_FILE, *record.files, *_folders_of(record.files)}
         try:
             with self._blaming(RECORD_FILE), explain_os_errors(f"list {self.path}"):
-                found = sorted(_leaves_below(self.path))
+                found = sorted(leaves_below(self.path))
         except ShardError as error:
             return [error]
         reason = "it is not a file of this shard"
@@ -356,7 +356,7 @@ def _folders_of(files: Iterable[str]) -> set[str]:
     return {f"{folder}/" for file in files for folder in PurePosixPath(file).parents}
 
 
-def _leaves_below(root: Path) -> Iterator[str]:
+def leaves_below(root: Path) -> Iterator[str]:
     """Relative paths of all files and links, and of empty folders with a slash behind."""
     for folder, folders, files in os.walk(root, onerror=_raise):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from store.encoding import find_fault
-from store.errors import ShardError, StoreError
+from store.errors import ShardError, StoreError, explain_os_errors
 from store.layout import Layout, parse_shard
+from store.plain_file import lies_at
 from store.reader import PredictionStore
 from store.schema import Record
-from store.shard_folder import ShardFolder
+from store.shard_folder import ShardFolder, leaves_below
+from store.side_tables import TABLES, table_files
 
 
 class Damage(Record):
@@ -55,7 +57,8 @@ def verify(
         store = PredictionStore.open(path, cached_shards=1)
     except StoreError as error:
         return _report(0, 0, 0, (), [_damage_of_store(Layout.at(path), error)])
-    bad = [*_damages_beside(store, Layout.at(path)), *_strangers(Layout.at(path))]
+    layout = Layout.at(path)
+    bad = [*_damages_beside(store, layout), *_strangers(layout), *_strange_tables(store, layout)]
     shards = rollouts = timesteps = 0
     for shard in progress(store.committed):
         damages = list(_shard_damages(store, store.folder(shard)))
@@ -97,14 +100,47 @@ def _damages_beside(store: PredictionStore, layout: Layout) -> Iterator[Damage]:
             read()
         except StoreError as error:
             yield _damage_of_store(layout, error)
+    for name, facts in store.manifest.tables.items():
+        for part, file in enumerate(table_files(name, facts)):
+            try:
+                store.table(name).check_part(part)
+            except StoreError as error:
+                yield Damage(shard=None, file=file, array=None, reason=str(error))
 
 
 def _strangers(layout: Layout) -> Iterator[Damage]:
     for name in layout.shard_entries():
         if parse_shard(name) is None:
             reason = "it is no shard: move it out of the store"
-            file = f"shards/{name}".encode(errors="backslashreplace").decode()
-            yield Damage(shard=None, file=file, array=None, reason=reason)
+            yield Damage(shard=None, file=_shown(f"shards/{name}"), array=None, reason=reason)
+
+
+def _strange_tables(store: PredictionStore, layout: Layout) -> Iterator[Damage]:
+    """What lies in tables/ and is no file of a table."""
+    tables = store.manifest.tables.items()
+    listed = {file for name, facts in tables for file in table_files(name, facts)}
+    try:
+        with explain_os_errors(f"list {layout.tables}"):
+            found = _leaves(layout.tables)
+    except StoreError as error:
+        found = []
+        yield Damage(shard=None, file=TABLES, array=None, reason=str(error))
+    for leaf in found:
+        if leaf not in listed:
+            reason = "it is no file of a table: move it out of the store"
+            yield Damage(shard=None, file=_shown(leaf), array=None, reason=reason)
+
+
+def _leaves(folder: Path) -> list[str]:
+    """Paths below the store of what lies in a folder of it, or of the folder if it is a link."""
+    if folder.is_symlink():
+        return [folder.name]
+    found = sorted(leaves_below(folder)) if lies_at(folder) else []
+    return [f"{folder.name}/{leaf}" for leaf in found]
+
+
+def _shown(file: str) -> str:
+    return file.encode(errors="backslashreplace").decode()
 
 
 def _shard_damages(store: PredictionStore, folder: ShardFolder) -> Iterator[Damage]:

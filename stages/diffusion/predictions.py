@@ -13,6 +13,9 @@ from torch import Tensor
 
 from stages.diffusion.config import PredictionType
 
+LEAST = 2.0**-40
+"""A smaller determinant says nothing: float32 would be amplified to noise, and then to infinity."""
+
 Pair = tuple[Tensor, Tensor]
 """Factors [b] float64 of x0 and of the noise."""
 
@@ -29,7 +32,7 @@ def convert(
 
     `x_t` [b, *shape] is what it was predicted at; `alpha` and `sigma` [b] need not be those of a
     schedule. A row is zero where the value says nothing of what is wanted (epsilon where alpha is
-    0, sample where sigma is 0): its `factor` is infinite, and whoever asks leaves it out.
+    0, sample where sigma is 0): its `factor` is infinite, and callers leave it out.
     """
     if source == wanted:
         return value.float()
@@ -72,7 +75,7 @@ def factor(alpha: Tensor, sigma: Tensor, source: PredictionType, wanted: Predict
         return torch.ones_like(alpha)
     above = _determinant(alpha, sigma, _pair(wanted, alpha, sigma))
     below = _determinant(alpha, sigma, _pair(source, alpha, sigma))
-    return torch.where(below == 0, torch.inf, (above / below).abs())
+    return torch.where(below.abs() < LEAST, torch.inf, (above / below).abs())
 
 
 def combine(
@@ -92,7 +95,7 @@ def combine(
     below = _determinant(alpha, sigma, known)
     of_value = _determinant(alpha, sigma, wanted) / below
     of_x_t = (wanted[0] * known[1] - wanted[1] * known[0]) / below
-    lost = below == 0
+    lost = below.abs() < LEAST
     of_value, of_x_t = of_value.masked_fill(lost, 0.0), of_x_t.masked_fill(lost, 0.0)
     return _wide(of_x_t, x_t) * x_t.float() + _wide(of_value, value) * value.float()
 

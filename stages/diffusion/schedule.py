@@ -160,7 +160,7 @@ class Schedule:
         share: np.ndarray = (np.arange(slots) + inside) / slots
         if config.distribution == "logit_normal":
             logits = NormalDist(config.mean, config.std)
-            share = 1 / (1 + np.exp([-logits.inv_cdf(each) for each in share]))
+            share = 0.5 * (1 + np.tanh([0.5 * logits.inv_cdf(each) for each in share]))
         share = config.low + (config.high - config.low) * share
         steps = self.facts.train_timesteps
         if self.facts.kind == "flow":
