@@ -149,7 +149,6 @@ def test_an_image_is_noised_alike_however_batches_are_cut_and_shared(
     rows = [row for share in shares for row in share]
     assert all(shares)
     assert len(rows) == 12
-    # Of whole epochs: where batches are of another size, their order is another one.
     assert bytes_of(rows) == whole
     assert bytes_of(rows_of(images, config_of(), range(0, 12, 4), seed=6)).isdisjoint(whole)
 

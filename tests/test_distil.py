@@ -375,12 +375,13 @@ def test_the_log_has_the_error_and_shares_of_rows(stores, tmp_path):
     assert {"teacher_share", "data_share", "prior_share", "total"} <= line.keys()
 
 
+@pytest.mark.slow
 def test_a_student_comes_to_predict_what_its_teacher_did(stores, tmp_path):
     store = stores("teachers")
     loss = {"guidance_scale": 3.0}
-    config = config_of(loss, optimizer={"steps": 150, "learning_rate": 0.05, "batch_size": 36})
+    config = config_of(loss, optimizer={"steps": 60, "learning_rate": 0.05, "batch_size": 36})
     trained_error = []
-    for steps in (1, 150):
+    for steps in (1, 60):
         changed = config.optimizer.model_copy(update={"steps": steps})
         folder = tmp_path / str(steps)
         denoiser = FakeDenoiser()
@@ -560,6 +561,7 @@ print(*sorted(name for name in sys.modules if name.startswith("stages.")))
 """
 
 
+@pytest.mark.slow
 def test_stage_two_imports_nothing_that_could_ask_a_teacher(stores, tmp_path):
     command = [sys.executable, "-W", "error", "-c", ALONE]
     command += [str(stores("forward").path), str(tmp_path / "own")]

@@ -192,7 +192,7 @@ class ImageLearner:
         size = config.optimizer.batch_size
         # What the order keeps together is what is alike in length.
         alike = 1 + np.array(self._train.shapes)
-        self._order = Order.of([alike], seed, neighbours=size)
+        self._order = Order.of([alike], seed)
         self._loader: Loader[list[ImageBatch]] = Loader(self._read, LoaderConfig(), size)
 
     def batches(self, position: int) -> Sequence[ImageBatch]:
