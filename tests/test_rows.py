@@ -1,4 +1,4 @@
-"""Rows as batches: each is what was recorded or refused, and whoever reads them, they are the same."""
+"""Rows as batches: each is what was recorded, or refused, and whoever reads them gets the same."""
 
 from __future__ import annotations
 
@@ -165,19 +165,15 @@ def test_batches_are_mostly_of_one_shape(store):
 @pytest.mark.parametrize("sizes", [(8, 1, None), (5, 2, 2), (4, 3, 1), (3, 3, None)])
 def test_the_same_rows_come_in_the_same_order_however_they_are_shared_out(store, sizes):
     size, world_size, most = sizes
-    whole = config_of(optimizer={"batch_size": 60})
+    whole = seen(walked(store, config_of(optimizer={"batch_size": 1}), range(120)))
     config = config_of(optimizer={"batch_size": size, "micro_batch_size": most})
-    order = row_order(store, whole, False, 5)
-    assert np.array_equal(order.epoch(0), order.take(0, ROWS))
-    for position in range(0, 60 // size * size, size):
+    for position in range(40, 80, size):
         shares = [walked(store, config, [position], rank, world_size) for rank in range(world_size)]
         assert all(shares), "no process is left without a batch"
-        rows = [row for share in shares for row in seen(share)]
-        expected = [
-            (*store.plan[shard][row // SLOTS], row % SLOTS, 0)
-            for shard, row in row_order(store, config, False, 5).take(position, size).tolist()
-        ]
-        assert sorted(rows) == sorted(expected)
+        for rank, share in enumerate(shares):
+            assert sorted(seen(share)) == sorted(
+                whole[position : position + size][rank::world_size]
+            )
 
 
 @pytest.mark.parametrize(
@@ -247,7 +243,7 @@ def test_pairs_are_mixed_at_another_level_in_every_epoch_and_at_each_stratum(tra
     own = schedule_of("flow", "flow")
     levels: dict[tuple, list[float]] = {}
     for batch in walked(trajectories, config, range(0, 2 * count, 30), own=own):
-        for key, epoch, t in zip(batch.keys, batch.epochs, batch.arrays["t"].tolist(), strict=True):
+        for key, t in zip(batch.keys, batch.arrays["t"].tolist(), strict=True):
             assert key[2] == int(t / 40 * 5), "of the student's schedule, one row a stratum"
             levels.setdefault(key, []).append(t)
             assert Schedule(own).at(np.array(t))[1] == pytest.approx(t / 40)
@@ -357,7 +353,8 @@ def test_a_stored_value_that_is_not_the_recorded_one_is_refused(
     def altered(self, number):
         shard = plain(self, number)
         arrays = {name: values.copy() for name, values in shard.arrays.items()}
-        arrays[array].reshape(-1)[-1] += np.float16(0.25)
+        if array in arrays:
+            arrays[array].reshape(-1)[-1] += np.float16(0.25)
         return type(shard)(shard.number, shard.plan, arrays, shard.rollouts)
 
     monkeypatch.setattr(PredictionStore, "shard", altered)

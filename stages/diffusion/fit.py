@@ -192,7 +192,7 @@ class ImageLearner:
         size = config.optimizer.batch_size
         # What the order keeps together is what is alike in length.
         alike = 1 + np.array(self._train.shapes)
-        self._order = Order.of([alike], seed, neighbours=size)
+        self._order = Order.of([alike], seed)
         self._loader: Loader[list[ImageBatch]] = Loader(self._read, LoaderConfig(), size)
 
     def batches(self, position: int) -> Sequence[ImageBatch]:
@@ -239,7 +239,7 @@ class ImageLearner:
             return {}
         total, count = 0.0, 0
         self._denoiser.module.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             for part in of_one_kind(self._dev.shapes, self._config.optimizer.batch_size):
                 for level in range(DEV_LEVELS):
                     batch = self._dev.dev_batch(part, level)

@@ -475,8 +475,8 @@ def row_order(
     """Return the order in which the rows of the committed shards are read.
 
     An epoch has every row, or with `variations: one` one row of each sample. The ends of
-    trajectories, of which nothing was predicted, are left out. Rows of one shape stay together, as
-    many as a batch holds, so that few batches need more than one micro-batch.
+    trajectories, of which nothing was predicted, are left out. Rows of one shape stay together, so
+    that few batches need more than one micro-batch.
     """
     lengths = store.lengths()
     counts = [each - along_trajectories for each in lengths]
@@ -488,7 +488,7 @@ def row_order(
     alike = [
         np.full(int(each.sum()), 1 + shape) for each, shape in zip(counts, shapes, strict=True)
     ]
-    return Order.of(alike, seed, config.buffer_shards, config.optimizer.batch_size, samples)
+    return Order.of(alike, seed, config.buffer_shards, samples=samples)
 
 
 def _shapes(manifest: Manifest, plan: Plan, shards: Sequence[int]) -> list[int]:
