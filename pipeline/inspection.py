@@ -29,6 +29,8 @@ Document = dict[str, Any]
 
 ROLLOUT_KEY = re.compile(r"(?P<sample_id>.+)/(?P<variation>[0-9]{1,10})")
 MOST_SHOWN_NUMBERS = 8
+WIDE_LETTERS = 160
+"""Width of what has a line for every timestep."""
 CHECKSUMS = ("_crc", "_sum")
 """How columns end that tell people nothing."""
 TIMESTEP_KEY = re.compile(ROLLOUT_KEY.pattern + r"/(?P<timestep>[0-9]{1,10})")
@@ -230,7 +232,8 @@ def _timestep(store: PredictionStore, timestep: Timestep) -> Document:
 def store_text(document: Document) -> str:
     """Return a readable table of `describe_store` or `describe_key`."""
     buffer = StringIO()
-    console = Console(file=buffer, width=100, highlight=False)
+    width = WIDE_LETTERS if "rows" in document else 100
+    console = Console(file=buffer, width=width, highlight=False)
     if "timestep" in document:
         console.print(_candidate_table(document))
         beside = {name: document[name] for name in document if name in ("columns", "drawn")}
@@ -310,7 +313,7 @@ def _row_lines(rows: list[Document]) -> str:
 
 def _cell(value: Document | float) -> str:
     if isinstance(value, dict):
-        return f"{value['mean']:.3g} ± {value['std']:.4g}"
+        return f"{value['mean']:.2g} ± {value['std']:.3g}"
     return _number(value, 5)
 
 

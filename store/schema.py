@@ -26,6 +26,7 @@ MAX_VOCABULARY = 2**31
 MAX_SAMPLE_ID_BYTES = 512
 MAX_COLUMNS = 256
 MAX_BUCKETS = 4096
+MAX_LATENT_NUMBERS = 2**26
 MAX_TABLES = 256
 LEAST_HIDDEN_STEP = 2**-16
 """Finer than this, fp32 itself rounds the large features of a state by more than half a step."""
@@ -121,10 +122,18 @@ class Column(Record):
 class Bucket(Record):
     """What all shards of one bucket hold: latents of one shape, with or without predictions."""
 
-    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=2**24)], ...], Field(max_length=8)]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(max_length=8)]
     """Shape of one prediction, e.g. channels, height, width."""
     predicted: bool = True
     """Whether the teacher was asked: without it the arrays of the target are left out."""
+
+    @field_validator("shape")
+    @classmethod
+    def _check_shape(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        numbers, advice = math.prod(shape), "a chunk of 256 timesteps must fit into memory"
+        limit = f"of at most {MAX_LATENT_NUMBERS} numbers"
+        require(numbers <= MAX_LATENT_NUMBERS, "shape of a bucket", shape, limit, advice)
+        return shape
 
 
 Branches = Literal["guided", "both"]

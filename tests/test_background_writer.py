@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -13,8 +14,10 @@ from store import PredictionStore, StoreError, verify
 from store.commit import ShardWriter
 from store.schema import TopK
 from store.synthetic import synthetic_arrays, synthetic_manifest, synthetic_store
+from tests.row_stores import rows_store
 
 TIMEOUT_S = 20
+DRAWN = [{"latent": 3, "condition": 1}, {"latent": 0, "condition": -1}]
 
 
 @pytest.fixture
@@ -42,6 +45,20 @@ def fill(writer: BackgroundWriter, store: PredictionStore, shard: int) -> None:
     for part in (slice(0, 2), slice(2, None)):
         writer.append(shard, lambda part=part: batch(store, shard, part))
     writer.commit(shard)
+
+
+def test_what_a_variation_drew_is_stored(tmp_path):
+    store = rows_store(tmp_path / "store", tmp_path / "table")
+    shutil.rmtree(store.path / "shards/00000")
+    with BackgroundWriter(PredictionStore.open(store.path)) as writer:
+        drawn = [
+            Drawn(key, synthetic_arrays(store.manifest, key, 3, 0), "end", 1.0, 7, numbers)
+            for key, numbers in zip(store.plan[0], DRAWN, strict=True)
+        ]
+        writer.append(0, lambda: drawn)
+        writer.commit(0)
+    found = PredictionStore.open(store.path)
+    assert [found[key].drawn for key in store.plan[0]] == DRAWN
 
 
 def committed(store: PredictionStore) -> list[int]:

@@ -25,6 +25,7 @@ from store.synthetic import (
     write_synthetic_shard,
 )
 from tests.golden_stores import GOLDEN
+from tests.row_stores import COLUMNS, rows_store
 
 SCALE = 2.5
 FORBIDDEN = 32
@@ -123,6 +124,63 @@ def test_continuous_predictions_are_summed_up(tmp_path: Path) -> None:
         assert shown["dense.delta"]["rms"] == pytest.approx(np.sqrt((values[stream] ** 2).mean()))
         assert shown["dense.delta"]["most"] == values[stream].max()
     assert "dense.cond" in text
+
+
+def test_a_store_of_rows_that_are_no_audio_is_summed_up(tmp_path: Path) -> None:
+    store = rows_store(tmp_path / "s", tmp_path / "table")
+    document = describe_store(store.path)
+    json.dumps(document, allow_nan=False)
+    assert "audio_s" not in document
+    names = {"dense.cond", "dense.delta", "tables", *(f"row.{c.name}" for c in COLUMNS)}
+    assert document["bytes"].keys() == names
+    assert [(b["predicted"], b["shards"]) for b in document["buckets"]] == [
+        (True, 1), (True, 1), (False, 1)
+    ]  # fmt: skip
+    files = (store.path / "tables/latents").iterdir()
+    size = sum(file.stat().st_size for file in files)
+    assert document["tables"] == {"latents": {"rows": 5, "bytes": size}}
+    text = " ".join(store_text(document).split())
+    assert "columns t (float64), scale (float32)" in text
+    assert "drawn latent, condition" in text
+    assert "4 × 3 × 2 (1 shards), 4 × 2 × 3 without predictions (1 shards)" in text
+    assert f"tables latents 5 rows ({size:,} bytes)" in text
+    assert "kind: diffusion schedule.alphas: 20 values" in text
+
+
+def test_rows_are_shown_with_their_columns_and_what_was_drawn(tmp_path: Path) -> None:
+    store = rows_store(tmp_path / "s", tmp_path / "table")
+    for key in [("a", 0), ("d", 1)]:
+        rollout, name = store[key], f"{key[0]}/{key[1]}"
+        document = describe_key(store.path, name)
+        json.dumps(document, allow_nan=False)
+        assert document["drawn"] == rollout.drawn
+        assert "audio_s" not in document
+        numbers = [column.name for column in COLUMNS if not column.latent]
+        for timestep, row in enumerate(document["rows"]):
+            assert [row[n] for n in numbers] == [
+                rollout.arrays[f"row.{n}"][timestep] for n in numbers
+            ]
+            for part in ("dense.cond", "dense.delta"):
+                assert (part in row) == (key == ("a", 0))
+                if part in row:
+                    values = rollout.arrays[part][timestep].astype(np.float64)
+                    assert row[part] == pytest.approx({"mean": values.mean(), "std": values.std()})
+        lines = store_text(document).splitlines()
+        first = next(at for at, line in enumerate(lines) if line.startswith("rows"))
+        assert len(lines[first:]) == 1 + len(rollout), "a line for every timestep"
+        assert "status" in lines[first]
+        assert "x_t_crc" not in lines[first]
+
+        at = describe_key(store.path, f"{name}/1")
+        json.dumps(at, allow_nan=False)
+        assert at["columns"] == {n: document["rows"][1][n] for n in numbers}
+        assert at["drawn"] == rollout.drawn
+        noise = rollout.arrays["row.noise"][1].astype(np.float64)
+        assert at["streams"][0]["row.noise"]["std"] == pytest.approx(noise.std())
+        assert ("dense.delta" in at["streams"][0]) == (key == ("a", 0))
+        text = store_text(at)
+        assert f"x_t_crc {at['columns']['x_t_crc']}, " in text.replace("\n", " ")
+        assert f"latent {rollout.drawn['latent']}, condition" in text
 
 
 def test_a_store_is_summed_up_with_progress_and_every_record_read_once(
