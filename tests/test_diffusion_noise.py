@@ -11,20 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from stages.diffusion.noise import LARGEST, checksum, matches, normal, row_noise
+from stages.diffusion.noise import LARGEST, checksum, matches, noised, normal, row_noise
 from stages.sampling import keyed_generator
 
 SHAPES = [(1, 8, 8), (4, 32, 32), (4, 128, 128)]
 
 
-def noised(x0: np.ndarray, noise: np.ndarray, sigma: float) -> np.ndarray:
-    """Variance preserving, in float32 throughout."""
-    alpha = np.float32(math.sqrt(1 - sigma**2))
-    return alpha * x0 + np.float32(sigma) * noise
-
-
 def latents(shape: tuple[int, ...], name: str = "image") -> np.ndarray:
-    return (0.8 * normal(shape, name)).astype(np.float16).astype(np.float32)
+    return (0.8 * normal(shape, name)).astype(np.float16)
+
+
+def at(x0: np.ndarray, noise: np.ndarray, sigma: float) -> np.ndarray:
+    return noised(x0, noise, math.sqrt(1 - sigma**2), sigma)
 
 
 def test_a_draw_is_what_it_was_in_every_release():
@@ -103,6 +101,18 @@ def test_neither_neighbours_nor_neighbouring_keys_know_of_each_other():
     assert np.abs(each).max() < 4.5 / math.sqrt(4096)
 
 
+def test_a_noised_latent_is_rounded_to_float32_at_every_operation():
+    shape, alpha, sigma = (4, 32, 32), math.sqrt(0.3), math.sqrt(0.7)
+    x0, noise = latents(shape), normal(shape, "noise")
+    x_t = noised(x0, noise, alpha, sigma)
+    assert x_t.dtype == np.float32
+    alpha, sigma = (float(np.float32(each)) for each in (alpha, sigma))
+    exact = (x0.astype(np.float64) * alpha, noise.astype(np.float64) * sigma)
+    products = [each.astype(np.float32).astype(np.float64) for each in exact]
+    np.testing.assert_array_equal(x_t, sum(products).astype(np.float32))
+    assert (x_t != sum(exact).astype(np.float32)).any()
+
+
 def test_a_checksum_is_the_crc_of_float16_and_a_sum_with_random_signs():
     x = normal((4, 8, 8), "x")
     crc, projection = checksum(x)
@@ -122,34 +132,48 @@ def test_a_checksum_is_the_crc_of_float16_and_a_sum_with_random_signs():
 @pytest.mark.parametrize("sigma", [1.0, 0.7, 0.1, 0.01])
 def test_what_is_rebuilt_with_other_last_bits_matches(shape, sigma):
     x0, noise = latents(shape), normal(shape, "noise")
-    stored = checksum(noised(x0, noise, sigma))
+    stored = checksum(at(x0, noise, sigma))
     up = np.nextafter(noise, np.float32(np.inf))
     coin = normal(shape, "coin") > 0
     alpha = np.float32(math.sqrt(1 - sigma**2))
     fused = alpha.astype(np.float64) * x0 + np.float64(np.float32(sigma)) * up
     rebuilt = {
-        "the same": noised(x0, noise, sigma),
-        "all rounded up": noised(x0, up, sigma),
-        "rounded either way": noised(x0, np.where(coin, up, noise), sigma),
-        "away from zero": noised(x0, np.nextafter(noise, np.inf * np.sign(noise)), sigma),
+        "the same": at(x0, noise, sigma),
+        "all rounded up": at(x0, up, sigma),
+        "rounded either way": at(x0, np.where(coin, up, noise), sigma),
+        "away from zero": at(x0, np.nextafter(noise, np.inf * np.sign(noise)), sigma),
         "fused as well": fused.astype(np.float32),
     }
     for name, x_t in rebuilt.items():
         assert matches(x_t, *stored), name
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_tolerance_is_the_one_derived(shape):
+    # Every element off by as much as last bits explain, either way; and by a hundred times that.
+    x_t = at(latents(shape), normal(shape, "noise"), 0.7).astype(np.float64)
+    stored, bound = checksum(x_t), 2.0**-22 * (np.abs(x_t) + 9)
+    kept = {1: 0, 100: 0}
+    for key in range(20):
+        signs = np.sign(normal(shape, "sign", key))
+        for times in kept:
+            kept[times] += matches(x_t + times * signs * bound, *stored)
+    assert kept[1] == 20
+    assert kept[100] <= 6  # of sums that are off by 100 deviations, where 8 are tolerated
+
+
 def test_last_bits_do_change_the_crc_so_that_the_sum_is_needed():
     shape = SHAPES[-1]
     x0, noise = latents(shape), normal(shape, "noise")
-    stored = checksum(noised(x0, noise, 0.7))
-    assert checksum(noised(x0, np.nextafter(noise, np.float32(np.inf)), 0.7)).crc != stored.crc
+    stored = checksum(at(x0, noise, 0.7))
+    assert checksum(at(x0, np.nextafter(noise, np.float32(np.inf)), 0.7)).crc != stored.crc
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sigma", [1.0, 0.7, 0.1, 0.01])
 def test_other_noise_does_not_match(shape, sigma):
     x0 = latents(shape)
-    rows = [noised(x0, normal(shape, "noise", slot), sigma) for slot in range(16)]
+    rows = [at(x0, normal(shape, "noise", slot), sigma) for slot in range(16)]
     for here, there in pairwise(rows):
         assert not matches(here, *checksum(there))
 
@@ -157,14 +181,14 @@ def test_other_noise_does_not_match(shape, sigma):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_another_image_crop_noise_level_or_order_does_not_match(shape):
     x0, noise = latents(shape), normal(shape, "noise")
-    x_t = noised(x0, noise, 0.5)
+    x_t = at(x0, noise, 0.5)
     stored = checksum(x_t)
     others = {
-        "another image": noised(latents(shape, "other"), noise, 0.5),
-        "mirrored": noised(x0[..., ::-1], noise, 0.5),
-        "the next step of a thousand": noised(x0, noise, 0.501),
-        "noise in another order": noised(x0, noise.swapaxes(-1, -2), 0.5),
-        "float16 noise": noised(x0, noise.astype(np.float16).astype(np.float32), 0.5),
+        "another image": at(latents(shape, "other"), noise, 0.5),
+        "mirrored": at(x0[..., ::-1], noise, 0.5),
+        "the next step of a thousand": at(x0, noise, 0.501),
+        "noise in another order": at(x0, noise.swapaxes(-1, -2), 0.5),
+        "float16 noise": at(x0, noise.astype(np.float16).astype(np.float32), 0.5),
         "not a number": np.where(x_t == x_t.max(), np.float32(np.nan), x_t),
     }
     for name, other in others.items():

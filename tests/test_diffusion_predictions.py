@@ -142,6 +142,18 @@ def test_at_the_ends_nothing_is_infinite_and_the_factor_says_what_to_leave_out()
     torch.testing.assert_close(to_x0(value, x_t, alpha, sigma, "v_prediction")[0], -value[0])
 
 
+def test_where_float32_would_be_amplified_to_noise_a_value_says_nothing():
+    for source, wanted, at in (("epsilon", "sample", 0), ("sample", "epsilon", 1)):
+        levels = torch.ones(2, 2, dtype=torch.float64)
+        levels[at] = torch.tensor([1e-13, 1e-9], dtype=torch.float64)
+        x_t, value = pair_of(2, seed=10)
+        got = convert(value, x_t, *levels, source, wanted)
+        assert [bool(row.any()) for row in got] == [False, True]
+        amplified = factor(*levels, source, wanted)
+        assert amplified[0] == torch.inf
+        assert amplified[1] == pytest.approx(1e9)
+
+
 def test_the_same_type_is_left_bit_for_bit_even_where_it_says_nothing():
     alpha, sigma = torch.tensor([0.0]), torch.tensor([1.0])
     x_t, value = pair_of(1, seed=6)

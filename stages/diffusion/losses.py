@@ -39,14 +39,14 @@ def error_of(name: ErrorName, delta: float) -> Callable[[Tensor], Tensor]:
         case "l1":
             return torch.abs
         case "huber":
-            return lambda difference: (
-                2
-                * functional.huber_loss(
-                    difference, torch.zeros_like(difference), reduction="none", delta=delta
-                )
-            )
+            return lambda difference: 2 * _huber(difference, delta)
         case "log_cosh":
             return lambda difference: 2 * delta**2 * _log_cosh(difference / delta)
+
+
+def _huber(difference: Tensor, delta: float) -> Tensor:
+    nothing = torch.zeros_like(difference)
+    return functional.huber_loss(difference, nothing, reduction="none", delta=delta)
 
 
 def _log_cosh(values: Tensor) -> Tensor:
@@ -70,10 +70,11 @@ def row_losses(
     errors = error_of(config.error, config.delta)(prediction.float() - target.float())
     settings = config.mask
     if settings is None or mask is None:
-        mask = torch.ones_like(errors[:, :1])
-    weights = mask.to(errors).clamp(settings.unmasked_weight if settings else 1.0, 1.0)
+        weights = torch.ones_like(errors[:, :1])
+    else:
+        weights = mask.to(errors).clamp(settings.unmasked_weight, 1.0)
     if weights.shape != errors[:, :1].shape:
-        raise ValueError(f"mask {tuple(mask.shape)} for predictions {tuple(errors.shape)}")
+        raise ValueError(f"mask {tuple(weights.shape)} for predictions {tuple(errors.shape)}")
     losses = (errors * weights).flatten(1).mean(1)
     if settings is not None and settings.normalize_area:
         area = weights.flatten(1).mean(1)

@@ -39,7 +39,7 @@ def normal(shape: tuple[int, ...], *key: object) -> np.ndarray:
     The key is any tuple of strings and integers. A word of 64 bits gives two numbers: its upper
     half a radius √(−2 ln u), its lower half an angle (Box & Muller 1958). That is computed in
     float64 and rounded once, so that the last bits in which mathematical libraries differ change
-    about one number in 2^27, where float32 would change many. More numbers of a key begin with the
+    about one number in 2^27, where float32 would change most. More numbers of a key begin with the
     fewer.
     """
     count = math.prod(shape)

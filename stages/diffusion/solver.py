@@ -87,4 +87,7 @@ def step(
 
 
 def _rows(number: float | Tensor, x: Tensor) -> Tensor:
-    return torch.as_tensor(number, dtype=torch.float64, device=x.device).expand(len(x))
+    if isinstance(number, Tensor):
+        return number.to(x.device, torch.float64).expand(len(x))
+    # Filled on the device: a number that is copied there would wait for all that is under way.
+    return torch.full((len(x),), number, dtype=torch.float64, device=x.device)
