@@ -1,4 +1,4 @@
-"""What a dataset left out, as a table that a person can read."""
+"""What a dataset left out and why, also as a table that a person can read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ EXAMPLES = 3
 
 WIDTH = 40
 """Characters of a sample id that are shown."""
+
+
+class Rejection(Exception):
+    """Why a row of a source is left out: a kind, a colon, and what was found."""
 
 
 def rejection_table(rejected: Sequence[Mapping[str, str]]) -> str:

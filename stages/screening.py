@@ -28,13 +28,10 @@ from stages.audio import (
 )
 from stages.prepare_config import PrepareConfig
 from stages.recordings import Audio, Recording, load_audio, read_ids, read_recordings
+from stages.rejections import Rejection
 
 MAX_SAMPLE_ID_BYTES = 512
 """What a store can hold in a key."""
-
-
-class Rejection(Exception):
-    """Why a recording is left out: a kind, a colon, and what was found."""
 
 
 @dataclass(frozen=True)

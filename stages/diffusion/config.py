@@ -77,6 +77,8 @@ class ImageBucketsConfig(Record):
     """(width, height) in pixels, multiples of what the autoencoder and the denoiser halve."""
     aspect_tolerance: float = Field(1.15, ge=1)
     """Reject an image whose aspect ratio is further than this factor from every bucket's."""
+    largest_upscale: float = Field(1.25, ge=1)
+    """Reject an image that would be enlarged by more than this factor to fill its bucket."""
 
 
 class UnconditionalConfig(Record):
@@ -103,6 +105,8 @@ class ImagesConfig(Record):
     """Folder with metadata.jsonl or metadata.csv: file_name, and text, texts or label."""
     digits: DigitsConfig | None = None
     """The demo images where there is no `source`."""
+    classes: Positive | None = None
+    """Number of labels, for sources that number them; null takes the largest label plus one."""
     encoder: ImageEncoderConfig = PixelsConfig()
     """What makes latents of images and conditions of captions."""
     buckets: ImageBucketsConfig

@@ -1,0 +1,217 @@
+"""The folder of a dataset of images: samples, side tables of latents and conditions, a decoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import JsonValue, ValidationError
+from torch import Tensor
+
+from stages.diffusion.facts import ImageFacts
+from stages.diffusion.images import read_image, to_uint8
+from stages.diffusion.pixels import PIXELS, PixelsEncoder
+from stages.distributed import choose_device
+from stages.errors import UserError
+from stages.family import load_image_encoder
+from stages.rejections import Rejection
+from store.schema import FileSum, Record, TableFacts
+from store.side_tables import TABLES, SideTable, table_files
+
+__all__ = ["ImageDataset", "ImageDecoder", "ImageHeader", "to_uint8"]
+
+IMAGES_VERSION = 1
+SPLITS = ("train", "dev", "test")
+DECODER, REFERENCES = "decoder", "references"
+
+ROWS = pa.list_(pa.int32())
+SAMPLES = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("file", pa.string()),
+        ("split", pa.string()),
+        ("text", pa.string()),
+        ("label", pa.int32()),
+        ("target", pa.string()),
+        ("weight", pa.float64()),
+        ("bucket", pa.int16()),
+        ("latents", ROWS),
+        ("conditions", ROWS),
+    ]
+)
+"""Columns of samples.parquet. `latents` and `conditions` are rows of the tables of these names, one
+for each variation; -1 of a dataset without conditions."""
+
+REJECTED = pa.schema([("sample_id", pa.string()), ("file", pa.string()), ("reason", pa.string())])
+"""Columns of rejected.parquet. A reason is its kind, a colon, and what was found."""
+
+
+class ImageDecoder(Protocol):
+    """What makes images of latents again."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the model's latents [b, c, h, w] to images [b, C, H, W] in [−1, 1] float32."""
+        ...
+
+    def free(self) -> None:
+        """Let go of what is loaded."""
+        ...
+
+
+class ImageHeader(Record):
+    """dataset.json: what a model must know of a dataset of images, and how it was made."""
+
+    version: int
+    """Version of the folder's format."""
+    kind: Literal["images"] = "images"
+    """What it holds."""
+    fingerprint: str
+    """Hexadecimal sha256 of facts, samples, their order, and the tables."""
+    facts: ImageFacts
+    """What a model must know of it."""
+    samples: dict[str, int]
+    """Samples of each split."""
+    rejected: dict[str, int]
+    """Rejected rows by kind of reason."""
+    tables: dict[str, TableFacts]
+    """Side tables by name: `latents`, and `conditions` where there are any."""
+    files: dict[str, FileSum]
+    """Size and hash of the files of the tables."""
+    source_sha256: str
+    """Hexadecimal sha256 of the source's table."""
+    config: dict[str, JsonValue]
+    """The settings that prepared it, without paths and devices."""
+
+
+class ImageDataset:
+    """A prepared dataset of images, opened for reading; nothing of it changes once it is there."""
+
+    def __init__(self, path: Path, header: ImageHeader, rows: pa.Table) -> None:
+        """Use `open`, which checks what it reads."""
+        self.path, self.header, self.rows = path, header, rows
+
+    @classmethod
+    def open(cls, path: Path) -> ImageDataset:
+        """Read a dataset folder.
+
+        Raises UserError when it is unfinished, damaged, of an unknown version, or of speech. Files
+        of the tables are checked when they are first read.
+        """
+        header = read_header(path)
+        try:
+            rows = pq.read_table(path / "samples.parquet", memory_map=True)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(
+                f"{path}/samples.parquet cannot be read: {error}; prepare it again"
+            ) from error
+        if rows.schema != SAMPLES:
+            raise UserError(
+                f"{path}/samples.parquet has the columns {rows.schema.names}, but this release "
+                f"writes {SAMPLES.names}; prepare the dataset again"
+            )
+        found = fingerprint(rows, header.facts, header.files)
+        if found != header.fingerprint:
+            raise UserError(
+                f"the samples in {path} have fingerprint {found}, but dataset.json says "
+                f"{header.fingerprint}: a file was altered; prepare the dataset again"
+            )
+        return cls(path, header, rows)
+
+    @property
+    def facts(self) -> ImageFacts:
+        """What a model must know before it can be built."""
+        return self.header.facts
+
+    def samples(self, split: str) -> list[dict[str, Any]]:
+        """Rows of a split, in order, as samples.parquet has them.
+
+        Raises UserError when the split is unknown.
+        """
+        if split not in SPLITS:
+            raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
+        rows: list[dict[str, Any]] = self.rows.filter(pc.field("split") == split).to_pylist()
+        return rows
+
+    def table(self, name: str) -> SideTable:
+        """Open the table `latents` or `conditions`; raises KeyError for one that is not there."""
+        facts = self.header.tables[name]
+        sums = {Path(file).name: self.header.files[file] for file in table_files(name, facts)}
+        return SideTable(self.path / TABLES / name, facts, sums)
+
+    def reference(self, sample_id: str) -> np.ndarray:
+        """Image [H, W, C] uint8 of a dev or test sample, as its first variation shows it.
+
+        Raises KeyError for a sample of another split, UserError where the file is damaged.
+        """
+        path = self.path / REFERENCES / f"{sample_id}.png"
+        if not path.is_file():
+            raise KeyError(sample_id)
+        pixels = self.facts.encoder == PIXELS
+        mode: Literal["L", "RGB"] = "L" if pixels and self.facts.latent_channels == 1 else "RGB"
+        try:
+            with path.open("rb") as file:
+                image = np.array(read_image(file, mode))
+        except Rejection as error:
+            raise UserError(f"{path}: {error}; prepare the dataset again") from error
+        return image[:, :, None] if image.ndim == 2 else image
+
+    def rejected(self) -> list[dict[str, str]]:
+        """What was rejected: rows of sample_id, file and reason, check by check."""
+        rows: list[dict[str, str]] = pq.read_table(self.path / "rejected.parquet").to_pylist()
+        return rows
+
+    def decoder(self, device: str = "auto") -> ImageDecoder:
+        """What turns latents of this dataset, and of models that learned from it, into images.
+
+        It is the dataset's own copy of the autoencoder; raises UserError where that is damaged.
+        """
+        if self.facts.encoder == PIXELS:
+            return PixelsEncoder(self.facts.latent_channels)
+        return load_image_encoder().open(self.path / DECODER, device=choose_device(device))
+
+
+def read_header(path: Path) -> ImageHeader:
+    """Read dataset.json alone.
+
+    Raises UserError when it is missing, unreadable, of an unknown version, or of speech.
+    """
+    try:
+        content = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is no dataset: dataset.json is missing; run `prepare`") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}/dataset.json cannot be read: {error}") from error
+    found = content if isinstance(content, dict) else {}
+    if found.get("kind") != "images":
+        raise UserError(
+            f"{path} is no dataset of images; name one that `prepare` made with kind: diffusion"
+        )
+    if found.get("version") != IMAGES_VERSION:
+        raise UserError(
+            f"{path}/dataset.json has version {found.get('version')!r}, but this release reads "
+            f"{IMAGES_VERSION}; prepare the dataset again"
+        )
+    try:
+        return ImageHeader.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}/dataset.json is damaged: {error}") from error
+
+
+def fingerprint(rows: pa.Table, facts: ImageFacts, files: Mapping[str, FileSum]) -> str:
+    """Hexadecimal sha256 of facts, samples in order, and hashes of the tables' files.
+
+    What a file was called where an image came from is left out.
+    """
+    digest = hashlib.sha256(facts.model_dump_json().encode())
+    for column in rows.drop_columns(["file"]).columns:
+        digest.update(json.dumps(column.to_pylist()).encode())
+    for file, found in sorted(files.items()):
+        digest.update(f"{file} {found.bytes} {found.xxh3}\n".encode())
+    return digest.hexdigest()
