@@ -29,7 +29,7 @@ from stages.families import diffusion_adapters as adapters
 from stages.families import diffusion_networks as networks
 from stages.families.diffusion_networks import Kind, Settings
 from stages.families.diffusion_schedules import configured, predicting
-from stages.families.diffusion_sources import CONFIG_FILE, WEIGHTS_FILE, Source, read_json
+from stages.families.diffusion_sources import CONFIG_FILE, DTYPES, WEIGHTS_FILE, Source, read_json
 from stages.families.weights import check_tensors, digest_tensors
 from stages.publish import publish_file, replace_file
 from stages.quantization import quantize
@@ -38,7 +38,6 @@ from store.schema import Record
 
 OWN_BASE = "base"
 """Folder, within that of an adapter, of a base which exists nowhere else."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FULL_PRECISION = (
     "proj_in", "proj_out", "proj_out_1", "proj_out_2", "conv_in", "conv_out", "x_embedder",
     "context_embedder", "pos_embed.*", "time_embedding.*", "add_embedding.*", "time_text_embed.*",

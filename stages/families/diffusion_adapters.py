@@ -58,20 +58,24 @@ def attach(network: Any, config: LoraConfig, targets: tuple[str, ...], *, seed: 
         )
     network.requires_grad_(False)
     alpha = config.rank if config.alpha is None else config.alpha
-    with torch.random.fork_rng(devices=[]), silenced():
-        torch.manual_seed(seed)
-        with reading("model.adapter", "take linear layers or convolutions as targets"):
-            network.add_adapter(
-                PeftLoraConfig(
-                    r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout,
-                    target_modules=list(targets),
-                ),
-                ADAPTER,
-            )  # fmt: skip
+    with reading("model.adapter", "take linear layers or convolutions as targets"):
+        network.add_adapter(
+            PeftLoraConfig(
+                r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout,
+                target_modules=list(targets),
+            ),
+            ADAPTER,
+        )  # fmt: skip
     for name, parameter in network.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in network.modules():
+            if isinstance(layer, LoraLayer):
+                # Drawn anew, because what peft drew was rounded to the type of the base.
+                layer.reset_lora_parameters(ADAPTER, True)
     network.eval()
 
 

@@ -29,6 +29,7 @@ with silenced():
     from peft.tuners.lora import LoraLayer
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_talk
 
 __all__ = [
     "AutoencoderKL",
@@ -48,6 +49,7 @@ __all__ = [
     "UNet2DModel",
     "diffusers",
     "get_peft_model_state_dict",
+    "quiet",
     "reading",
     "set_peft_model_state_dict",
 ]
@@ -60,10 +62,26 @@ UNREADABLE = (
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and advice of both packages off the screen, where ours are."""
+    talks = (transformers_talk, diffusers.utils.logging)
+    bars = [talk.is_progress_bar_enabled() for talk in talks]
+    for talk in talks:
+        talk.disable_progress_bar()
+    try:
+        with silenced():
+            yield
+    finally:
+        for talk, shown in zip(talks, bars, strict=True):
+            if shown:
+                talk.enable_progress_bar()
+
+
+@contextmanager
 def reading(path: object, advice: str) -> Iterator[None]:
     """Turn whatever diffusers raises of a model's files into a UserError of one line."""
     try:
-        with silenced():
+        with quiet():
             yield
     except UNREADABLE as error:
         told = " ".join(str(error).split()) or type(error).__name__

@@ -27,8 +27,40 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 COMPONENTS = ("unet", "transformer")
 """What pipelines call their denoiser."""
 WEIGHTS_NAME = re.compile(
-    r"diffusion_pytorch_model(\.(?P<variant>[^.-]+))?(-\d{5}-of-\d{5})?\.safetensors"
+    r"(diffusion_pytorch_model|model)(\.(?P<variant>[^.-]+))?(-\d{5}-of-\d{5})?\.safetensors"
 )
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types by their names in configurations."""
+
+
+@dataclass(frozen=True)
+class WeightsFiles:
+    """Files of the weights of one component of a pipeline."""
+
+    paths: tuple[Path, ...]
+    """In the order of their names."""
+    variant: str | None
+    """What stands in their names, such as `fp16`, where there are no others."""
+
+
+def safetensors_in(folder: Path) -> WeightsFiles:
+    """Find the weights of a component; raises `UserError` where there are none to read."""
+    matches = [(file, WEIGHTS_NAME.fullmatch(file.name)) for file in sorted(folder.glob("*"))]
+    found = [(file, match["variant"]) for file, match in matches if match is not None]
+    if not found:
+        pickled = ", ".join(file.name for file in sorted(folder.glob("*.bin")))
+        raise UserError(
+            f"{folder} has no weights in safetensors"
+            + (
+                f", only pickles, which run code ({pickled}): where you trust them, load the "
+                "pipeline with `use_safetensors=False` and write it with `save_pretrained`"
+                if pickled
+                else ": get the folder whole"
+            )
+        )
+    variants = {variant for _, variant in found}
+    chosen = None if None in variants else min(v for v in variants if v is not None)
+    return WeightsFiles(tuple(file for file, variant in found if variant == chosen), chosen)
 
 
 @dataclass(frozen=True)
@@ -122,7 +154,7 @@ class Source:
             else:
                 network, found = self.kind.network.from_pretrained(
                     self.place, local_files_only=True, use_safetensors=True, dtype=dtype,
-                    variant=self._variant, output_loading_info=True,
+                    variant=self.files.variant, output_loading_info=True,
                 )  # fmt: skip
                 missing = [*found["missing_keys"], *found["unexpected_keys"]]
         if missing:
@@ -133,31 +165,9 @@ class Source:
         return ready(network)
 
     @cached_property
-    def files(self) -> tuple[Path, ...]:
-        """Files of the weights, in order; raises `UserError` where there are none to read."""
-        if self.single:
-            return (self.path,)
-        names = {f.name: f for f in sorted(self.place.glob("*.safetensors"))}
-        found = {n: WEIGHTS_NAME.fullmatch(n) for n in names}
-        variants = {match["variant"] for match in found.values() if match is not None}
-        if not variants:
-            pickled = ", ".join(f.name for f in sorted(self.place.glob("*.bin")))
-            raise UserError(
-                f"{self.place} has no weights in safetensors"
-                + (
-                    f", only pickles, which run code ({pickled}): load the pipeline with "
-                    "`use_safetensors=False` where you trust it and `save_pretrained` it"
-                    if pickled
-                    else ": get the folder whole"
-                )
-            )
-        chosen = None if None in variants else min(v for v in variants if v is not None)
-        return tuple(names[n] for n, m in found.items() if m is not None and m["variant"] == chosen)
-
-    @property
-    def _variant(self) -> str | None:
-        match = WEIGHTS_NAME.fullmatch(self.files[0].name)
-        return match and match["variant"]
+    def files(self) -> WeightsFiles:
+        """Files of the weights; raises `UserError` where there are none to read."""
+        return WeightsFiles((self.path,), None) if self.single else safetensors_in(self.place)
 
     def digest(self) -> str:
         """Sha256 over the tensors of its files as they lie there, hexadecimal."""
@@ -168,7 +178,7 @@ class Source:
     def tensors(self) -> dict[str, Tensor]:
         """Read the tensors of its files."""
         tensors: dict[str, Tensor] = {}
-        for file in self.files:
+        for file in self.files.paths:
             with reading(file, "get it again"):
                 tensors |= load_file(file)
         return tensors

@@ -29,6 +29,7 @@ from stages.families.diffusion_library import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    quiet,
 )
 from stages.silence import silenced
 
@@ -226,6 +227,9 @@ def tiny_pipeline(kind: TinyKind, *, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]), silenced():
         torch.manual_seed(seed)
         pipeline = MAKERS[kind]()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -233,7 +237,7 @@ def tiny_pipeline(kind: TinyKind, *, seed: int = 0) -> Any:
 def save_tiny(kind: TinyKind, folder: Path, *, seed: int = 0) -> Any:
     """Write a pipeline of random weights into a folder, and return it."""
     pipeline = tiny_pipeline(kind, seed=seed)
-    with silenced():
+    with quiet():
         pipeline.save_pretrained(folder)
     return pipeline
 
