@@ -172,8 +172,9 @@ class FakeDenoiser:
         self.batches.append(len(x))
         time.sleep(self.delay_s)
         module = self.module
-        labels, dtype = conditions["class_labels"], module.gain.dtype
+        labels, dtype = conditions["class_labels"], self.dtype
         shift = module.bias[labels] * torch.cos(t / 100).to(dtype) + self.adapted * module.adapter
+        assert module.gain.dtype == module.steady.dtype == dtype
         y = module.gain * x.to(dtype) * module.steady + shift[:, None, None, None]
         if self.broken is not None:
             y = torch.where(self.broken(t, dtype)[:, None, None, None], torch.nan, y)

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.capture import HostArrays
+from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.facts import FAILED, OK, REPEATED
 from stages.diffusion.full_precision import full_precision
 from stages.diffusion.parts import Asked
@@ -60,9 +61,9 @@ class InFlight(NamedTuple):
 class Teacher:
     """One model that is asked; what it answers is waited for after it was asked again."""
 
-    def __init__(self, module: nn.Module, ask: Ask, *, precision: str, quantized: bool) -> None:
-        """`precision` is what the module computes in, which a quantized one cannot leave."""
-        self._module, self._ask = module, ask
+    def __init__(self, denoiser: Denoiser, ask: Ask, *, precision: str, quantized: bool) -> None:
+        """`precision` is what it computes in, which a quantized one cannot leave."""
+        self._denoiser, self._ask = denoiser, ask
         self._precision, self._quantized = precision, quantized
 
     def begin(self, asked: Asked, cells: Sequence[Sequence[Cell]]) -> InFlight:
@@ -93,7 +94,7 @@ class Teacher:
 
     def _repeated(self, asked: Asked, lost: np.ndarray) -> dict[str, np.ndarray]:
         index = torch.from_numpy(lost).to(asked.x.device)
-        with full_precision(self._module):
+        with full_precision(self._denoiser):
             return HostArrays.of(_with_flags(self._ask(asked.rows(index)))).arrays()
 
     def _tell(self, cells: Sequence[Sequence[Cell]], lost: np.ndarray, status: np.ndarray) -> None:

@@ -32,6 +32,8 @@ class Denoiser(Protocol):
     network: nn.Module
     """What `predict` calls: the module, or its compiled or data-parallel form."""
     config: DenoiserConfig
+    dtype: torch.dtype
+    """Type that `predict` computes in; `full_precision` changes it for a moment."""
     facts: ImageFacts
     schedule: ScheduleFacts
     condition_dropout: float | None

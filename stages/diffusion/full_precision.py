@@ -1,4 +1,4 @@
-"""A model that computes in float32 for a moment."""
+"""A denoiser that computes in float32 for a moment."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
-from torch import nn
+
+from stages.diffusion.denoiser import Denoiser
 
 
 @contextmanager
-def full_precision(module: nn.Module) -> Iterator[None]:
-    """Hold a module's weights in float32 inside the block, and as they were behind it.
+def full_precision(denoiser: Denoiser) -> Iterator[None]:
+    """Hold a denoiser's weights in float32 inside the block, and as they were behind it.
 
     Nothing is lost on the way: float32 holds every number of the narrower types. For quantized
     weights, which are no such numbers, it is not made.
     """
-    tensors = list(chain(module.parameters(), module.buffers()))
+    tensors = list(chain(denoiser.module.parameters(), denoiser.module.buffers()))
     narrow = [(x, x.dtype) for x in tensors if x.is_floating_point() and x.dtype != torch.float32]
+    before = denoiser.dtype
     _cast([(x, torch.float32) for x, _ in narrow])
+    denoiser.dtype = torch.float32
     try:
         yield
     finally:
         _cast(narrow)
+        denoiser.dtype = before
 
 
 def _cast(wanted: list[tuple[torch.Tensor, torch.dtype]]) -> None:

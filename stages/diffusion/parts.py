@@ -106,10 +106,14 @@ def stored_parts(
     """
     dtype = DTYPES[target.dtype]
     if target.branches == "guided":
-        guided = cond if other is None else guide(cond, other, over(scale, cond))
-        return {"dense.guided": guided.to(dtype)}
+        return {"dense.guided": mixed(cond, other, scale).to(dtype)}
     assert other is not None
     return {"dense.cond": cond.to(dtype), "dense.delta": (cond - other).to(dtype)}
+
+
+def mixed(cond: Tensor, other: Tensor | None, scale: Tensor) -> Tensor:
+    """Return float32 predictions [b, *shape] guided at `scale` [b]; one alone is what it is."""
+    return cond if other is None else guide(cond, other, over(scale, cond))
 
 
 def guided_value(parts: Mapping[str, Tensor], scale: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ def guided_value(parts: Mapping[str, Tensor], scale: Tensor) -> Tensor:
     if "dense.guided" in parts:
         return parts["dense.guided"].float()
     cond, delta = parts["dense.cond"].float(), parts["dense.delta"].float()
-    return guide(cond, cond - delta, over(scale, cond))
+    return mixed(cond, cond - delta, scale)
 
 
 def over(values: Tensor, latents: Tensor) -> Tensor:

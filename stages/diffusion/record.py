@@ -200,7 +200,7 @@ class _Recorder:
             made = forward_ask(model, self._passes, target)
         quantization = self._manifest.quantization
         return Teacher(
-            model.module,
+            model,
             made,
             precision=self._recording.precision,
             quantized=quantization is not None and quantization.method != "none",

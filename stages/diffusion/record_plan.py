@@ -215,7 +215,8 @@ def _check_second_pass(config: RecordConfig, denoiser: Denoiser, facts: ImageFac
     if denoiser.takes_scale:
         raise UserError(
             f"{asked}, but the teacher is told its guidance as a number and has no second pass "
-            f"without the condition: {remedy}, and teacher.embedded_guidance to the number"
+            f"without the condition: {remedy}, and teacher.pretrained.embedded_guidance to the "
+            "number"
         )
 
 
@@ -236,7 +237,7 @@ def _check_contrast(
         except UserError as error:
             raise UserError(
                 "rollout.contrast.kind is 'adapter', but the teacher has no adapter to switch off "
-                f"({error}): name one (teacher.adapter), or set rollout.contrast.kind: "
+                f"({error}): name one (teacher.pretrained.adapter), or set rollout.contrast.kind: "
                 "unconditional"
             ) from error
     if (other is not None) != isinstance(config.contrast, ModelContrast):

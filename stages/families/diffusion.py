@@ -108,7 +108,7 @@ class Diffusion:
         self.condition_dropout: float | None = None
         self.full_precision = FULL_PRECISION
         self._kind = networks.kind_of(type(network).__name__, "the network")
-        self._settings, self._dtype, self._digest = dict(settings), dtype, digest
+        self._settings, self.dtype, self._digest = dict(settings), dtype, digest
         self._network_config, self._base = network.config, base
         self._embedded_guidance = embedded_guidance
         self.takes_scale = networks.takes_scale(self._kind, network.config)
@@ -302,7 +302,7 @@ class Diffusion:
             told = 1.0 if self._embedded_guidance is None else self._embedded_guidance
             scale = torch.full(x.shape[:1], told, device=x.device)
         return networks.predict(
-            self._kind, self.network, self._network_config, x.to(self._dtype), t, conditions, scale
+            self._kind, self.network, self._network_config, x.to(self.dtype), t, conditions, scale
         )
 
     def adapter_off(self) -> AbstractContextManager[None]:
