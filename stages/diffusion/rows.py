@@ -199,13 +199,9 @@ class RowReader:
 
     def _parts(self, share: Array) -> Iterator[Array]:
         """Cut a process's share [n, 3] of a global batch into micro-batches."""
-        plan = self.store.plan
-        buckets = [plan.bucket_of(self.store.committed[place]) for place in share[:, 0].tolist()]
-        for bucket in dict.fromkeys(buckets):
-            part = share[[each == bucket for each in buckets]]
-            size = self.micro_batch_size or len(part)
-            for start in range(0, len(part), size):
-                yield part[start : start + size]
+        plan, committed = self.store.plan, self.store.committed
+        buckets = [plan.bucket_of(committed[place]) for place in share[:, 0].tolist()]
+        return (share[part] for part in of_one_kind(buckets, self.micro_batch_size))
 
     def _read(self, part: Array) -> RowBatch:
         """`part` is [b, 3]: place of the shard, taught row in the shard, epoch."""
@@ -352,6 +348,15 @@ class RowReader:
         if sizes is not None:
             found[SIZES] = sizes
         return {f"{CONDITION}{name}": values for name, values in found.items()}
+
+
+def of_one_kind(kinds: Sequence[object], most: int | None) -> Iterator[list[int]]:
+    """Yield the places of things of one kind, at most so many at a time, in order."""
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, each in enumerate(kinds) if each == kind]
+        size = most or len(places)
+        for start in range(0, len(places), size):
+            yield places[start : start + size]
 
 
 def packed(
