@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import interleaved, report, seconds
+from measure import Clock, interleaved, report, seconds
 from torch import Tensor, nn
 
 from stages.architecture import Architecture
@@ -291,7 +291,7 @@ def compare_recording(folder: Path, options: argparse.Namespace) -> dict[str, fl
         "denoiser": OwnTime(partial(bare, denoiser, asked_rows(dataset, size), batches)),
         "record": OwnTime(lambda: fill(denoiser, dataset, next(stores), size)),
     }
-    turns = interleaved(ways, "denoiser", options.repeats)
+    turns = interleaved(ways, "denoiser", options.repeats, clock(options))
     if not options.json:
         for name, turn in turns.items():
             print(
@@ -380,7 +380,7 @@ def compare_steps(folder: Path, options: argparse.Namespace) -> dict[str, float]
         name: OwnTime(partial(several, getattr(student, name), options.steps))
         for name in ("plain", "stored", "two_models")
     }
-    turns = interleaved(ways, "plain", options.repeats)
+    turns = interleaved(ways, "plain", options.repeats, clock(options))
     student.learner.close()
     own = {name: way.median_s / ways["plain"].median_s for name, way in ways.items()}
     if not options.json:
@@ -498,6 +498,11 @@ def require_peers(which: str) -> None:
         sys.exit(2)
 
 
+def clock(options: argparse.Namespace) -> Clock:
+    """What seconds are counted by."""
+    return time.process_time if options.clock == "cpu" else time.perf_counter
+
+
 def main() -> None:
     """Measure, print tables, and end with one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -512,6 +517,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bytes-samples", type=int, default=64)
     parser.add_argument("--peers", choices=["all", "installed", "none"], default="all")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall",
+        help="cpu counts what all threads of the process compute, whatever else the machine does",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the last line only")
     options = parser.parse_args()
     require_peers(options.peers if "bytes" in options.parts else "none")
