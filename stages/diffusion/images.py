@@ -34,7 +34,7 @@ MAX_PIXELS = 2**27
 """Pixels of an image that is read, more than its sides of 11,500: a small file may claim more."""
 
 DAMAGED = (
-    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError,
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError,
     OverflowError, EOFError, MemoryError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 """What Pillow raises where a file is cut short or altered."""
