@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from stages.diffusion.config import DenoiserConfig, DiffusionTeacher, LoraConfig
 from stages.diffusion.facts import ConditionFacts, ImageFacts
@@ -22,7 +22,6 @@ from stages.silence import silenced
 TEXTS = ["a red fox", "two cats, a dog and, at the back, a very small horse"]
 HINT = "pip install 'foretell[diffusion]'"
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -108,9 +107,9 @@ class Calls:
             handle.remove()
 
 
-def conditions_of(tiny_one, texts=TEXTS, dtype=torch.float32):
+def conditions_of(tiny_one, texts=TEXTS):
     rows = tiny_one.encoder.encode_texts(texts)
-    return {name: torch.tensor(np.stack([row[name] for row in rows])).to(dtype) for name in rows[0]}
+    return {name: torch.tensor(np.stack([row[name] for row in rows])).float() for name in rows[0]}
 
 
 def call_stock(tiny_one, conditions, **options):
@@ -130,26 +129,31 @@ GUIDANCE |= {"sd3": {"guidance_scale": 1.0}, "flux": {"guidance_scale": 3.5}}
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux"])
-def test_a_network_is_asked_what_its_stock_pipeline_asks(tiny, kind):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_is_asked_what_its_stock_pipeline_asks(tiny, kind, dtype):
     from stages.families.diffusion_networks import unpack
+    from stages.families.diffusion_tiny import tiny_pipeline
 
-    one = tiny(kind)
+    with silenced():
+        pipeline = tiny_pipeline(kind).to(dtype)
+    one = SimpleNamespace(**vars(tiny(kind)) | {"pipeline": pipeline})
     conditions = conditions_of(one)
-    stock = call_stock(one, conditions, **GUIDANCE[kind])
-    denoiser = pretrained(one, embedded_guidance=3.5 if kind == "flux" else None)
+    stock = call_stock(one, {n: c.to(dtype) for n, c in conditions.items()}, **GUIDANCE[kind])
+    told = 3.5 if kind == "flux" else None
+    denoiser = pretrained(one, dtype, embedded_guidance=told)
     sizes = one.encoder.sizes((32, 32), (0, 0), (32, 32))
+    assert stock.outputs[0].dtype == dtype
     assert (set(sizes) == {"time_ids"}) == (kind == "sdxl")
-    told = {name: torch.tensor(value).expand(2, -1) for name, value in sizes.items()}
+    conditions |= {name: torch.tensor(value).expand(2, -1) for name, value in sizes.items()}
     times = one.pipeline.scheduler.timesteps
     assert len(stock.inputs) == 3
     assert 600 < times[0] <= 1000  # on the schedule's scale, whatever the network wants
     for t, inputs, output in zip(times, stock.inputs, stock.outputs, strict=True):
-        x = inputs["sample"] if "sample" in inputs else inputs["hidden_states"]
-        if kind == "flux":
-            x, output = unpack(x, 16, 16), unpack(output, 16, 16)
+        given = inputs["sample"] if "sample" in inputs else inputs["hidden_states"]
+        x = unpack(given, 16, 16) if kind == "flux" else given
         with Calls(denoiser.module) as ours, torch.no_grad():
-            found = denoiser.predict(x, t.double().expand(2), {**conditions, **told})
-        assert torch.equal(found, output)
+            found = denoiser.predict(x, t.double().expand(2), conditions)
+        assert torch.equal(found, unpack(output, 16, 16) if kind == "flux" else output)
         assert ours.inputs[0].keys() == inputs.keys()
         for name, value in inputs.items():
             assert torch.equal(ours.inputs[0][name], value), name
@@ -371,6 +375,11 @@ def test_a_lora_in_kohyas_format_is_the_teachers(tiny, tmp_path):
     save_file({k.replace("attn1", "attn9"): v for k, v in tensors.items()}, other)
     with pytest.raises(UserError, match=r"other\.safetensors"):
         pretrained(one, adapter=other)
+    dora = tmp_path / "dora.safetensors"
+    key = next(iter(tensors)).partition(".")[0]
+    save_file(tensors | {f"{key}.dora_scale": torch.ones(1)}, dora)
+    with pytest.raises(UserError, match=r"more than a LoRA.*dora_scale"):
+        pretrained(one, adapter=dora)
     with pytest.raises(UserError, match="no LoRA here"):
         pretrained(one, adapter=tmp_path / "absent.safetensors")
 
@@ -393,3 +402,228 @@ def test_an_adapter_is_trained_in_float32_on_a_quantized_base(tiny, method, requ
     error = (answer(denoiser, asked).float() - whole).norm() / whole.norm()
     assert 1e-4 < error < 0.5
     assert denoiser.fingerprint() == adapted(one).fingerprint()
+
+
+def test_a_teacher_is_held_quantized_with_its_adapter_whole(tiny, tmp_path):
+    from stages.diffusion.holding import quantize_denoiser
+
+    one = tiny("sdxl")
+    trained = adapted(one)
+    trained.save(tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    teacher = pretrained(one, dtype=torch.bfloat16, adapter=file)
+    fingerprint, asked = teacher.fingerprint(), question(one)
+    expected, whole = answer(trained, asked), answer(teacher, asked).float()
+    assert (whole - expected).norm() / expected.norm() < 0.05
+    with pytest.raises(UserError, match=r"rollout.keep names \['\*\.nothing'\]"):
+        quantize_denoiser(teacher, "fp8", keep=["*.nothing"], device="cpu")
+    record = quantize_denoiser(teacher, "fp8", keep=["*.attn1.to_k*"], device="cpu")
+    assert (record.method, record.dtype, record.backend) == ("fp8", "bfloat16", "torch")
+    assert not [n for n in record.layers if "lora" in n or "attn1.to_k" in n or "embedding" in n]
+    assert any(n.endswith("attn2.to_q.base_layer") for n in record.layers)
+    assert {"time_embedding.linear_1", "add_embedding.linear_2"} <= record.kept.keys()
+    held = answer(teacher, asked).float()
+    assert 1e-4 < (held - whole).norm() / whole.norm() < 0.1
+    assert teacher.fingerprint() == fingerprint
+
+
+# ------------------------------------------------------------------------------ other files
+
+
+def test_what_cannot_be_read_is_refused_with_what_to_do(tiny, tiny_unconditional, tmp_path):
+    from stages.families.diffusion_tiny import tiny_pipeline
+
+    one = tiny("sd15")
+    denoiser, encoder = load_denoiser(), load_image_encoder()
+
+    def teach(path, facts=one.facts, **more):
+        settings = DiffusionTeacher(path=path, **more)
+        return denoiser.pretrained(settings, facts, device="cpu", dtype=torch.float32)
+
+    pickled = tmp_path / "pickled"
+    tiny_pipeline("sd15").save_pretrained(pickled, safe_serialization=False)
+    with pytest.raises(UserError, match=r"only pickles.*diffusion_pytorch_model\.bin.*save_pretr"):
+        teach(pickled)
+    opened = encoder.open(pickled, device=CPU)
+    with pytest.raises(UserError, match="only pickles"):
+        opened.decode(torch.zeros(1, 4, 8, 8))
+    checkpoint = tmp_path / "model.ckpt"
+    checkpoint.write_bytes(b"")
+    with pytest.raises(UserError, match=r"only \.safetensors is read"):
+        teach(checkpoint)
+    single = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, single)
+    with pytest.raises(UserError, match="does not say its architecture"):
+        teach(single)
+    with pytest.raises(UserError, match="needs the folder with its configuration"):
+        encoder.open(single, device=CPU)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        teach(single, config=one.folder)
+    with pytest.raises(UserError, match="has no autoencoder"):
+        encoder.open(tiny_unconditional.folder, device=CPU)
+    with pytest.raises(UserError, match="is not told a guidance number"):
+        teach(one.folder, embedded_guidance=2.0)
+    other = one.facts.model_copy(update={"scaling": 0.5})
+    with pytest.raises(UserError, match=r"scaling_factor=0\.18215.*0\.5"):
+        teach(one.folder, other)
+    with pytest.raises(UserError, match="cross_attention_dim=64, and the dataset needs 32"):
+        teach(tiny("sdxl").folder, one.facts.model_copy(update={"scaling": 0.13025}))
+    with pytest.raises(UserError, match="no text encoders"):
+        tiny("dit").encoder.encode_texts(["a"])
+
+
+def test_weights_in_half_precision_alone_are_found(tiny, tmp_path):
+    from stages.families.diffusion_tiny import tiny_pipeline
+
+    one = tiny("sd15")
+    with silenced():  # it advises against what it is asked for
+        tiny_pipeline("sd15").to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert not (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    half = load_denoiser().pretrained(
+        DiffusionTeacher(path=tmp_path), one.facts, device="cpu", dtype=torch.float32
+    )
+    whole, found = answer(pretrained(one), question(one)), answer(half, question(one))
+    assert 0 < (whole - found).norm() / whole.norm() < 0.01
+    encoder = load_image_encoder().open(tmp_path, device=CPU)
+    assert encoder.fingerprint() != one.encoder.fingerprint()
+    rows, expected = encoder.encode_texts(TEXTS), one.encoder.encode_texts(TEXTS)
+    np.testing.assert_allclose(rows[0]["prompt_embeds"], expected[0]["prompt_embeds"], atol=0.02)
+
+
+@pytest.fixture(scope="module")
+def single_file(tiny, tmp_path_factory):
+    """Stable Diffusion's own single file: other names of the same tensors."""
+    pipeline = tiny("sd15").pipeline
+    tensors = {}
+    for name, tensor in pipeline.unet.state_dict().items():
+        tensors[f"model.diffusion_model.{original_unet(name)}"] = tensor
+    for name, tensor in pipeline.vae.state_dict().items():
+        own, shaped = original_vae(name, tensor)
+        tensors[f"first_stage_model.{own}"] = shaped
+    for name, tensor in pipeline.text_encoder.state_dict().items():
+        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = (
+            tensor
+        )
+    file = tmp_path_factory.mktemp("single") / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    return file
+
+
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+OUTER = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+}  # fmt: skip
+
+
+def original_unet(name):
+    """The name in Stable Diffusion's own code of a tensor of a UNet with one layer per block."""
+    for ours, theirs in OUTER.items():
+        if name.startswith(f"{ours}."):
+            return name.replace(ours, theirs, 1)
+    part, rest = name.split(".", 1)
+    if part == "mid_block":
+        kind, number, rest = rest.split(".", 2)
+        place = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
+    else:
+        block, kind, number, rest = rest.split(".", 3)
+        first = int(block) * 2 + int(number)
+        if kind == "downsamplers":
+            return f"input_blocks.{2 * (int(block) + 1)}.0.op.{rest.removeprefix('conv.')}"
+        if kind == "upsamplers":
+            return f"output_blocks.{2 * int(block) + 1}.{2 if block == '0' else 1}.{rest}"
+        blocks = f"input_blocks.{first + 1}" if part == "down_blocks" else f"output_blocks.{first}"
+        place = f"{blocks}.{0 if kind == 'resnets' else 1}"
+    if kind == "resnets":
+        inner, rest = rest.split(".", 1)
+        rest = f"{RESNET[inner]}.{rest}"
+    return f"{place}.{rest}"
+
+
+def original_vae(name, tensor):
+    """The name in Stable Diffusion's own code of a tensor of an autoencoder of two blocks."""
+    attention = {
+        "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+    }  # fmt: skip
+    name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+    if "mid_block.attentions.0" in name:
+        for ours, theirs in attention.items():
+            name = name.replace(f"attentions.0.{ours}", f"attn_1.{theirs}")
+        tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
+    name = name.replace("mid_block.resnets.0", "mid.block_1").replace(
+        "mid_block.resnets.1", "mid.block_2"
+    )
+    name = name.replace("mid_block", "mid")
+    for block in range(2):
+        name = name.replace(f"down_blocks.{block}.resnets", f"down.{block}.block")
+        name = name.replace(f"down_blocks.{block}.downsamplers.0", f"down.{block}.downsample")
+        name = name.replace(f"up_blocks.{block}.resnets", f"up.{1 - block}.block")
+        name = name.replace(f"up_blocks.{block}.upsamplers.0", f"up.{1 - block}.upsample")
+    return name, tensor
+
+
+def test_a_single_file_is_read_as_the_folder_is(tiny, single_file, tmp_path):
+    one = tiny("sd15")
+    settings = DiffusionTeacher(path=single_file, config=one.folder)
+    teacher = load_denoiser().pretrained(settings, one.facts, device="cpu", dtype=torch.float32)
+    asked = question(one)
+    assert torch.equal(answer(teacher, asked), answer(pretrained(one), asked))
+    assert teacher.schedule == pretrained(one).schedule
+    encoder = load_image_encoder().open(single_file, config=one.folder, device=CPU)
+    rows, expected = encoder.encode_texts(TEXTS), one.encoder.encode_texts(TEXTS)
+    np.testing.assert_array_equal(rows[1]["prompt_embeds"], expected[1]["prompt_embeds"])
+    latents = torch.randn(1, 4, 8, 8)
+    assert torch.equal(encoder.decode(latents), one.encoder.decode(latents))
+    encoder.keep_decoder(tmp_path)
+    kept = load_image_encoder().open(tmp_path, device=CPU)
+    assert torch.equal(kept.decode(latents), one.encoder.decode(latents))
+    # A student begins as it, from the file, and its adapter finds the file again.
+    lora = LoraConfig(rank=2)
+    config = DenoiserConfig(pipeline=single_file, pipeline_config=one.folder, adapter=lora)
+    student = load_denoiser().build(
+        config, one.facts, seed=0, weights=single_file, weights_config=one.folder
+    )
+    student.save(tmp_path / "student")
+    again = load_denoiser().load(tmp_path / "student", device="cpu", dtype=torch.float32)
+    assert torch.equal(answer(again, asked), answer(teacher, asked))
+
+
+def test_the_builder_of_tiny_pipelines_is_a_command(tmp_path, capsys):
+    from typer.testing import CliRunner
+
+    from stages.families import diffusion_tiny as command
+
+    app = command.typer.Typer()
+    app.command()(command.main)
+    done = CliRunner().invoke(app, ["ddpm", str(tmp_path / "pipeline")])
+    assert done.exit_code == 0
+    assert "DDPMPipeline of unet, scheduler" in done.output
+    refused = CliRunner().invoke(app, ["sd2", str(tmp_path / "other")])
+    assert refused.exit_code == 2
+
+
+def test_pixels_of_an_unconditional_pipeline_are_asked_as_it_asks(tiny_unconditional):
+    one = tiny_unconditional
+    with Calls(one.pipeline.unet) as stock, silenced():
+        one.pipeline(
+            batch_size=2, num_inference_steps=2, output_type="np",
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+    denoiser = pretrained(one)
+    for inputs, output in zip(stock.inputs, stock.outputs, strict=True):
+        found = answer(denoiser, (inputs["sample"], inputs["timestep"].double(), {}))
+        assert torch.equal(found, output)
+
+
+@pytest.fixture
+def tiny_unconditional(tmp_path):
+    from stages.families.diffusion_tiny import save_tiny
+
+    facts = ImageFacts(
+        encoder="pixels", latent_channels=3, downsample=1, scaling=1.0, buckets=((3, 16, 16),),
+        conditions={}, unconditional="none",
+    )  # fmt: skip
+    return SimpleNamespace(pipeline=save_tiny("ddpm", tmp_path), folder=tmp_path, facts=facts)

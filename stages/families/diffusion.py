@@ -41,9 +41,9 @@ OWN_BASE = "base"
 FULL_PRECISION = (
     "proj_in", "proj_out", "proj_out_1", "proj_out_2", "conv_in", "conv_out", "x_embedder",
     "context_embedder", "pos_embed.*", "time_embedding.*", "add_embedding.*", "time_text_embed.*",
-    "*.emb.*",
+    "*.emb.*", "*.lora_A.*", "*.lora_B.*",
 )  # fmt: skip
-"""Layers that take in and give out: a small share of the weights, and what errors cost most."""
+"""Layers that take in and give out, and adapters: few weights, whose errors cost most."""
 
 
 class Base(Record):
@@ -75,13 +75,16 @@ class Description(Record):
 
 @dataclass
 class _Frozen:
-    """What is under an adapter: where it lies, or the network itself until it is saved."""
+    """What is under an adapter: where it lies, or its weights until they are saved."""
 
     path: Path | None
+    """None where it lies nowhere yet."""
     config: Path | None
+    """Folder with the configuration files of a single file."""
     digest: str
+    """Sha256 over its tensors as they lie there."""
     tensors: Mapping[str, Tensor]
-    """Where it lies nowhere: its weights, float32 on the CPU; shared with the network if it may."""
+    """Its weights on the CPU, where they lie nowhere."""
 
 
 class Diffusion:
@@ -144,7 +147,8 @@ class Diffusion:
         if weights is None:
             network = networks.fresh(kind, settings, seed=seed)
         else:
-            network = _begun_as(weights, weights_config, kind, settings, seed, torch.float32)
+            dtype = DTYPES[config.base_precision]
+            network = _begun_as(weights, weights_config, kind, settings, seed, dtype)
         if config.adapter is None:
             network.requires_grad_(True)
             base = None
@@ -169,9 +173,9 @@ class Diffusion:
             networks.ready(network)
         else:
             network, base = _found_base(found, kind, path, dtype)
-            assert found.config.adapter is not None
-            adapters.load(network, found.config.adapter, _targets(found.config), path)
-            digest = None
+            tensors = _put_adapter(network, found.config, path)
+            digest = _digest(base.digest, _tensor_digest(tensors))
+            networks.cast(network, dtype)
         network.requires_grad_(False)
         denoiser = cls(
             network.to(device), found.config, found.facts, found.schedule, found.settings,
@@ -338,16 +342,18 @@ def _begun_as(
             f"{weights} is a {source.kind.network.__name__}, and the model a "
             f"{kind.network.__name__}: set model.network to the teacher's, or init.kind to 'fresh'"
         )
+    if networks.same(kind, settings, theirs.config):
+        return theirs
     network = networks.cast(networks.fresh(kind, settings, seed=seed), dtype)
     expected, found = network.state_dict(), theirs.state_dict()
     new = {
-        name: tensor
+        name: torch.zeros_like(tensor)
         for name, tensor in expected.items()
-        if name.startswith(kind.scale_layers or ("\0",)) and name not in found
+        if name.startswith(kind.scale_layers) and name not in found
     }
+    check_tensors(weights, _shapes(expected), _shapes({**new, **found}))
     if new:
         networks.zero_scale_input(kind, network)
-    check_tensors(weights, _shapes(expected), _shapes({**new, **found}))
     network.load_state_dict({**network.state_dict(), **found})
     return network
 
@@ -355,16 +361,21 @@ def _begun_as(
 def _whole(path: Path, config: Path | None, dtype: torch.dtype) -> tuple[Source, Any]:
     """Load the whole network at `path`; an adapter of ours is merged into its base."""
     source = Source.find(path, config)
-    if source.single or "_class_name" in source.description or source.component is not None:
+    if not source.adapter:
         return source, source.load(dtype)
     found = _described(path)
     kind = networks.kind_of(found.network, path / CONFIG_FILE)
-    network, base = _found_base(found, kind, path, dtype)
-    assert found.config.adapter is not None
-    assert found.base is not None
-    adapters.load(network, found.config.adapter, _targets(found.config), path)
+    network, base = _found_base(found, kind, path, torch.float32)
+    _put_adapter(network, found.config, path)
     adapters.merge(network)
-    return Source.find(base.path or path / OWN_BASE, base.config), network
+    assert base.path is not None
+    return Source.find(base.path, base.config), networks.cast(network, dtype)
+
+
+def _put_adapter(network: Any, config: DenoiserConfig, path: Path) -> dict[str, Tensor]:
+    """Put the adapter that was saved in `path` on its base, and return its tensors as they lie."""
+    assert config.adapter is not None
+    return adapters.load(network, config.adapter, _targets(config), path)
 
 
 def _found_base(
@@ -386,10 +397,7 @@ def _found_base(
 def _frozen_base(network: Any, weights: Path | None, weights_config: Path | None) -> _Frozen:
     """Say where a network lies to which an adapter is to be added."""
     source = None if weights is None else Source.find(weights, weights_config)
-    adapter = source is not None and source.component is None and "_class_name" not in (
-        source.description
-    )  # fmt: skip
-    if source is None or adapter:
+    if source is None or source.adapter:
         tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         return _Frozen(None, None, _tensor_digest(tensors), tensors)
     return _Frozen(weights, weights_config, source.digest(), {})

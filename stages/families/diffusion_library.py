@@ -24,6 +24,7 @@ with silenced():
         UNet2DConditionModel,
         UNet2DModel,
     )
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
     from diffusers.models.embeddings import LabelEmbedding
     from peft import LoraConfig as PeftLoraConfig
     from peft.tuners.lora import LoraLayer
@@ -56,7 +57,7 @@ __all__ = [
 
 UNREADABLE = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, OSError,
-    RuntimeError, SafetensorError, TypeError, ValueError,
+    RuntimeError, SafetensorError, SingleFileComponentError, TypeError, ValueError,
 )  # fmt: skip
 """What diffusers raises of files that do not say what it expects."""
 

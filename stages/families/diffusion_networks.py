@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,8 +71,7 @@ def settings_for(kind: Kind, given: Settings, facts: ImageFacts, *, scale_input:
     Raises `UserError` for one that the class does not have, and for `scale_input` where it has no
     such input.
     """
-    name = kind.network.__name__
-    known = inspect.signature(kind.network.__init__).parameters.keys() - {"self"}
+    name, known = kind.network.__name__, arguments(kind)
     unknown = sorted(given.keys() - known)
     if unknown:
         raise UserError(
@@ -88,6 +88,11 @@ def settings_for(kind: Kind, given: Settings, facts: ImageFacts, *, scale_input:
         argument, value = kind.scale_input
         settings[argument] = settings.get(argument) or value
     return settings
+
+
+def arguments(kind: Kind) -> set[str]:
+    """Names of the arguments of a class of networks."""
+    return inspect.signature(kind.network.__init__).parameters.keys() - {"self"}
 
 
 def fresh(kind: Kind, settings: Settings, *, seed: int) -> Any:
@@ -113,6 +118,18 @@ def ready(network: Any) -> Any:
     return network.eval()
 
 
+def same(kind: Kind, settings: Settings, config: Any) -> bool:
+    """Whether a network of these arguments is the same as one of a configuration."""
+    with torch.device("meta"):
+        wanted = kind.network.from_config(dict(settings)).config
+    return _public(wanted) == _public(config)
+
+
+def _public(config: Mapping[str, Any]) -> str:
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    return json.dumps(settings, sort_keys=True)
+
+
 def cast(network: Any, dtype: torch.dtype) -> Any:
     """Put a network into a type."""
     with silenced():  # it tells of modules to keep in float32 where there are none
@@ -134,17 +151,10 @@ def takes_scale(kind: Kind, config: Any) -> bool:
 def check(kind: Kind, config: Any, facts: ImageFacts, source: object) -> None:
     """Compare a network with the dataset; raises `UserError` that names what does not fit."""
     faults = [f"it reads no {name!r}" for name in facts.conditions if name not in kind.takes]
-    found = {name: config.get(name) for name in kind.widths(facts)} | {"sample_size": None}
     for name, wanted in kind.widths(facts).items():
-        enough = isinstance(wanted, int) and (found[name] or 0) >= wanted
-        ok = (
-            enough if name in ("num_class_embeds", "num_embeds_ada_norm") else found[name] == wanted
-        )
-        if name == "out_channels":
-            ok = found[name] in (wanted, None, _times(wanted, 2))  # twice: with a variance
-        if name != "sample_size" and not ok:
-            faults.append(f"{name}={found[name]}, and the dataset needs {wanted}")
-    faults += _class_faults(config, facts)
+        if not _fits(name, config.get(name), wanted):
+            faults.append(f"{name}={config.get(name)}, and the dataset needs {wanted}")
+    faults += _input_faults(config, facts)
     multiple = kind.halvings(config)
     for channels, height, width in facts.buckets:
         if height % multiple or width % multiple:
@@ -161,17 +171,37 @@ def check(kind: Kind, config: Any, facts: ImageFacts, source: object) -> None:
         )
 
 
-def _times(value: JsonValue, factor: int) -> int | None:
-    return value * factor if isinstance(value, int) else None
+def _fits(name: str, found: Any, wanted: Any) -> bool:
+    if name == "sample_size":  # of the images that it was trained on; others fit too
+        return True
+    if name in ("num_class_embeds", "num_embeds_ada_norm"):
+        return found is not None and found >= wanted
+    if name == "out_channels":  # twice as many, where the variance was learned
+        return found in (None, wanted, 2 * wanted)
+    return bool(found == wanted)
 
 
-def _class_faults(config: Any, facts: ImageFacts) -> list[str]:
+def _input_faults(config: Any, facts: ImageFacts) -> list[str]:
+    """Inputs of a network that the dataset does not fill."""
     names = [n for n in ("num_class_embeds", "num_embeds_ada_norm") if config.get(n) is not None]
     if names and "class_labels" not in facts.conditions:
         return [f"it wants labels ({names[0]}={config.get(names[0])}), and the images have none"]
-    if config.get("encoder_hid_dim_type") or config.get("class_embed_type"):
-        return ["it has inputs that no dataset has: encoder_hid_dim_type or class_embed_type"]
+    odd = [n for n in ("encoder_hid_dim_type", "class_embed_type") if config.get(n)]
+    odd += ["addition_embed_type"] if config.get("addition_embed_type", "") in OTHER_INPUTS else []
+    if odd:
+        return [f"it has an input that no dataset has: {n}={config.get(n)!r}" for n in odd]
+    if config.get("addition_embed_type") == "text_time":
+        wanted = _width(facts, "pooled_prompt_embeds") + 6 * config.addition_time_embed_dim
+        if config.projection_class_embeddings_input_dim != wanted:
+            return [
+                "projection_class_embeddings_input_dim="
+                f"{config.projection_class_embeddings_input_dim}, and the dataset needs {wanted}"
+            ]
     return []
+
+
+OTHER_INPUTS = ("text", "text_image", "image", "image_hint")
+"""What else UNet2DConditionModel may be told."""
 
 
 def predict(

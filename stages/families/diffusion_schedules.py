@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import JsonValue
+
 from stages.diffusion.config import PredictionType, ScheduleConfig
 from stages.diffusion.facts import ScheduleFacts
 from stages.errors import UserError
@@ -65,7 +67,7 @@ def schedule_of(
         prediction=PREDICTIONS[prediction],
         train_timesteps=table.config.num_train_timesteps,
         alphas_cumprod=tuple(table.alphas_cumprod.double().tolist()),
-        scheduler=dict(scheduler),
+        scheduler=_finite(scheduler),
     )
 
 
@@ -81,8 +83,16 @@ def _flow(scheduler: Mapping[str, Any], tokens: int, source: object) -> Schedule
         prediction="flow",
         train_timesteps=scheduler.get("num_train_timesteps", 1000),
         shift=_dynamic_shift(scheduler, tokens) if scheduler.get("use_dynamic_shifting") else shift,
-        scheduler=dict(scheduler),
+        scheduler=_finite(scheduler),
     )
+
+
+def _finite(scheduler: Mapping[str, Any]) -> dict[str, JsonValue]:
+    """A configuration with its infinities as text: JSON has none, and DPM's bound is one."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in scheduler.items()
+    }
 
 
 def _dynamic_shift(scheduler: Mapping[str, Any], tokens: int) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from stages.diffusion.facts import ScheduleFacts
 from stages.errors import UserError
 from stages.families.diffusion_library import reading
-from stages.families.diffusion_networks import Kind, Settings, kind_of, ready
+from stages.families.diffusion_networks import Kind, Settings, arguments, kind_of, ready
 from stages.families.diffusion_schedules import schedule_of
 from stages.families.weights import digest_tensors
 from stages.saved_model import OWN_KEY
@@ -122,14 +122,26 @@ class Source:
         return read_json(self.place / CONFIG_FILE)
 
     @property
+    def adapter(self) -> bool:
+        """Whether it is a folder of ours with an adapter, whose base lies elsewhere."""
+        described = self.description
+        return self.component is None and OWN_KEY in described and "_class_name" not in described
+
+    @property
     def kind(self) -> Kind:
-        """The class of its network."""
+        """The class of its network; raises `UserError` for one unknown."""
+        if self.adapter:
+            raise UserError(
+                f"{self.path} holds an adapter alone: give the pipeline that it was trained on, "
+                "and its pytorch_lora_weights.safetensors as the adapter"
+            )
         return kind_of(self.description.get("_class_name"), self.place)
 
     @property
     def settings(self) -> Settings:
-        """Arguments of its network."""
-        return {k: v for k, v in self.description.items() if not k.startswith("_")}
+        """Arguments of its network; what else its file has, diffusers does not read either."""
+        known = arguments(self.kind)
+        return {name: value for name, value in self.description.items() if name in known}
 
     def schedule(self, tokens: int) -> ScheduleFacts | None:
         """Return its noise schedule; None of a network that stands alone."""
