@@ -60,7 +60,7 @@ SAMPLES = [
     {"sample_id": "f", "target": "teacher", "weight": 1.0, "bucket": 0},
 ]
 TEACHERS = [sample | {"target": "teacher"} for sample in SAMPLES]
-MIXED = "mixed"
+FORWARD, UNCONDITIONAL = ForwardRows(slots=SLOTS), UnconditionalContrast()
 
 
 def schedule_of(
@@ -119,15 +119,17 @@ class Written:
     """What distinguishes a store."""
 
     schedule: ScheduleFacts = field(default_factory=schedule_of)
-    rows: ForwardRows | TrajectoryRows = ForwardRows(slots=SLOTS)
-    contrast: UnconditionalContrast | AdapterContrast = UnconditionalContrast()
+    rows: ForwardRows | TrajectoryRows = FORWARD
+    contrast: UnconditionalContrast | AdapterContrast = UNCONDITIONAL
     branches: str = "both"
     samples: Sequence[Mapping[str, Any]] = tuple(SAMPLES)
     embedded_guidance: float | None = None
     failed: frozenset[tuple[str, int, int]] = frozenset()
     """Keys of rows whose prediction was not finite."""
-    unplanned: tuple[str, ...] = ()
-    """Samples that are their own target, but planned among those that are predicted."""
+    asked: tuple[str, ...] = ()
+    """Samples that are their own target, but were asked for."""
+    unasked: tuple[str, ...] = ()
+    """Samples that are not, but were not asked for."""
 
 
 def write_store(path: Path, written: Written | None = None, shards: int | None = None) -> Any:
@@ -175,7 +177,8 @@ def write_store(path: Path, written: Written | None = None, shards: int | None =
     )
     by_bucket: dict[int, list[tuple[str, int]]] = {}
     for sample in written.samples:
-        data = sample["target"] == "data" and sample["sample_id"] not in written.unplanned
+        data = sample["sample_id"] in written.unasked
+        data |= sample["target"] == "data" and sample["sample_id"] not in written.asked
         keys = [(sample["sample_id"], variation) for variation in range(IMAGES * TEXTS)]
         by_bucket.setdefault(sample["bucket"] + 2 * data, []).extend(keys)
     plan = [

@@ -1,4 +1,4 @@
-"""Rows as batches: each is what was recorded or refused, and whoever reads them, they are the same."""
+"""Rows as batches: each is what was recorded, or refused, and whoever reads them gets the same."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_pairs_are_mixed_at_another_level_in_every_epoch_and_at_each_stratum(tra
     own = schedule_of("flow", "flow")
     levels: dict[tuple, list[float]] = {}
     for batch in walked(trajectories, config, range(0, 2 * count, 30), own=own):
-        for key, epoch, t in zip(batch.keys, batch.epochs, batch.arrays["t"].tolist(), strict=True):
+        for key, t in zip(batch.keys, batch.arrays["t"].tolist(), strict=True):
             assert key[2] == int(t / 40 * 5), "of the student's schedule, one row a stratum"
             levels.setdefault(key, []).append(t)
             assert Schedule(own).at(np.array(t))[1] == pytest.approx(t / 40)

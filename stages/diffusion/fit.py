@@ -239,7 +239,7 @@ class ImageLearner:
             return {}
         total, count = 0.0, 0
         self._denoiser.module.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             for part in of_one_kind(self._dev.shapes, self._config.optimizer.batch_size):
                 for level in range(DEV_LEVELS):
                     batch = self._dev.dev_batch(part, level)
