@@ -16,6 +16,23 @@ SHARED = {"measure", "peers", "magpie_shapes", "lm_shapes", "lm_rivals"}
 SMALL = {
     "bytes_per_position": ["--timesteps", "8", "--repeats", "1"],
     "capture_overhead": ["--timesteps", "3", "--shards", "1", "--repeats", "1"],
+    "diffusion_rows": [
+        "--widths",
+        "8",
+        "16",
+        "--side",
+        "16",
+        "--samples",
+        "2",
+        "--steps",
+        "1",
+        "--repeats",
+        "1",
+        "--bytes-samples",
+        "2",
+        "--peers",
+        "none",
+    ],
     "guided_decoding": ["--batch-size", "2", "--timesteps", "3", "--repeats", "1"],
     "lm_guidance": [
         "--rollouts",
@@ -54,11 +71,19 @@ SMALL = {
 NEEDS = dict.fromkeys(
     ("magpie_bytes", "magpie_online"), ("nemo", "pip install 'foretell[magpie]'")
 ) | {
+    "diffusion_rows": ("diffusers", "pip install 'foretell[diffusion]'"),
     "lm_guidance": ("peft", "pip install 'foretell[orpheus]'"),
     "quantized_linear": ("torchao", "pip install 'foretell[orpheus]'"),
 }
 """What a benchmark compares with, and how to install it."""
 REQUIRED = {
+    "diffusion_rows": {
+        "guided_value_rms_error",
+        "capture_over_denoiser",
+        "step_over_plain",
+        "step_vs_two_models",
+        "bytes_per_row",
+    },
     "guided_decoding": {
         "incremental_over_recompute",
         "one_pass_over_guided",

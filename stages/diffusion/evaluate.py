@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from tqdm import tqdm
 
 from stages.diffusion import judge as judges
 from stages.diffusion.config import ImageEvaluateConfig
-from stages.diffusion.dataset import ImageDataset, ImageDecoder, to_uint8
+from stages.diffusion.dataset import ImageDataset, ImageDecoder
+from stages.diffusion.draws import Sample
 from stages.diffusion.frechet import (
     Array,
     class_spread,
@@ -35,6 +35,7 @@ from stages.diffusion.generate import (
     items_of,
     to_look_at,
 )
+from stages.diffusion.images import to_uint8
 from stages.diffusion.judge import DigitsJudge
 from stages.interruption import StopRequest
 from stages.metrics import Bootstrap, Ratio, comparisons, ratio
@@ -121,7 +122,7 @@ class Album:
 
     @cached_property
     def _decoder(self) -> ImageDecoder:
-        return self.dataset.decoder()
+        return self.dataset.decoder(self.config.device)
 
     def develop(self, name: str, gallery: Gallery, steps: int) -> None:
         """Decode what a system drew; of the leading count of steps some pictures are kept."""
@@ -160,15 +161,23 @@ class Album:
         return np.array([item.sample["label"] for item in self.items])
 
     @cached_property
-    def references(self) -> Sequence[Any]:
+    def references(self) -> Sequence[Sample]:
         """Samples of the split, whose own images the Fréchet distance is to."""
         return self.dataset.samples(self.config.split)
 
     @cached_property
     def reference_features(self) -> Array:
         """Features [M, D] of the reference images."""
-        images = (self.dataset.reference(sample["sample_id"]) for sample in self.references)
+        images = map(self.own_image, self.references)
         return np.stack([image_features([image], pixels=self.pixels)[0] for image in images])
+
+    def own_image(self, sample: Sample) -> NDArray[np.uint8]:
+        """Return the image [H, W, C] that a sample has; of the train split it is decoded."""
+        if self.config.split != "train":
+            return self.dataset.reference(sample["sample_id"])
+        latent = self.dataset.table("latents")[sample["latents"][0]]["latent"]
+        image: NDArray[np.uint8] = self._decoded(latent[None].astype(np.float32))[0]
+        return image
 
     def trained_judge(self) -> DigitsJudge:
         """Train the judge on the images of the train split."""
@@ -185,7 +194,7 @@ class Album:
 
     def _sample(self, item: Item, systems: Sequence[str]) -> ImageSample:
         sample, reference = item.sample, _picture(REFERENCE, item.index)
-        write_png(self.folder / reference, self.dataset.reference(sample["sample_id"]))
+        write_png(self.folder / reference, self.own_image(sample))
         label = sample["label"]
         name = self.dataset.facts.classes[label] if label >= 0 else ""
         return ImageSample(

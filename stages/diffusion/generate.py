@@ -22,11 +22,10 @@ from stages.diffusion.dataset import ImageDataset
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Draw, Sample, draws_of
 from stages.diffusion.noise import normal
-from stages.diffusion.parts import Asked, Passes, ask
+from stages.diffusion.parts import Asked, Passes, ask, mixed
 from stages.diffusion.schedule import Schedule
 from stages.diffusion.solver import Predict, trajectory
 from stages.errors import UserError
-from stages.guidance import guide
 from stages.interruption import StopRequest
 from stages.publish import replace_file
 from store.schema import Record
@@ -240,7 +239,7 @@ class Painter:
             if contender.passes == 1:
                 return self._denoiser.predict(x, t, here.conditions, self._told(len(x)))
             cond, without = self._branches(here)
-            return guide(cond, without, contender.guidance_scale)
+            return mixed(cond, without, here.scale)
 
         return predict
 

@@ -1,0 +1,548 @@
+"""What stored rows of a diffusion model cost and give: exactness, recording, learning and bytes.
+
+`guided`: error of the guided value at scale 7.5 that stage two makes of stored parts. `record`:
+stage one into a store over the bare denoiser on as many rows. `train`: an optimizer step on stored
+rows over one of plain diffusion training by the same student, and against one with the teacher's
+two passes in the loop. `bytes`: of a row on disk, captions and latents included, beside what others
+keep of the same row. The denoiser is a small U-Net of SDXL's form, on latents of 4×64×64 with
+captions of 77×768 (`--widths`; 1.6 M parameters, half a second of one core for a training step of
+4 rows); predictions whose bits count are unit noise that differs by 0.2 from the unconditional one.
+The model computes in one thread; threads that read and write have another core where the machine
+has one, so beside the wall clock the CPU time of the model's own thread is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from measure import Clock, interleaved, report, seconds
+from torch import Tensor, nn
+
+from stages.architecture import Architecture
+from stages.diffusion.config import DenoiserConfig, DistilConfig, RecordConfig, ScheduleConfig
+from stages.diffusion.conversion import Conversion
+from stages.diffusion.distil import RowLearner
+from stages.diffusion.facts import ConditionFacts, ImageFacts, Recording
+from stages.diffusion.parts import Asked, ask
+from stages.diffusion.record import record
+from stages.diffusion.record_plan import create_record_store
+from stages.diffusion.row_targets import RowTargets, TaughtRows
+from stages.diffusion.rows import Reading, StoreRows
+from stages.diffusion.schedule import Schedule, facts_of
+from stages.distributed import Place
+from stages.family import load_denoiser
+from stages.guidance import guide
+from stages.interruption import StopRequest
+from stages.optimization import TrainingState
+from store import PredictionStore
+from store.schema import TableFacts
+from store.side_tables import SideTableWriter
+
+PARTS = ("guided", "record", "train", "bytes")
+SCALE = 7.5
+CHANNELS, TOKENS, FEATURES = 4, 77, 768
+DELTA = 0.2
+"""Size of what the condition changes, of predictions of size 1."""
+SLOTS = 8
+ROLLOUTS_PER_SHARD = 32
+"""With 8 slots each they fill one chunk of a store, as shards of a real size fill several."""
+SCHEDULE = ScheduleConfig(beta_schedule="scaled_linear", prediction="epsilon")
+PLACE = Place(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Images:
+    """Latents and encoded captions of samples, as a dataset has them; all are drawn."""
+
+    path: Path
+    header: Any
+    facts: ImageFacts
+    rows: Sequence[Mapping[str, Any]]
+
+    def samples(self, split: str) -> Sequence[Mapping[str, Any]]:
+        """The samples of the only split."""
+        return self.rows
+
+
+def images(path: Path, count: int, side: int) -> Images:
+    """A dataset of as many samples, each with a caption of its own."""
+    random = np.random.default_rng(0)
+    facts = ImageFacts(
+        encoder="drawn", latent_channels=CHANNELS, downsample=8, scaling=0.18215,
+        buckets=((CHANNELS, side, side),),
+        conditions={"prompt_embeds": ConditionFacts(dtype="float16", shape=(TOKENS, FEATURES))},
+        unconditional="zeros",
+    )  # fmt: skip
+    latents, captions = (
+        SideTableWriter(path / "tables" / name, 256) for name in ("latents", "conditions")
+    )
+    captions.append({"prompt_embeds": np.zeros((TOKENS, FEATURES), np.float16)})
+    rows = []
+    for number in range(count):
+        latent = random.standard_normal(facts.buckets[0]).astype(np.float16)
+        caption = random.standard_normal((TOKENS, FEATURES)).astype(np.float16)
+        rows.append({
+            "sample_id": f"{number:05d}", "text": f"caption {number}", "label": -1,
+            "target": "teacher", "weight": 1.0, "bucket": 0,
+            "latents": [latents.append({"latent": latent})],
+            "conditions": [captions.append({"prompt_embeds": caption})],
+        })  # fmt: skip
+    tables: dict[str, TableFacts] = {"latents": latents.finish(), "conditions": captions.finish()}
+    return Images(path, SimpleNamespace(fingerprint="drawn", tables=tables), facts, rows)
+
+
+class UnitNoise:
+    """A denoiser whose predictions look like those of a trained one, bit for bit, at no cost.
+
+    What it predicts is the noised latent, which is unit noise; without a caption it differs by
+    another such latent times `DELTA`.
+    """
+
+    name, condition_dropout, takes_scale = "diffusion", 0.1, False
+
+    def __init__(self, facts: ImageFacts) -> None:
+        self.facts, self.schedule = facts, facts_of(SCHEDULE)
+        self.config = DenoiserConfig(network="UNet2DConditionModel", schedule=SCHEDULE)
+        self.module: nn.Module = nn.Linear(1, 1)
+
+    def fingerprint(self) -> str:
+        """A name: there are no weights."""
+        return "unit noise"
+
+    def architecture(self) -> Architecture:
+        """Nothing that costs."""
+        return Architecture(
+            parameters=0, parts={}, active_parameters=0, flops_per_timestep=0,
+            dense_flops_per_timestep=0,
+        )  # fmt: skip
+
+    def predict(
+        self, x: Tensor, t: Tensor, conditions: Mapping[str, Tensor], scale: Tensor | None = None
+    ) -> Tensor:
+        """Predict [b, c, h, w]; a caption of zeros is none."""
+        without = (conditions["prompt_embeds"] == 0).flatten(1).all(1).reshape(-1, 1, 1, 1)
+        return x - DELTA * without * x.flip(-1)
+
+
+def unet(facts: ImageFacts, widths: Sequence[int], seed: int) -> Any:
+    """A U-Net of SDXL's form, attention on all sizes but the largest, with random weights."""
+    config = DenoiserConfig(
+        network="UNet2DConditionModel",
+        settings={
+            "block_out_channels": list(widths),
+            "layers_per_block": 1,
+            "attention_head_dim": 2,
+            "norm_num_groups": 8,
+            "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * (len(widths) - 1)],
+            "up_block_types": [*["CrossAttnUpBlock2D"] * (len(widths) - 1), "UpBlock2D"],
+        },
+        schedule=SCHEDULE,
+    )
+    denoiser = load_denoiser().build(config, facts, seed=seed)
+    denoiser.condition_dropout = 0.1  # its branches are as good as untrained ones can be
+    return denoiser
+
+
+def planned(path: Path, denoiser: Any, dataset: Images, batch_size: int) -> PredictionStore:
+    """An empty store of both parts."""
+    return create_record_store(path, settings(batch_size), denoiser, dataset, seed=0)
+
+
+def settings(batch_size: int) -> RecordConfig:
+    """How rows are recorded."""
+    return RecordConfig.model_validate(
+        {
+            "rows": {"kind": "forward", "slots": SLOTS},
+            "guidance": {"scale": SCALE},
+            "rollouts_per_shard": ROLLOUTS_PER_SHARD,
+            "batch_size": batch_size,
+        }
+    )
+
+
+def fill(denoiser: Any, dataset: Images, store: PredictionStore, batch_size: int) -> None:
+    """Do the whole of stage one into a planned store."""
+    missing, config = store.missing(), settings(batch_size)
+    assert record(denoiser, store, dataset, missing, config, stop=StopRequest())
+
+
+def learning(denoiser: Any, batch_size: int) -> DistilConfig:
+    """How a student learns of both parts."""
+    return DistilConfig.model_validate(
+        {
+            "model": denoiser.config,
+            "loss": {"guidance_scale": SCALE},
+            "optimizer": {"steps": 1000, "batch_size": batch_size},
+        }
+    )
+
+
+# ---- exactness
+
+
+def guided_error(folder: Path, count: int, side: int) -> float:
+    """Relative root mean square error of the targets of stage two, at scale 7.5.
+
+    The rows go through both stages and the disk; truth is mixed in float64 of what was predicted.
+    """
+    dataset = images(folder / "noise_dataset", count, side)
+    denoiser = UnitNoise(dataset.facts)
+    store = planned(folder / "noise_store", denoiser, dataset, 8)
+    fill(denoiser, dataset, store, 8)
+    store = PredictionStore.open(folder / "noise_store")
+    squares = total = 0.0
+    for rows in taught(denoiser, store, learning(denoiser, SLOTS), count):
+        cond = rows.question.x.double()
+        truth = cond - DELTA * cond.flip(-1) + SCALE * DELTA * cond.flip(-1)
+        squares += float(((rows.target.double() - truth) ** 2).sum())
+        total += float((truth**2).sum())
+    return float(np.sqrt(squares / total))
+
+
+def taught(
+    denoiser: Any, store: PredictionStore, config: DistilConfig, batches: int
+) -> Iterator[TaughtRows]:
+    """Targets as stage two makes them, batch by batch."""
+    recording = Recording.of(store.manifest.recording)
+    conversion = Conversion(recording.schedule, denoiser.schedule)
+    reading = Reading.of(recording, conversion, config, 0)
+    rows = StoreRows(store, config, reading, 0, PLACE)
+    targets = RowTargets(
+        store.manifest, recording, conversion, config.loss, takes_scale=False, seed=0,
+        device=PLACE.device,
+    )  # fmt: skip
+    for number in range(batches):
+        for batch in rows.batches(number * config.optimizer.batch_size):
+            yield targets.of(batch, _no_base)
+    rows.close()
+
+
+def _no_base(_: object) -> Tensor:
+    raise AssertionError("nothing is transferred here")
+
+
+# ---- recording
+
+
+class OwnTime:
+    """CPU seconds that the model's thread spent on every turn of a way."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work = work
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        """Do the work once."""
+        self.seconds.append(seconds(self._work, time.thread_time))
+
+    @property
+    def median_s(self) -> float:
+        """Median of all turns but the first, which warms up."""
+        return statistics.median(self.seconds[1:])
+
+
+@torch.inference_mode()
+def bare(denoiser: Any, asked: Asked, batches: int) -> None:
+    """Predict as many batches with and without captions, and keep nothing."""
+    for _ in range(batches):
+        ask(denoiser, asked, "unconditional")
+
+
+def asked_rows(dataset: Images, batch_size: int) -> Asked:
+    """A batch that is on the device already."""
+    shape = dataset.facts.buckets[0]
+    captions = torch.randn(batch_size, TOKENS, FEATURES).half()
+    return Asked(
+        x=torch.randn(batch_size, *shape),
+        t=torch.full((batch_size,), 500.0, dtype=torch.float64),
+        conditions={"prompt_embeds": captions},
+        unconditional={"prompt_embeds": torch.zeros_like(captions)},
+        scale=torch.full((batch_size,), SCALE),
+    )
+
+
+def compare_recording(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Time stage one against the bare denoiser, on the same number of rows."""
+    dataset = images(folder / "dataset", options.samples, options.side)
+    denoiser = unet(dataset.facts, options.widths, 0)
+    denoiser.module.eval()
+    stores = iter(
+        [
+            planned(folder / f"store{number}", denoiser, dataset, options.batch_size)
+            for number in range(options.repeats + 1)
+        ]
+    )
+    size = options.batch_size
+    batches = -(-options.samples * SLOTS // size)
+    ways = {
+        "denoiser": OwnTime(partial(bare, denoiser, asked_rows(dataset, size), batches)),
+        "record": OwnTime(lambda: fill(denoiser, dataset, next(stores), size)),
+    }
+    turns = interleaved(ways, "denoiser", options.repeats, clock(options))
+    if not options.json:
+        for name, turn in turns.items():
+            print(
+                f"{name:<12}{turn.median_s:>9.2f} s{turn.slowdown:>8.3f} × the bare denoiser"
+                f"{ways[name].median_s / ways['denoiser'].median_s:>8.3f} × in its own thread"
+            )
+    return {
+        "capture_over_denoiser": turns["record"].slowdown,
+        "own_thread_over_denoiser": ways["record"].median_s / ways["denoiser"].median_s,
+    }
+
+
+# ---- learning
+
+
+class Student:
+    """A student at work in three ways; all take the same optimizer step on as many rows."""
+
+    def __init__(
+        self, dataset: Images, store: PredictionStore, options: argparse.Namespace
+    ) -> None:
+        self._dataset, self._options = dataset, options
+        self._denoiser = unet(dataset.facts, options.widths, 1)
+        self._denoiser.module.train()
+        config = learning(self._denoiser, options.batch_size)
+        self._state = TrainingState(self._denoiser.module, config.optimizer, PLACE.device)
+        recording = Recording.of(store.manifest.recording)
+        self.learner = RowLearner(self._denoiser, store, recording, config, 0, PLACE)
+        self._schedule = Schedule(self._denoiser.schedule)
+        self._batch = asked_rows(dataset, options.batch_size)
+
+    @cached_property
+    def _teacher(self) -> Any:
+        teacher = unet(self._dataset.facts, self._options.widths, 0)
+        teacher.module.eval().requires_grad_(False)
+        return teacher
+
+    def stored(self) -> None:
+        """Learn from stored rows: read, rebuilt, mixed at the scale, and weighed."""
+        batches = self.learner.batches(self._state.position)
+        weight = sum(batch.weight for batch in batches)
+        for batch in batches:
+            (self.learner.objective(0, batch).total / weight).backward()
+        self._state.update(1e-4)
+
+    def plain(self) -> None:
+        """Learn the noise that was added to latents at hand."""
+        noise, x_t, t = self._noised()
+        prediction = self._denoiser.predict(x_t, t, self._batch.conditions)
+        nn.functional.mse_loss(prediction, noise).backward()
+        self._state.update(1e-4)
+
+    def two_models(self) -> None:
+        """Learn what a teacher in memory predicts with and without captions."""
+        _, x_t, t = self._noised()
+        with torch.no_grad():
+            asked = Asked(
+                x_t, t, self._batch.conditions, self._batch.unconditional, self._batch.scale
+            )
+            cond, uncond = ask(self._teacher, asked, "unconditional")
+            assert uncond is not None
+            target = guide(cond, uncond, SCALE)
+        prediction = self._denoiser.predict(x_t, t, self._batch.conditions)
+        nn.functional.mse_loss(prediction, target).backward()
+        self._state.update(1e-4)
+
+    def _noised(self) -> tuple[Tensor, Tensor, Tensor]:
+        latents = self._batch.x
+        t = torch.randint(0, SCHEDULE.train_timesteps, (len(latents),)).double()
+        alpha, sigma = (
+            torch.from_numpy(values).float().reshape(-1, 1, 1, 1)
+            for values in self._schedule.at(t.numpy())
+        )
+        noise = torch.randn_like(latents)
+        return noise, alpha * latents + sigma * noise, t
+
+
+def compare_steps(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Time optimizer steps of the three ways in turns."""
+    dataset = images(folder / "train_dataset", options.samples, options.side)
+    denoiser = UnitNoise(dataset.facts)
+    store = planned(folder / "train_store", denoiser, dataset, 8)
+    fill(denoiser, dataset, store, 8)
+    student = Student(dataset, PredictionStore.open(folder / "train_store"), options)
+    ways = {
+        name: OwnTime(partial(several, getattr(student, name), options.steps))
+        for name in ("plain", "stored", "two_models")
+    }
+    turns = interleaved(ways, "plain", options.repeats, clock(options))
+    student.learner.close()
+    own = {name: way.median_s / ways["plain"].median_s for name, way in ways.items()}
+    if not options.json:
+        for name, turn in turns.items():
+            print(
+                f"{name:<12}{turn.median_s / options.steps:>9.3f} s a step{turn.slowdown:>8.3f} × "
+                f"plain training{own[name]:>8.3f} × in its own thread"
+            )
+    return {
+        "step_over_plain": turns["stored"].slowdown,
+        "own_thread_step_over_plain": own["stored"],
+        "step_vs_two_models": turns["two_models"].slowdown / turns["stored"].slowdown,
+        "own_thread_step_vs_two_models": own["two_models"] / own["stored"],
+    }
+
+
+def several(step: Callable[[], None], count: int) -> None:
+    """Take as many steps."""
+    for _ in range(count):
+        step()
+
+
+# ---- bytes
+
+
+def bytes_per_row(folder: Path, count: int, side: int, peers: str) -> dict[str, float]:
+    """Bytes on disk per row of a store, and of what others keep of the same rows."""
+    dataset = images(folder / "bytes_dataset", count, side)
+    denoiser = UnitNoise(dataset.facts)
+    store = planned(folder / "bytes_store", denoiser, dataset, 8)
+    fill(denoiser, dataset, store, 8)
+    rows = count * SLOTS
+    found = {
+        "bytes_per_row": on_disk(folder / "bytes_store") / rows,
+        "bytes_per_row_parts": on_disk(folder / "bytes_store" / "shards") / rows,
+    }
+    engines = {"pt": write_pt, "agd": write_agd, "lmdb": write_lmdb}
+    if peers == "none" or (peers == "installed" and find_spec("lmdb") is None):
+        del engines["lmdb"]
+    recorded = list(recorded_rows(dataset, PredictionStore.open(folder / "bytes_store")))
+    for name, write in engines.items():
+        target = folder / name
+        target.mkdir()
+        write(target, recorded)
+        found[f"bytes_per_row_{name}"] = on_disk(target) / rows
+    return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the others keep."""
+
+    trajectory: int
+    x_t: Tensor
+    guided: Tensor
+    t: float
+    caption: Tensor
+
+
+def recorded_rows(dataset: Images, store: PredictionStore) -> Iterator[Row]:
+    """Rows of a store as its student sees them."""
+    denoiser = UnitNoise(dataset.facts)
+    config = learning(denoiser, SLOTS)
+    for number, rows in enumerate(taught(denoiser, store, config, len(dataset.rows))):
+        for place in range(len(rows.target)):
+            yield Row(
+                trajectory=number,
+                x_t=rows.question.x[place],
+                guided=rows.target[place],
+                t=float(rows.question.t[place]),
+                caption=rows.question.conditions["prompt_embeds"][place],
+            )
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes that the file system gave to all files of a folder, holes left out."""
+    files = (path.stat() for path in folder.rglob("*") if path.is_file())
+    return sum(min(each.st_size, 512 * each.st_blocks) for each in files)
+
+
+def write_pt(folder: Path, rows: Sequence[Row]) -> None:
+    """A pickle per row of the guided prediction in fp32, as OneTrainer's attempt: nothing else."""
+    for number, row in enumerate(rows):
+        torch.save(row.guided.clone(), folder / f"{number}.pt")
+
+
+def write_agd(folder: Path, rows: Sequence[Row]) -> None:
+    """AGD's: a raw fp16 file of states and guided predictions and a caption per trajectory."""
+    for number in range(rows[-1].trajectory + 1):
+        ours = [row for row in rows if row.trajectory == number]
+        values = torch.stack([torch.stack([row.x_t, row.guided]) for row in ours])
+        (folder / f"{number}.npy").write_bytes(values.half().numpy().tobytes())
+        torch.save(ours[0].caption.clone(), folder / f"{number}_conditioning.pt")
+
+
+def write_lmdb(folder: Path, rows: Sequence[Row]) -> None:
+    """DMD2's: a record per row of state, guided prediction and caption in fp16."""
+    import lmdb
+
+    size = sum(4 * (row.x_t.numel() + row.caption.numel()) for row in rows) + (1 << 26)
+    with lmdb.open(str(folder), map_size=2 * size) as env, env.begin(write=True) as transaction:
+        for number, row in enumerate(rows):
+            for name in ("x_t", "guided", "caption"):
+                content = getattr(row, name).half().numpy().tobytes()
+                transaction.put(f"{name}_{number}".encode(), content)
+
+
+def require_peers(which: str) -> None:
+    """Exit with code 2 where the peers are wanted but one is missing."""
+    if which == "all" and find_spec("lmdb") is None:
+        print(
+            "not installed: lmdb. Install it with `pip install lmdb`, or choose --peers installed",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def clock(options: argparse.Namespace) -> Clock:
+    """What seconds are counted by."""
+    return time.process_time if options.clock == "cpu" else time.perf_counter
+
+
+def main() -> None:
+    """Measure, print tables, and end with one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--side", type=int, default=64, help="of a latent")
+    parser.add_argument(
+        "--samples", type=int, default=ROLLOUTS_PER_SHARD, help=f"of {SLOTS} rows each"
+    )
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a batch")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a turn")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--bytes-samples", type=int, default=64)
+    parser.add_argument("--peers", choices=["all", "installed", "none"], default="all")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall",
+        help="cpu counts what all threads of the process compute, whatever else the machine does",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the last line only")
+    options = parser.parse_args()
+    require_peers(options.peers if "bytes" in options.parts else "none")
+    torch.set_num_threads(1)
+
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if "guided" in options.parts:
+            error = guided_error(folder, options.samples, options.side)
+            ratios["guided_value_rms_error"] = error
+        if "record" in options.parts:
+            ratios |= compare_recording(folder, options)
+        if "train" in options.parts:
+            ratios |= compare_steps(folder, options)
+        if "bytes" in options.parts:
+            ratios |= bytes_per_row(folder, options.bytes_samples, options.side, options.peers)
+    if not options.json:
+        for name, value in ratios.items():
+            print(f"{name:<32}{value:>12.5g}")
+    report(__file__, ratios, packages=["torch", "diffusers"])
+
+
+if __name__ == "__main__":
+    main()
