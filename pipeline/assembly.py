@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.run_config import RunConfig
 from pipeline.exclusion import alone
 from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stage_identity
 from pipeline.record import own_usage
 from pipeline.results import write_report
+from pipeline.run_config import RunConfig
 from pipeline.teachers import Teachers, load_model, teacher_path
 from stages.architecture import Architecture
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig

@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.run_config import RunConfig
 from pipeline.folders import RunFolders
 from pipeline.listening_page import render_sheet
 from pipeline.report import read_report, write_report
+from pipeline.run_config import RunConfig
 from stages.answers import read_answers
 from stages.errors import UserError
 from stages.listening import COLUMNS, Key, Kind, Sentence, Sheet, plan_sheets

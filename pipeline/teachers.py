@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.run_config import RunConfig
 from pipeline.folders import RunFolders
 from pipeline.inspection import audit_lines
+from pipeline.run_config import RunConfig
 from stages.audit import audit, audit_samples, predictions
 from stages.config import RolloutConfig
 from stages.dataset import Dataset

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from pipeline.assembly import Assembly
 from pipeline.config import load_config
 from pipeline.image_assembly import ImageAssembly
-from pipeline.run_config import RunConfig
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
 from pipeline.record import own_usage
+from pipeline.run_config import RunConfig
 from stages.errors import UserError
 from stages.interruption import stop_request
 from store import StoreError

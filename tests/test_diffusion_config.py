@@ -1,4 +1,4 @@
-"""Configurations of diffusion runs: their mistakes are named, and stages depend on what they say."""
+"""Configurations of diffusion runs: mistakes are named, and stages depend on what they say."""
 
 from __future__ import annotations
 

@@ -287,7 +287,14 @@ class DenoisingFitConfig(Record):
     weighting: WeightingName = "constant"
     """Weight of the loss by noise level."""
     gamma: float = Field(5.0, gt=0)
-    """Bound on the signal-to-noise ratio of `min_snr` and `soft_min_snr`; exponent of `p2`."""
+    """Bound on the signal-to-noise ratio of `min_snr` and `soft_min_snr`."""
+    exponent: float = Field(1.0, gt=0)
+    """Exponent of `p2`."""
+
+    @property
+    def weighting_number(self) -> float:
+        """Return the number that the weighting has."""
+        return self.exponent if self.weighting == "p2" else self.gamma
 
 
 # --------------------------------------------------------------------------------------- stage one
@@ -431,11 +438,18 @@ class DiffusionLossConfig(Record):
     weighting: WeightingName = "constant"
     """Weight by noise level, in the student's own type of prediction."""
     gamma: float = Field(5.0, gt=0)
-    """Bound on the signal-to-noise ratio of `min_snr` and `soft_min_snr`; exponent of `p2`."""
+    """Bound on the signal-to-noise ratio of `min_snr` and `soft_min_snr`."""
+    exponent: float = Field(1.0, gt=0)
+    """Exponent of `p2`."""
     mask: MaskConfig | None = None
     """Weigh the error by the masks of the dataset; null ignores them."""
     largest_factor: float = Field(64.0, gt=1)
     """Leave out rows whose target would be amplified more by conversion to the student's type."""
+
+    @property
+    def weighting_number(self) -> float:
+        """Return the number that the weighting has."""
+        return self.exponent if self.weighting == "p2" else self.gamma
 
     @field_validator("guidance_scale")
     @classmethod

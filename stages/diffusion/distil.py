@@ -156,7 +156,9 @@ class RowLearner:
 def row_weights(rows: TaughtRows, denoiser: Denoiser, loss: DiffusionLossConfig) -> Tensor:
     """Return the weight [b] float32 of each row: its sample's times that of its noise level."""
     kind = denoiser.schedule.prediction
-    return rows.weights * weighting(rows.alpha, rows.sigma, kind, loss.weighting, loss.gamma)
+    return rows.weights * weighting(
+        rows.alpha, rows.sigma, kind, loss.weighting, loss.weighting_number
+    )
 
 
 def _asked(denoiser: Denoiser, question: Question) -> Tensor:

@@ -217,7 +217,9 @@ class ImageLearner:
         arrays, kind = batch.arrays.to(self._place.device), self._denoiser.schedule.prediction
         losses = self._losses(arrays)
         config = self._config
-        weights = weighting(arrays["alpha"], arrays["sigma"], kind, config.weighting, config.gamma)
+        weights = weighting(
+            arrays["alpha"], arrays["sigma"], kind, config.weighting, config.weighting_number
+        )
         return Objective((arrays["weight"] * weights * losses).sum(), {"mse": losses.sum()})
 
     def _losses(self, arrays: Packed) -> Tensor:

@@ -83,7 +83,7 @@ def row_losses(
 
 
 def weighting(
-    alpha: Tensor, sigma: Tensor, prediction: PredictionType, name: WeightingName, gamma: float
+    alpha: Tensor, sigma: Tensor, prediction: PredictionType, name: WeightingName, number: float
 ) -> Tensor:
     """Return the weight [b] float32 of rows of noise levels `alpha` and `sigma` [b].
 
@@ -91,7 +91,8 @@ def weighting(
     another it is divided by how much larger the same error is there, so that the loss stays the
     same. Weights are finite at both ends. Sources: `min_snr` Hang et al. (2303.09556);
     `soft_min_snr` Crowson et al. (2401.11605); `debiased` Yu et al. (2310.08442); `p2` Choi et al.
-    (2204.00227), with their k = 1.
+    (2204.00227), with their k = 1. `number` is the bound on the ratio of the first two, and the
+    exponent of `p2`.
     """
     bounded = name in ("min_snr", "soft_min_snr")
     snr = (alpha.double() / sigma.double()).square().clamp(*(ENDS if bounded else UNBOUNDED_ENDS))
@@ -99,13 +100,13 @@ def weighting(
         case "constant":
             return torch.ones_like(snr, dtype=torch.float32)
         case "min_snr":
-            of_x0 = snr.clamp(max=gamma)
+            of_x0 = snr.clamp(max=number)
         case "soft_min_snr":
-            of_x0 = snr * gamma / (snr + gamma)
+            of_x0 = snr * number / (snr + number)
         case "debiased":  # 1/√SNR for epsilon
             of_x0 = snr.sqrt()
-        case "p2":  # 1/(1 + SNR)^gamma for epsilon
-            of_x0 = snr / (1 + snr) ** gamma
+        case "p2":  # 1/(1 + SNR)^number for epsilon
+            of_x0 = snr / (1 + snr) ** number
     return (of_x0 / _squared_error_per_x0(snr, prediction)).float()
 
 
