@@ -26,8 +26,8 @@ SYSTEMS = ("codec_copy", "teacher_guided", "teacher_unguided", "student")
 RECORDING = "recording"
 """Folder of the recordings themselves, beside those of the systems."""
 
-NOT_LOSSES = ("step", "learning_rate", "gradient_norm", "steps_per_s", "data_wait_share")
-"""Fields of a training log that are no loss terms."""
+NOT_LOSSES = ("step", "learning_rate", "gradient_norm", "steps_per_s")
+"""Fields of a training log that are no loss terms; nor are shares of the time or of the rows."""
 
 
 class Metric(Record):
@@ -339,7 +339,7 @@ def read_losses(path: Path, points: int = 300) -> dict[str, Points]:
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for line in read_log(path):
         for name, value in line.items():
-            if name not in NOT_LOSSES and _is_finite(value):
+            if name not in NOT_LOSSES and not name.endswith("_share") and _is_finite(value):
                 curves[name].append((int(line["step"]), float(value)))
     return {name: _thin(curve, points) for name, curve in curves.items()}
 
