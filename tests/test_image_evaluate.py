@@ -226,6 +226,19 @@ def test_a_system_that_breaks_loses_nothing_of_the_others(tmp_path):
     assert evaluated(tmp_path, three()).systems["student"].paired_mse.value > 0
 
 
+def test_what_is_not_finite_is_refused_by_name_and_not_kept(tmp_path):
+    with pytest.raises(UserError, match=r"student draws .* not finite \(the first is image 0\)"):
+        evaluated(tmp_path, three(Painted(offset=1e39)))
+    assert not list((tmp_path / "systems" / "student").rglob("*.safetensors"))
+
+
+def test_guidance_without_conditions_is_refused(tmp_path):
+    dataset = Labelled()
+    dataset.facts = dataset.facts.model_copy(update={"unconditional": "none"})
+    with pytest.raises(UserError, match=r"scale 3\.0.* evaluate\.guidance_scale to 1"):
+        evaluated(tmp_path, three(), dataset)
+
+
 def test_parts_of_another_evaluation_are_refused(tmp_path):
     evaluated(tmp_path, three())
     with pytest.raises(UserError, match="other models or settings"):

@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from pipeline.config import load_config
+from pipeline.folders import RunFolders
 from pipeline.metric_tables import markdown_table
+from pipeline.record import Usage
 from pipeline.report import render, write_report
-from stages.diffusion.evaluate import write_png
+from pipeline.results import write_image_report
+from stages.diffusion.evaluate import ImageEvaluation, write_png
 from stages.errors import UserError
 from stages.report_schema import (
     Comparison,
@@ -27,6 +31,7 @@ from stages.report_schema import (
     StageCost,
     System,
 )
+from store.schema import Quantization
 from tests.browser import Browser, find_chromium
 from tests.test_report import HOSTILE, Outline
 from tests.test_report import example as speech
@@ -243,6 +248,38 @@ def test_markdown_has_the_metrics_of_images(tmp_path):
     head = "| system | MSE to guided | Fréchet distance | Time per image | Passes | Parameters |"
     assert table.startswith(head)
     assert "| student | 0.01 [0.005, 0.02] | 1 | 0.002 | 1 | 164.69 k |" in table
+
+
+def test_the_report_of_a_run_has_its_costs_settings_and_warnings(tmp_path):
+    sections = {
+        "name": "tried",
+        "runs": str(tmp_path),
+        "evaluate": {},
+        "teacher": {"checkpoint": "x"},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(sections))
+    config = load_config(tmp_path / "run.yaml")
+    folder = RunFolders(config).report
+    made = example(folder)
+    found = ImageEvaluation(
+        made.systems, made.comparisons, made.judges, made.images, samples=150, conditions=10
+    )
+    held = Quantization(
+        method="int8", dtype="float32", backend="torchao", backend_version="1.0", layers=("a",)
+    )
+    write_image_report(
+        config, {"dataset": "cd"}, found, 12.5, Usage(peak_rss_bytes=7, peak_device_bytes=0), held
+    )
+    report = Report.read(folder / "report.json")
+    assert report.systems == made.systems
+    assert report.images == made.images
+    assert (report.samples, report.sentences) == (150, 10)
+    assert report.stages["evaluate"] == StageCost(wall_s=12.5, peak_rss_bytes=7)
+    assert report.fingerprints == {"dataset": "cd"}
+    assert report.settings["name"] == "tried"
+    assert "1 of its linear layers hold their weights in int8" in report.warnings[0]
+    assert "150 images to 540 reference images: so few" in report.warnings[1]
+    assert "150 images to 540" in (folder / "report.html").read_text()
 
 
 @pytest.mark.slow

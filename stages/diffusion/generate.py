@@ -56,6 +56,11 @@ class ImageContender:
         """Forward passes per solver step."""
         return 1 if self.guidance_scale == 1 else 2
 
+    @property
+    def needs_unconditional(self) -> bool:
+        """Whether the second pass has the condition that stands for none."""
+        return self.passes == 2 and self.guides_by == "condition"
+
 
 @dataclass(frozen=True)
 class Item:
@@ -149,7 +154,8 @@ def generate(
     """Draw every item at every count of solver steps, leaving out what the gallery holds.
 
     All systems begin with the same noise, whatever the batches. Returns False when `stop` was
-    requested first; the model is loaded only where something is missing.
+    requested first; the model is loaded only where something is missing. Raises `UserError` for
+    guidance that the dataset has nothing for, and for a system that draws what is not finite.
     """
     missing = [
         (steps, number, batch)
@@ -159,6 +165,11 @@ def generate(
     ]
     if not missing:
         return True
+    if contender.needs_unconditional and dataset.facts.unconditional == "none":
+        raise UserError(
+            f"{contender.name} is to be guided at scale {contender.guidance_scale}, but the "
+            "dataset has no conditions to leave out: set evaluate.guidance_scale to 1"
+        )
     painter = Painter(contender, dataset, config.seed)
     gallery.note(SystemFacts(passes=contender.passes, architecture=painter.architecture()))
     painter.warm_up(missing[0][2])
@@ -168,10 +179,21 @@ def generate(
         started = time.perf_counter()
         latents = painter.draw(batch, steps)
         seconds = time.perf_counter() - started
+        _require_finite(contender.name, batch, latents)
         named = {str(item.index): latent for item, latent in zip(batch, latents, strict=True)}
         content = save(named, metadata={"seconds": repr(seconds)})
         replace_file(gallery.batch(steps, number), content)
     return True
+
+
+def _require_finite(name: str, batch: Sequence[Item], latents: np.ndarray) -> None:
+    lost = [item.index for item, x in zip(batch, latents, strict=True) if not np.isfinite(x).all()]
+    if lost:
+        raise UserError(
+            f"{name} draws latents that are not finite (the first is image {lost[0]}): its "
+            "training diverged, or its precision is too low for it; train it again with a lower "
+            "learning rate, or leave it out"
+        )
 
 
 def batches_of(items: Sequence[Item], batch_size: int) -> list[Sequence[Item]]:
@@ -227,7 +249,7 @@ class Painter:
             np.full(len(batch), t),
             [item.draw for item in batch],
             np.full(len(batch), contender.guidance_scale, np.float32),
-            unconditional=contender.guides_by == "condition" and contender.passes == 2,
+            unconditional=contender.needs_unconditional,
         ).to(self._device)
 
     def _predict(self, asked: Asked) -> Predict:
@@ -238,18 +260,15 @@ class Painter:
             here = replace(asked, x=x, t=t)
             if contender.passes == 1:
                 return self._denoiser.predict(x, t, here.conditions, self._told(len(x)))
-            cond, without = self._branches(here)
-            return mixed(cond, without, here.scale)
+            return mixed(*self._branches(here), here.scale)
 
         return predict
 
-    def _branches(self, asked: Asked) -> tuple[Tensor, Tensor]:
+    def _branches(self, asked: Asked) -> tuple[Tensor, Tensor | None]:
         """Predict [b, *shape] twice: with what guidance leads to, and with what it leads from."""
         passes: Passes = "adapter" if self._contender.guides_by == "adapter" else "unconditional"
         if self._other is None:
-            cond, without = ask(self._denoiser, asked, passes)
-            assert without is not None
-            return cond, without
+            return ask(self._denoiser, asked, passes)
         return ask(self._denoiser, asked, "one")[0], ask(self._other, asked, "one")[0]
 
     def _told(self, count: int) -> Tensor | None:
