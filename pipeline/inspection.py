@@ -346,7 +346,8 @@ def _architecture(counted: Document) -> str:
     lines = [
         f"{counted['parameters']:,} parameters, {counted['active_parameters']:,} of them active "
         f"at a position ({parts})",
-        f"{counted['flops_per_timestep']:,} FLOPs per timestep and pass, attention left out",
+        f"{counted['flops_per_timestep']:,} FLOPs per timestep and pass, attention over a history "
+        "left out",
     ]
     if counted["experts"]:
         lines.append(

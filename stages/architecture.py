@@ -17,7 +17,8 @@ class Architecture(Record):
     being two, and of the router and the active experts. Left out is what grows with the length of
     history and conditions (attention over them), what runs once per rollout (encoders, keys and
     values of the conditions), and what costs next to nothing (norms, activations, embeddings).
-    Guidance doubles them: it takes two passes.
+    Guidance doubles them: it takes two passes. A timestep of a diffusion model is one pass over an
+    image of the first bucket: convolutions and attention within the image are counted too.
     """
 
     parameters: int = Field(ge=0)

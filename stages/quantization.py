@@ -114,10 +114,12 @@ def _announce(record: Quantization, full: int, held: int) -> None:
 
 def _require_whole(module: nn.Module) -> None:
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) and type(layer.weight) is not nn.Parameter:
+        if not isinstance(layer, nn.Linear):
+            continue
+        if type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point():
             raise UserError(
-                f"the weight of {name} is {type(layer.weight).__name__}, quantized before: load "
-                "the model anew and quantize it once"
+                f"the weight of {name} is {type(layer.weight).__name__} of {layer.weight.dtype}, "
+                "quantized before: load the model anew and quantize it once"
             )
 
 

@@ -6,6 +6,7 @@ the stock pipeline's own call, not a second reading of it.
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,9 +108,9 @@ class Calls:
             handle.remove()
 
 
-def conditions_of(tiny_one, texts=TEXTS, dtype=torch.float32):
+def conditions_of(tiny_one, texts=TEXTS):
     rows = tiny_one.encoder.encode_texts(texts)
-    return {name: torch.tensor(np.stack([row[name] for row in rows])).to(dtype) for name in rows[0]}
+    return {name: torch.tensor(np.stack([row[name] for row in rows])).float() for name in rows[0]}
 
 
 def call_stock(tiny_one, conditions, **options):
@@ -129,16 +130,22 @@ GUIDANCE |= {"sd3": {"guidance_scale": 1.0}, "flux": {"guidance_scale": 3.5}}
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux"])
-def test_a_network_is_asked_what_its_stock_pipeline_asks(tiny, kind):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_is_asked_what_its_stock_pipeline_asks(tiny, kind, dtype):
     from stages.families.diffusion_networks import unpack
+    from stages.families.diffusion_tiny import tiny_pipeline
 
-    one = tiny(kind)
+    with silenced():
+        pipeline = tiny_pipeline(kind).to(dtype)
+    one = SimpleNamespace(**vars(tiny(kind)) | {"pipeline": pipeline})
     conditions = conditions_of(one)
-    stock = call_stock(one, conditions, **GUIDANCE[kind])
-    denoiser = pretrained(one, embedded_guidance=3.5 if kind == "flux" else None)
+    stock = call_stock(one, {n: c.to(dtype) for n, c in conditions.items()}, **GUIDANCE[kind])
+    told = 3.5 if kind == "flux" else None
+    denoiser = pretrained(one, dtype, embedded_guidance=told)
     sizes = one.encoder.sizes((32, 32), (0, 0), (32, 32))
+    assert stock.outputs[0].dtype == dtype
     assert (set(sizes) == {"time_ids"}) == (kind == "sdxl")
-    told = {name: torch.tensor(value).expand(2, -1) for name, value in sizes.items()}
+    conditions |= {name: torch.tensor(value).expand(2, -1) for name, value in sizes.items()}
     times = one.pipeline.scheduler.timesteps
     assert len(stock.inputs) == 3
     assert 600 < times[0] <= 1000  # on the schedule's scale, whatever the network wants
@@ -146,7 +153,7 @@ def test_a_network_is_asked_what_its_stock_pipeline_asks(tiny, kind):
         given = inputs["sample"] if "sample" in inputs else inputs["hidden_states"]
         x = unpack(given, 16, 16) if kind == "flux" else given
         with Calls(denoiser.module) as ours, torch.no_grad():
-            found = denoiser.predict(x, t.double().expand(2), {**conditions, **told})
+            found = denoiser.predict(x, t.double().expand(2), conditions)
         assert torch.equal(found, unpack(output, 16, 16) if kind == "flux" else output)
         assert ours.inputs[0].keys() == inputs.keys()
         for name, value in inputs.items():
@@ -193,6 +200,8 @@ def test_captions_are_encoded_as_by_the_stock_pipeline(tiny, kind):
         if kind != "sd15":
             np.testing.assert_array_equal(row["pooled_prompt_embeds"], pooled[i].half().numpy())
     assert not np.array_equal(rows[0]["prompt_embeds"], rows[1]["prompt_embeds"])
+    empty = one.encoder.encode_texts([""])[0]
+    assert all(np.isfinite(array).all() and (array != 0).any() for array in empty.values())
     assert all((zero == 0).all() for zero in one.encoder.zeros().values())
 
 
@@ -369,6 +378,11 @@ def test_a_lora_in_kohyas_format_is_the_teachers(tiny, tmp_path):
     save_file({k.replace("attn1", "attn9"): v for k, v in tensors.items()}, other)
     with pytest.raises(UserError, match=r"other\.safetensors"):
         pretrained(one, adapter=other)
+    dora = tmp_path / "dora.safetensors"
+    key = next(iter(tensors)).partition(".")[0]
+    save_file(tensors | {f"{key}.dora_scale": torch.ones(1)}, dora)
+    with pytest.raises(UserError, match=r"more than a LoRA.*dora_scale"):
+        pretrained(one, adapter=dora)
     with pytest.raises(UserError, match="no LoRA here"):
         pretrained(one, adapter=tmp_path / "absent.safetensors")
 
@@ -459,6 +473,18 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(tiny, tiny_unconditional
         teach(tiny("sdxl").folder, one.facts.model_copy(update={"scaling": 0.13025}))
     with pytest.raises(UserError, match="no text encoders"):
         tiny("dit").encoder.encode_texts(["a"])
+
+
+def test_a_tokenizer_without_a_length_is_named(tmp_path):
+    from stages.families.diffusion_tiny import save_tiny
+
+    save_tiny("sd15", tmp_path)
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["model_max_length"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json has model_max_length=None"):
+        _ = load_image_encoder().open(tmp_path, device=CPU).conditions
 
 
 def test_weights_in_half_precision_alone_are_found(tiny, tmp_path):

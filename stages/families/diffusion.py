@@ -24,11 +24,12 @@ from stages.architecture import Architecture, parameters_by_part
 from stages.diffusion.config import DenoiserConfig, DiffusionTeacher
 from stages.diffusion.denoiser import Conditions
 from stages.diffusion.facts import ImageFacts, ScheduleFacts
+from stages.diffusion.schedule import facts_of
 from stages.errors import UserError
 from stages.families import diffusion_adapters as adapters
 from stages.families import diffusion_networks as networks
 from stages.families.diffusion_networks import Kind, Settings
-from stages.families.diffusion_schedules import configured, predicting
+from stages.families.diffusion_schedules import predicting
 from stages.families.diffusion_sources import CONFIG_FILE, DTYPES, WEIGHTS_FILE, Source, read_json
 from stages.families.weights import check_tensors, digest_tensors
 from stages.publish import publish_file, replace_file
@@ -318,7 +319,7 @@ def _architecture_of(
     config: DenoiserConfig, facts: ImageFacts
 ) -> tuple[Kind, Settings, ScheduleFacts | None]:
     """Return the class of a configured network, its arguments and its own schedule."""
-    schedule = None if config.schedule is None else configured(config.schedule)
+    schedule = None if config.schedule is None else facts_of(config.schedule)
     given: Settings = config.settings
     if config.pipeline is None:
         kind = networks.kind_of(config.network, "model.network")

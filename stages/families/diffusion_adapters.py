@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -160,6 +161,7 @@ def load_published(network: Any, file: Path, scale: float) -> None:
         )  # fmt: skip
     wanted = sum(name.endswith(UPS) for name in own)
     layers = [m for m in network.modules() if isinstance(m, LoraLayer)]
+    _check_plain(file, own)
     if not layers or len(layers) != wanted:
         raise UserError(
             f"{file} changes {wanted} layers of the {component}, and {len(layers)} of them are in "
@@ -176,6 +178,18 @@ def load_published(network: Any, file: Path, scale: float) -> None:
         for parameter in layer.parameters():
             parameter.data = parameter.data.to(dtype)
     network.requires_grad_(False).eval()
+
+
+def _check_plain(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what diffusers would leave out of an adapter that is more than low-rank factors."""
+    with safe_open(file, "pt") as content:
+        odd = [name for name in content.keys() if "dora_scale" in name]  # noqa: SIM118
+    odd += [name for name in tensors if "lora" not in name and not name.endswith("alpha")]
+    if odd:
+        raise UserError(
+            f"{file} is more than a LoRA: it has {', '.join(sorted(odd)[:3])}, which diffusers "
+            "would leave out; merge it into the pipeline's weights and give these"
+        )
 
 
 UPS = ("lora_B.weight", "lora.up.weight", "lora_up.weight", ".up.weight")

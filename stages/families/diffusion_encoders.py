@@ -198,13 +198,20 @@ class PipelineEncoder:
 
     def length(self, tokenizer: str) -> int:
         """Tokens of a caption, padded."""
-        return int(
-            read_json(self._folder / tokenizer / "tokenizer_config.json")["model_max_length"]
-        )
+        return self._number(tokenizer, "tokenizer_config.json", "model_max_length")
 
     def setting(self, encoder: str, name: str) -> int:
         """Number in the configuration of a text encoder."""
-        return int(read_json(self._folder / encoder / CONFIG_FILE)[name])
+        return self._number(encoder, CONFIG_FILE, name)
+
+    def _number(self, component: str, file: str, name: str) -> int:
+        found = read_json(self._folder / component / file).get(name)
+        if not isinstance(found, int):
+            raise UserError(
+                f"{self._folder / component / file} has {name}={found!r}, and a whole number is "
+                "needed to know the size of an encoded caption: get the pipeline whole"
+            )
+        return found
 
     def _loaded_vae(self) -> Any:
         if self._vae is None:

@@ -71,8 +71,7 @@ def settings_for(kind: Kind, given: Settings, facts: ImageFacts, *, scale_input:
     Raises `UserError` for one that the class does not have, and for `scale_input` where it has no
     such input.
     """
-    name = kind.network.__name__
-    known = inspect.signature(kind.network.__init__).parameters.keys() - {"self"}
+    name, known = kind.network.__name__, arguments(kind)
     unknown = sorted(given.keys() - known)
     if unknown:
         raise UserError(
@@ -89,6 +88,11 @@ def settings_for(kind: Kind, given: Settings, facts: ImageFacts, *, scale_input:
         argument, value = kind.scale_input
         settings[argument] = settings.get(argument) or value
     return settings
+
+
+def arguments(kind: Kind) -> set[str]:
+    """Names of the arguments of a class of networks."""
+    return inspect.signature(kind.network.__init__).parameters.keys() - {"self"}
 
 
 def fresh(kind: Kind, settings: Settings, *, seed: int) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from stages.diffusion.config import PredictionType, ScheduleConfig
+from stages.diffusion.config import PredictionType
 from stages.diffusion.facts import ScheduleFacts
 from stages.errors import UserError
 from stages.families.diffusion_library import DDPMScheduler, reading
@@ -101,31 +101,6 @@ def _dynamic_shift(scheduler: Mapping[str, Any], tokens: int) -> float:
     low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
     mu = low + (high - low) * (tokens - short) / (long - short)
     return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
-
-
-def configured(config: ScheduleConfig) -> ScheduleFacts:
-    """Return the schedule of a model that is trained here, with diffusers' name for it."""
-    if config.kind == "flow":
-        return schedule_of(
-            {
-                "_class_name": "FlowMatchEulerDiscreteScheduler",
-                "num_train_timesteps": config.train_timesteps,
-                "shift": config.shift,
-            },
-            tokens=0,
-        )
-    return schedule_of(
-        {
-            "_class_name": "DDIMScheduler",
-            "num_train_timesteps": config.train_timesteps,
-            "beta_schedule": config.beta_schedule,
-            "prediction_type": config.prediction,
-            "rescale_betas_zero_snr": config.zero_terminal_snr,
-            "timestep_spacing": "trailing",
-            "clip_sample": False,
-        },
-        tokens=0,
-    )
 
 
 def predicting(schedule: ScheduleFacts, prediction: PredictionType | None) -> ScheduleFacts:

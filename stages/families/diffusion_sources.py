@@ -17,7 +17,7 @@ from torch import Tensor
 from stages.diffusion.facts import ScheduleFacts
 from stages.errors import UserError
 from stages.families.diffusion_library import reading
-from stages.families.diffusion_networks import Kind, Settings, kind_of, ready
+from stages.families.diffusion_networks import Kind, Settings, arguments, kind_of, ready
 from stages.families.diffusion_schedules import schedule_of
 from stages.families.weights import digest_tensors
 from stages.saved_model import OWN_KEY
@@ -139,8 +139,9 @@ class Source:
 
     @property
     def settings(self) -> Settings:
-        """Arguments of its network."""
-        return {k: v for k, v in self.description.items() if not k.startswith("_")}
+        """Arguments of its network; what else its file has, diffusers does not read either."""
+        known = arguments(self.kind)
+        return {name: value for name, value in self.description.items() if name in known}
 
     def schedule(self, tokens: int) -> ScheduleFacts | None:
         """Return its noise schedule; None of a network that stands alone."""
