@@ -527,6 +527,13 @@ def test_a_sample_that_was_to_be_taught_and_was_never_asked_for_is_refused(tmp_p
         trained(tmp_path / "own", altered)
 
 
+def test_a_store_whose_samples_weigh_nothing_is_refused(tmp_path):
+    samples = [sample | {"weight": 0.0} for sample in SAMPLES]
+    store = write_store(tmp_path / "s", Written(samples=samples))
+    with pytest.raises(UserError, match="all of its samples weigh 0"):
+        trained(tmp_path / "own", store)
+
+
 def test_an_image_as_the_target_of_a_trajectory_is_refused(tmp_path):
     written = Written(rows=TRAJECTORY, samples=SAMPLES, asked=("d", "e"))
     store = write_store(tmp_path / "s", written)
