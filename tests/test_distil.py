@@ -19,7 +19,7 @@ from stages.diffusion.config import AdapterContrast, TrajectoryRows
 from stages.diffusion.distil import RowLearner, distil
 from stages.diffusion.facts import ConditionFacts, Recording
 from stages.diffusion.losses import weighting
-from stages.diffusion.rows import SOURCES
+from stages.diffusion.stored_row import SOURCES
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.interruption import StopRequest
@@ -50,6 +50,7 @@ STORES = {
     "forward": Written(),
     "v": Written(schedule=V),
     "flow": Written(schedule=FLOW),
+    "asked": Written(asked=("d", "e")),
     "guided": Written(branches="guided"),
     "told": Written(branches="guided", embedded_guidance=3.5),
     "trajectory": Written(rows=TRAJECTORY, samples=TEACHERS),
@@ -171,6 +172,10 @@ CASES = {
     "guided already": ("guided", {}, {"takes_scale": True}),
     "guided by a number": ("told", {}, {"takes_scale": True}),
     "shared with data": ("forward", {"guidance_scale": 2.5, "data_share": 0.3}, {}),
+    "data that was asked for": ("asked", {"guidance_scale": 2.5}, {}),
+    "data that was asked for, shared": (
+        "asked", {"guidance_scale": 2.5, "data_share": 0.3}, {"schedule": V},
+    ),
     "noise to v": ("forward", {"guidance_scale": 2.5}, {"schedule": V}),
     "noise to x0": ("forward", {"guidance_scale": 2.5}, {"schedule": schedule_of("sample")}),
     "noise to flow": ("forward", {"guidance_scale": 2.5}, {"schedule": FLOW}),
@@ -227,9 +232,9 @@ def learner_of(denoiser, store, config, place=HERE) -> RowLearner:
     return RowLearner(denoiser, store, recording, config, 5, place)
 
 
-def test_each_row_of_a_mixed_batch_has_one_source(stores):
-    """What one sample is taught does not move with what stands in for the others' sources."""
-    store, config = stores("forward"), config_of({"guidance_scale": 2.5, "data_share": 0.4})
+@pytest.mark.parametrize("kind", ["forward", "asked"])
+def test_each_row_of_a_mixed_batch_has_one_source(stores, kind):
+    store, config = stores(kind), config_of({"guidance_scale": 2.5, "data_share": 0.4})
     learner = learner_of(FakeDenoiser(), store, config)
     found = {}
     with closing(learner):
@@ -329,6 +334,22 @@ def test_rows_without_a_weight_move_nothing_whatever_they_hold(tmp_path):
     with closing(learner):
         others = sum(learner.objective(0, batch).total for batch in learner.batches(0))
     assert float(total.detach()) == pytest.approx(float(others.detach()), rel=1e-5)
+
+
+def test_a_target_beyond_all_numbers_moves_nothing(tmp_path):
+    plain = schedule_of()
+    steep = plain.model_copy(update={"alphas_cumprod": (*plain.alphas_cumprod[:-1], 1e-44)})
+    store = write_store(tmp_path / "s", Written(schedule=steep, samples=TEACHERS))
+    denoiser = FakeDenoiser(steep.model_copy(update={"prediction": "sample"}))
+    learner = learner_of(denoiser, store, config_of(optimizer={"batch_size": ROWS}))
+    with closing(learner):
+        batches = learner.batches(0)
+        assert any((batch.arrays["t"] == 39).any() for batch in batches)
+        assert sum(batch.counts["left_out"] for batch in batches) > 0
+        total = sum(learner.objective(0, batch).total for batch in batches)
+        total.backward()
+    assert total.isfinite()
+    assert all(p.grad.isfinite().all() for p in denoiser.module.parameters())
 
 
 # Training.
@@ -525,6 +546,13 @@ def test_a_sample_that_was_to_be_taught_and_was_never_asked_for_is_refused(tmp_p
     assert len(store.plan) == len(altered.plan)
     with pytest.raises(UserError, match=r"sample 'd' is to learn from 'teacher', .* no prediction"):
         trained(tmp_path / "own", altered)
+
+
+def test_a_store_whose_samples_weigh_nothing_is_refused(tmp_path):
+    samples = [sample | {"weight": 0.0} for sample in SAMPLES]
+    store = write_store(tmp_path / "s", Written(samples=samples))
+    with pytest.raises(UserError, match="all of its samples weigh 0"):
+        trained(tmp_path / "own", store)
 
 
 def test_an_image_as_the_target_of_a_trajectory_is_refused(tmp_path):

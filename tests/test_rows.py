@@ -13,8 +13,9 @@ import torch
 from stages.diffusion.config import ForwardRows, TrajectoryRows
 from stages.diffusion.conversion import Conversion
 from stages.diffusion.facts import Recording
-from stages.diffusion.rows import SOURCES, Reading, RowBatch, RowReader, StoreRows, row_order
+from stages.diffusion.rows import Reading, RowBatch, RowReader, StoreRows, row_order
 from stages.diffusion.schedule import Schedule
+from stages.diffusion.stored_row import SOURCES
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.host_memory import HostMemory
@@ -338,7 +339,7 @@ def test_noise_of_another_key_is_refused_and_stored_noise_needs_no_key(tmp_path,
         return np.random.default_rng(0).standard_normal(key[-1], np.float32)
 
     monkeypatch.setattr("stages.diffusion.rows.row_noise", other)
-    with pytest.raises(UserError, match="drawn again from their key"):
+    with pytest.raises(UserError, match="drawn again from its key"):
         walked(plain, config_of(), range(8))
     assert walked(with_noise, config_of(), range(0, ROWS, 8))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from stages.diffusion.config import DiffusionLossConfig, TargetSource
+from stages.diffusion.config import DiffusionLossConfig
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.facts import ImageFacts, Recording
 from stages.diffusion.row_targets import transfers
@@ -88,9 +89,11 @@ def _require_scale(denoiser: Denoiser, store: PredictionStore, loss: DiffusionLo
 
 
 def require_targets(store: PredictionStore, recording: Recording) -> None:
-    """Refuse a sample whose target is not in the store."""
-    along = recording.rows.kind == "trajectory"
-    for sample_id, source, predicted in _sources(store):
+    """Refuse a sample whose target is not in the store, and a store whose samples weigh nothing."""
+    along, weighs = recording.rows.kind == "trajectory", False
+    for sample, predicted in _samples(store):
+        sample_id, source = sample["sample_id"], sample["target"]
+        weighs |= sample["weight"] > 0
         if source != "data" and not predicted:
             raise UserError(
                 f"sample {sample_id!r} is to learn from {source!r}, but {store.path} holds no "
@@ -103,14 +106,19 @@ def require_targets(store: PredictionStore, recording: Recording) -> None:
                 "which begin in noise and have no image: record it with rows.kind: forward, or "
                 "give it the target `teacher`"
             )
+    if not weighs:
+        raise UserError(
+            f"{store.path} has nothing to learn from, for all of its samples weigh 0: give some of "
+            "them a weight in the dataset's metadata, and record again"
+        )
 
 
-def _sources(store: PredictionStore) -> Iterator[tuple[str, TargetSource, bool]]:
-    """Id, source of the target, and whether there is a prediction, of every sample of a shard."""
+def _samples(store: PredictionStore) -> Iterator[tuple[Mapping[str, Any], bool]]:
+    """Yield the sample of every rollout, and whether it was to be predicted."""
     buckets = store.manifest.buckets
     for shard in store.committed:
         bucket = store.plan.bucket_of(shard)
         predicted = bucket is None or buckets[bucket].predicted
         rows = range(len(store.plan[shard]))
         for sample in store.samples_at([shard] * len(rows), rows):
-            yield sample["sample_id"], sample["target"], predicted
+            yield sample, predicted

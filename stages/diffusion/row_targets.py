@@ -17,7 +17,8 @@ from stages.diffusion.conversion import Conversion
 from stages.diffusion.denoiser import Conditions
 from stages.diffusion.facts import Recording
 from stages.diffusion.predictions import of_pair
-from stages.diffusion.rows import CONDITION, DATA, PRIOR, TARGET, RowBatch
+from stages.diffusion.rows import CONDITION, RowBatch
+from stages.diffusion.stored_row import DATA, PRIOR, TARGET
 from stages.guidance import guide
 from stages.packed import Packed
 from stages.targets import Mixture, read_scales

@@ -9,43 +9,34 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
-import google_crc32c
 import numpy as np
 
 from stages.data import planned_samples
 from stages.diffusion.config import (
     DistilConfig,
     PredictionType,
-    TargetSource,
     TimestepsConfig,
 )
 from stages.diffusion.conversion import Conversion, Placed
-from stages.diffusion.facts import END, OK, REPEATED, Recording
+from stages.diffusion.facts import Recording
 from stages.diffusion.noise import matches, noised, row_noise
+from stages.diffusion.stored_row import DATA, SOURCES, RowKey, StoredRow
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.host_memory import HostMemory
 from stages.loader import Loader
 from stages.packed import Packed
 from store import PredictionStore
-from store.encoding import COLUMN
 from store.order import Array, Order, rank_share
 from store.plan import Plan
 from store.schema import Manifest
-from store.shard import Shard
 
-RowKey = tuple[str, int, int]
-"""(sample_id, variation, slot)."""
-SOURCES: tuple[TargetSource, ...] = get_args(TargetSource)
-_, DATA, PRIOR = range(3)
-"""Places in `SOURCES`."""
 SIZES = "time_ids"
 """Tensor of the table `latents` that a network is told beside the condition."""
-CONDITION, TARGET = "condition.", "dense."
-"""What arrays of a batch have before their names."""
+CONDITION = "condition."
+"""What arrays of conditions have before their names in a batch."""
 Taught = Literal["prediction", "end", "pairs"]
 
 
@@ -108,53 +99,6 @@ class Reading:
         )
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """Where a row lies, and what is known of its sample."""
-
-    store: PredictionStore
-    shard: Shard
-    rollout: int
-    slot: int
-    epoch: int
-    sample: Mapping[str, Any]
-
-    @property
-    def row(self) -> int:
-        """Its place in the arrays of the shard."""
-        return int(self.shard.offsets[self.rollout]) + self.slot
-
-    @property
-    def end(self) -> int:
-        """Place of the last row of its rollout."""
-        return int(self.shard.offsets[self.rollout + 1]) - 1
-
-    @property
-    def key(self) -> RowKey:
-        return (*self.shard.keys[self.rollout], self.slot)
-
-    @property
-    def source(self) -> int:
-        return SOURCES.index(self.sample["target"])
-
-    def column(self, name: str, row: int | None = None) -> Any:
-        """Number of a column at a row, this one if none is given."""
-        return self.shard.arrays[f"{COLUMN}{name}"].item(self.row if row is None else row)
-
-    def latent(self, name: str, row: int | None = None) -> np.ndarray:
-        """[*shape] of a column that is a latent, likewise."""
-        values: np.ndarray = self.shard.arrays[f"{COLUMN}{name}"][self.row if row is None else row]
-        return values.squeeze(0)
-
-    def drawn(self, name: str) -> int:
-        return int(self.shard.rollouts.drawn[name][self.rollout])
-
-    @cached_property
-    def image(self) -> Mapping[str, np.ndarray]:
-        """Row of the table `latents`."""
-        return self.store.table("latents")[self.drawn("latent")]
-
-
 class _State(NamedTuple):
     """A noised latent that the student is asked of."""
 
@@ -172,8 +116,7 @@ class _State(NamedTuple):
 class RowReader:
     """Reads one process's micro-batches of a store; with it, it may travel to other processes.
 
-    Every row is compared with the checksums that stage one took: 20 µs for both parts of an SDXL
-    prediction, where its noise takes a millisecond.
+    Every row is compared with the checksums that stage one took.
     """
 
     store: PredictionStore
@@ -210,7 +153,7 @@ class RowReader:
         levels = np.array([state.level for state in states]).T
         usable, placed = self._usable(cells, levels)
         finite = np.array([state.finite for state in states])
-        weights = np.array([_weight(cell) for cell in cells]) * (finite & usable)
+        weights = np.array([cell.weight for cell in cells]) * (finite & usable)
         numbers = {
             "alpha": levels[1],
             "sigma": levels[2],
@@ -234,7 +177,7 @@ class RowReader:
             | {"failed": int((~finite).sum()), "left_out": int((finite & ~usable).sum())},
         )
 
-    def _cells(self, part: Array) -> list[_Cell]:
+    def _cells(self, part: Array) -> list[StoredRow]:
         shards = [self.store.committed[place] for place in part[:, 0].tolist()]
         held = {shard: self.store.shard(shard) for shard in dict.fromkeys(shards)}
         starts = {n: self._starts(shard.offsets) for n, shard in held.items()}
@@ -245,7 +188,7 @@ class RowReader:
         ]
         samples = self.store.samples_at(shards, rollouts)
         return [
-            _Cell(self.store, held[n], rollout, row - starts[n].item(rollout), epoch, sample)
+            StoredRow(self.store, held[n], rollout, row - starts[n].item(rollout), epoch, sample)
             for n, rollout, row, epoch, sample in zip(
                 shards, rollouts, rows, epochs, samples, strict=True
             )
@@ -255,62 +198,60 @@ class RowReader:
         """First taught row of every rollout of a shard, then their number."""
         return offsets - np.arange(len(offsets)) * self.reading.along_trajectories
 
-    def _state(self, cell: _Cell) -> _State:
+    def _state(self, cell: StoredRow) -> _State:
         if not self.reading.along_trajectories:
             return self._noised(cell)
         match self.reading.teaches:
             case "prediction":
                 return self._visited(cell)
             case "end":
-                x0 = _recorded_state(cell, cell.end)
-                return self._visited(cell)._replace(finite=_ended(cell), x0=x0)
+                x0 = cell.state(cell.end)
+                return self._visited(cell)._replace(finite=cell.ended, x0=x0)
             case "pairs":
                 return self._mixed(cell)
 
-    def _noised(self, cell: _Cell) -> _State:
+    def _noised(self, cell: StoredRow) -> _State:
         """A latent of the dataset, with its noise drawn again."""
-        x0 = cell.image["latent"]
-        if f"{COLUMN}noise" in cell.shard.arrays:
-            noise = cell.latent("noise").astype(np.float32)
+        x0, stored = cell.image["latent"], cell.noise()
+        if stored is not None:
+            noise = stored.astype(np.float32)
         else:
             sample_id, _, slot = cell.key
             variation = cell.drawn("image_variation"), cell.drawn("text_variation")
             seed = self.store.manifest.seed
             noise = row_noise(seed, sample_id, *variation, slot, x0.shape)
-        level = _level(cell)
+        level = cell.level
         x_t = noised(x0, noise, *level[1:])
         if not matches(x_t, cell.column("x_t_crc"), cell.column("x_t_sum")):
+            origin = "as it is stored" if stored is not None else "drawn again from its key"
             raise UserError(
-                f"{_name(cell)} cannot be rebuilt: latent and noise, drawn again from their key, "
-                "do not give the noised latent that the teacher saw (its checksum differs). The "
-                "store's latents or seed are not those it was recorded with, or this machine draws "
-                "other numbers: record again with rows.store_noise: true, which stores the noise"
+                f"{cell} cannot be rebuilt: its latent and its noise, {origin}, do not give "
+                "the noised latent that the teacher saw (its checksum differs). Either the store "
+                "was altered: restore it from a copy; or this machine computes other numbers: "
+                "record again with rows.store_noise: true, which stores the noise"
             )
-        return _State(x_t, level, _answered(cell), x0, noise)
+        return _State(x_t, level, cell.answered, x0, noise)
 
-    def _visited(self, cell: _Cell) -> _State:
+    def _visited(self, cell: StoredRow) -> _State:
         """A state of a trajectory."""
-        state = _recorded_state(cell, cell.row)
-        return _State(state.astype(np.float32), _level(cell), _answered(cell))
+        state = cell.state(cell.row)
+        return _State(state.astype(np.float32), cell.level, cell.answered)
 
-    def _mixed(self, cell: _Cell) -> _State:
+    def _mixed(self, cell: StoredRow) -> _State:
         """A point of the line between both ends of a trajectory, one of a stratum per row."""
-        x0, start = (
-            _recorded_state(cell, cell.end),
-            _recorded_state(cell, cell.end - self._of(cell)),
-        )
+        x0, start = cell.state(cell.end), cell.state(cell.end - self._of(cell))
         own, noise = self.reading.conversion.own, start.astype(np.float32)
         key = (self.reading.seed, "pairs", *cell.key[:2], cell.epoch)
         t = own.draw(TimestepsConfig(), self._of(cell), *key)[cell.slot]
         alpha, sigma = own.at(t)
         x_t = noised(x0, noise, float(alpha), float(sigma))
-        return _State(x_t, (float(t), float(alpha), float(sigma)), _ended(cell), x0, noise)
+        return _State(x_t, (float(t), float(alpha), float(sigma)), cell.ended, x0, noise)
 
-    def _of(self, cell: _Cell) -> int:
+    def _of(self, cell: StoredRow) -> int:
         """Rows of the trajectory of a row, its end left out."""
         return cell.end - cell.row + cell.slot
 
-    def _usable(self, cells: Sequence[_Cell], levels: np.ndarray) -> tuple[np.ndarray, Placed]:
+    def _usable(self, cells: Sequence[StoredRow], levels: np.ndarray) -> tuple[np.ndarray, Placed]:
         """Which rows the student's schedule and type of prediction have a place for, [b] bool."""
         t, alpha, sigma = levels
         conversion = self.reading.conversion
@@ -323,11 +264,11 @@ class RowReader:
         data = np.array([cell.source == DATA for cell in cells])
         return placed.fits & (exact | data), placed
 
-    def _tensors(self, cell: _Cell, state: _State, with_data: bool) -> dict[str, np.ndarray]:
+    def _tensors(self, cell: StoredRow, state: _State, with_data: bool) -> dict[str, np.ndarray]:
         """What differs in shape from store to store, of one row."""
         tensors = {"x_t": state.x_t} | self._conditions(cell)
         if self.reading.teaches == "prediction":
-            tensors |= _predicted(cell)
+            tensors |= cell.predicted()
         if self.reading.teaches != "prediction" or with_data:
             tensors |= {
                 name: values
@@ -340,7 +281,7 @@ class RowReader:
             tensors["mask"] = np.ones(shape, np.float16) if mask is None else mask
         return tensors
 
-    def _conditions(self, cell: _Cell) -> dict[str, np.ndarray]:
+    def _conditions(self, cell: StoredRow) -> dict[str, np.ndarray]:
         row, found = cell.drawn("condition"), {}
         if row >= 0:
             found = dict(self.store.table("conditions")[row])
@@ -373,57 +314,6 @@ def packed(
         for name, values in row.items():
             filled[name][place] = values
     return arrays
-
-
-def _name(cell: _Cell) -> str:
-    sample_id, variation, slot = cell.key
-    return f"row {slot} of sample {sample_id!r}, variation {variation}"
-
-
-def _level(cell: _Cell) -> tuple[float, float, float]:
-    return cell.column("t"), cell.column("alpha"), cell.column("sigma")
-
-
-def _weight(cell: _Cell) -> float:
-    return float(cell.sample["weight"]) * float(cell.shard.rollouts.weights[cell.rollout])
-
-
-def _answered(cell: _Cell) -> bool:
-    """Whether there is a target: a sample that is its own needs no prediction."""
-    return cell.source == DATA or cell.column("status") in (OK, REPEATED)
-
-
-def _ended(cell: _Cell) -> bool:
-    return bool(cell.column("status", cell.end) == END)
-
-
-def _recorded_state(cell: _Cell, row: int) -> np.ndarray:
-    """[*shape] float16 state of a trajectory, compared with its checksum."""
-    state = cell.latent("x_t", row)
-    sums = cell.column("x_t_crc", row), cell.column("x_t_sum", row)
-    if not matches(state.astype(np.float32), *sums):
-        raise UserError(
-            f"{_name(cell)}: a state of its trajectory is not the one that was recorded (its "
-            f"checksum differs): the shard {cell.shard.number:05d} was altered; move it out of the "
-            "store and run `foretell rollout` again"
-        )
-    return state
-
-
-def _predicted(cell: _Cell) -> dict[str, np.ndarray]:
-    """Parts [1, *shape] of a stored prediction by name, compared with their checksum."""
-    names = sorted(name for name in cell.shard.arrays if name.startswith(TARGET))
-    parts = {name: cell.shard.arrays[name][cell.row] for name in names}
-    crc = 0
-    for values in parts.values():
-        crc = google_crc32c.extend(crc, values.tobytes())
-    if crc != cell.column("target_crc"):
-        raise UserError(
-            f"{_name(cell)}: its prediction is not the one that the teacher made (the checksum of "
-            f"{', '.join(names)} differs): the shard {cell.shard.number:05d} was altered; move it "
-            "out of the store and run `foretell rollout` again"
-        )
-    return parts
 
 
 class StoreRows:

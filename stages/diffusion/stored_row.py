@@ -1,0 +1,142 @@
+"""A row of a diffusion store: one timestep of a rollout, read with its checksums compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, get_args
+
+import google_crc32c
+import numpy as np
+
+from stages.diffusion.config import TargetSource
+from stages.diffusion.facts import END, OK, REPEATED
+from stages.diffusion.noise import matches
+from stages.errors import UserError
+from store import PredictionStore
+from store.encoding import COLUMN
+from store.shard import Shard
+
+RowKey = tuple[str, int, int]
+"""(sample_id, variation, slot)."""
+SOURCES: tuple[TargetSource, ...] = get_args(TargetSource)
+_, DATA, PRIOR = range(3)
+"""Places in `SOURCES`."""
+TARGET = "dense."
+"""What arrays of a prediction have before their names."""
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """Where a row lies, and what is known of its sample."""
+
+    store: PredictionStore
+    shard: Shard
+    rollout: int
+    """Place of its rollout in the shard."""
+    slot: int
+    epoch: int
+    """In which it is read."""
+    sample: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        sample_id, variation, slot = self.key
+        return f"row {slot} of sample {sample_id!r}, variation {variation}"
+
+    @property
+    def row(self) -> int:
+        """Its place in the arrays of the shard."""
+        return int(self.shard.offsets[self.rollout]) + self.slot
+
+    @property
+    def end(self) -> int:
+        """Place of the last row of its rollout."""
+        return int(self.shard.offsets[self.rollout + 1]) - 1
+
+    @property
+    def key(self) -> RowKey:
+        """What names it in a store."""
+        return (*self.shard.keys[self.rollout], self.slot)
+
+    @property
+    def source(self) -> int:
+        """Place in `SOURCES` of what it is taught."""
+        return SOURCES.index(self.sample["target"])
+
+    @property
+    def weight(self) -> float:
+        """Weight of its sample and rollout."""
+        return float(self.sample["weight"]) * float(self.shard.rollouts.weights[self.rollout])
+
+    @property
+    def level(self) -> tuple[float, float, float]:
+        """Return t, alpha and sigma."""
+        return self.column("t"), self.column("alpha"), self.column("sigma")
+
+    @property
+    def answered(self) -> bool:
+        """Whether it has a target: a sample that is its own needs no prediction."""
+        return self.source == DATA or self.column("status") in (OK, REPEATED)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its trajectory has come to an end."""
+        return bool(self.column("status", self.end) == END)
+
+    @cached_property
+    def image(self) -> Mapping[str, np.ndarray]:
+        """Row of the table `latents`."""
+        return self.store.table("latents")[self.drawn("latent")]
+
+    def column(self, name: str, row: int | None = None) -> Any:
+        """Return the number of a column at a place of the shard, its own if none is given."""
+        return self.shard.arrays[f"{COLUMN}{name}"].item(self.row if row is None else row)
+
+    def drawn(self, name: str) -> int:
+        """Return what its variation drew."""
+        return int(self.shard.rollouts.drawn[name][self.rollout])
+
+    def noise(self) -> np.ndarray | None:
+        """Return the noise [*shape] float16, where it is stored."""
+        values = self.shard.arrays.get(f"{COLUMN}noise")
+        return None if values is None else values[self.row, 0]
+
+    def state(self, row: int) -> np.ndarray:
+        """Return the state [*shape] float16 of its trajectory at a place of the shard.
+
+        Raises `UserError` where its checksum differs.
+        """
+        state: np.ndarray = self.shard.arrays[f"{COLUMN}x_t"][row, 0]
+        sums = self.column("x_t_crc", row), self.column("x_t_sum", row)
+        if not matches(state.astype(np.float32), *sums):
+            raise UserError(
+                f"{self}: a state of its trajectory is not the one that was recorded (its checksum "
+                f"differs): {self._remedy}"
+            )
+        return state
+
+    def predicted(self) -> dict[str, np.ndarray]:
+        """Return the parts [1, *shape] of its prediction by the names of their arrays, if any.
+
+        Raises `UserError` where their checksum differs; for an SDXL prediction looking takes 20 µs,
+        where drawing its noise takes 2 ms.
+        """
+        names = sorted(name for name in self.shard.arrays if name.startswith(TARGET))
+        parts = {name: self.shard.arrays[name][self.row] for name in names}
+        crc = 0
+        for values in parts.values():
+            crc = google_crc32c.extend(crc, values.tobytes())
+        if crc != self.column("target_crc"):
+            raise UserError(
+                f"{self}: its prediction is not the one that the teacher made (the checksum of "
+                f"{', '.join(names)} differs): {self._remedy}"
+            )
+        return parts
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            f"the shard {self.shard.number:05d} was altered; move it out of the store and run "
+            "`foretell rollout` again"
+        )
