@@ -19,6 +19,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 COLUMN = "row."
 """What the array of a column has before its name."""
 
+CHUNK_TIMESTEPS = 256
+"""Timesteps of a chunk of an array whose timesteps are small."""
+LATENT_CHUNK_BYTES = 2**20
+"""Bytes of a chunk of latents, at most, unless one alone has more: the last chunk of an array is
+filled up, and 255 latents of a large image would be too much for nothing."""
+
 LOGMASS_TOLERANCE = 1e-5
 """A log mass may exceed 0 by the rounding of two fp32 logsumexp."""
 
@@ -33,6 +39,16 @@ class ArraySpec:
     """Shape after the time axis: the array is [N, *trailing]."""
     temperatures: tuple[float, ...] = (1.0,)
     """Temperatures at which rounded logits keep their stated loss."""
+    latent: bool = False
+    """Whether a timestep holds a latent of every stream."""
+
+    @property
+    def chunk_timesteps(self) -> int:
+        """Timesteps of a chunk: a power of two, 256 but for large latents."""
+        if not self.latent:
+            return CHUNK_TIMESTEPS
+        fitting = max(LATENT_CHUNK_BYTES // self.row_bytes, 1)
+        return min(CHUNK_TIMESTEPS, 1 << (fitting.bit_length() - 1))
 
     @property
     def fill(self) -> float | int:
@@ -85,8 +101,10 @@ def array_specs(manifest: Manifest, bucket: int | None = None) -> dict[str, Arra
         ids = ids_dtype(manifest.vocabulary)
         specs.insert(0, ArraySpec("codes", ids, (len(manifest.streams),)))
     for column in manifest.columns:
-        trailing = latent if column.latent else ()
-        specs.append(ArraySpec(f"{COLUMN}{column.name}", np.dtype(column.dtype), trailing))
+        of_latents = column.latent
+        trailing = latent if of_latents else ()
+        dtype = np.dtype(column.dtype)
+        specs.append(ArraySpec(f"{COLUMN}{column.name}", dtype, trailing, latent=of_latents))
     return {spec.name: spec for spec in specs}
 
 
@@ -119,7 +137,7 @@ def _target_specs(manifest: Manifest, latent: tuple[int, ...]) -> Iterator[Array
                     yield ArraySpec(f"hidden.{part}{head.group}", np.dtype(target.dtype), states)
         case Dense() as target:
             for part in ("guided",) if target.branches == "guided" else ("cond", "delta"):
-                yield ArraySpec(f"dense.{part}", np.dtype(target.dtype), latent)
+                yield ArraySpec(f"dense.{part}", np.dtype(target.dtype), latent, latent=True)
 
 
 def ids_dtype(vocabulary: int) -> np.dtype[Any]:

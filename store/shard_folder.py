@@ -32,12 +32,9 @@ from store.sums import check_size, check_sum, read_summed
 from store.tables import parse_table
 from store.threads import share_out
 from store.zarr_files import (
-    CHUNK_TIMESTEPS,
     HEADER_FILE,
     ArrayFiles,
     check_group,
-    chunk_count,
-    most_timesteps,
 )
 
 RECORD_FILE = "shard.json"
@@ -254,7 +251,7 @@ class ShardFolder:
                 f"{array_of(wrong[0])})",
             )
         # Bounds what is allocated below: a record cannot claim more than its files may index.
-        limit = min(most_timesteps(record.files[f.data].bytes) for f in self.files.values())
+        limit = min(f.most_timesteps(record.files[f.data].bytes) for f in self.files.values())
         if not 0 < record.rows <= limit:
             raise self.damaged(RECORD_FILE, f"rows is {record.rows} but must be in [1, {limit}]")
 
@@ -313,18 +310,21 @@ class MappedShard:
 
         Read-only. Raises DamagedShard, from whichever thread.
         """
-        first, last = start // CHUNK_TIMESTEPS, chunk_count(stop)
-        padded = (last - first) * CHUNK_TIMESTEPS
+        each = self.folder.files
+        chunks = {n: range(start // f.chunk, f.chunk_count(stop)) for n, f in each.items()}
         arrays = {
-            name: np.empty((padded, *files.spec.trailing), files.spec.dtype)
-            for name, files in self.folder.files.items()
+            name: np.empty(
+                (len(chunks[name]) * files.chunk, *files.spec.trailing), files.spec.dtype
+            )
+            for name, files in each.items()
         }
-        jobs = [(name, chunk) for name in arrays for chunk in range(first, last)]
+        jobs = [(name, chunk) for name in arrays for chunk in chunks[name]]
 
         def decode(job: tuple[str, int]) -> None:
             name, chunk = job
-            at = (chunk - first) * CHUNK_TIMESTEPS
-            self._decode_chunk(name, chunk, arrays[name][at : at + CHUNK_TIMESTEPS])
+            size = each[name].chunk
+            at = (chunk - chunks[name].start) * size
+            self._decode_chunk(name, chunk, arrays[name][at : at + size])
 
         size = sum(array.nbytes for array in arrays.values())
         if size < THREADED_BYTES:
@@ -332,8 +332,8 @@ class MappedShard:
                 decode(job)
         else:
             share_out(decode, jobs)
-        offset = first * CHUNK_TIMESTEPS
-        rows = {name: array[start - offset : stop - offset] for name, array in arrays.items()}
+        skipped = {name: start - chunks[name].start * files.chunk for name, files in each.items()}
+        rows = {n: array[skipped[n] : skipped[n] + stop - start] for n, array in arrays.items()}
         for array in rows.values():
             array.setflags(write=False)
         return rows
@@ -346,7 +346,7 @@ class MappedShard:
         try:
             files.decode_chunk(self.mapped[name].content, bounds, chunk, out)
         except StoreError as error:
-            table, start = self.verified.rollouts, chunk * CHUNK_TIMESTEPS
+            table, start = self.verified.rollouts, chunk * files.chunk
             reason = f"chunk {chunk}: {error}"
             raise self.folder.damaged(files.data, reason, table, start) from error
 

@@ -1,6 +1,6 @@
 """Arrays as the files of a Zarr v3 group, and back.
 
-Every array is one sharded Zarr array in one file: chunks of 256 timesteps end to end, trailing
+Every array is one sharded Zarr array in one file: chunks of some timesteps end to end, trailing
 axes whole, then their index. Zarr writes the headers and reads all of it; the data are written
 and read here, because Zarr itself reaches a tenth of the speed of the disk.
 """
@@ -27,7 +27,6 @@ from store.schema import Compact, Manifest, Profile
 from store.threads import in_threads
 from store.zarr_codecs import compact_codec
 
-CHUNK_TIMESTEPS = 256
 HEADER_FILE = "zarr.json"
 
 INDEX_ENTRY_BYTES = 16
@@ -38,16 +37,6 @@ BYTES = {"name": "bytes"}
 """Where a value is one byte, there is no order of bytes."""
 SILENT = ("attributes", "dimension_names")
 """Keys of a header that say nothing about the values."""
-
-
-def chunk_count(timesteps: int) -> int:
-    """Chunks that hold this many timesteps."""
-    return -(-timesteps // CHUNK_TIMESTEPS)
-
-
-def most_timesteps(data_bytes: int) -> int:
-    """Timesteps that a data file of this size may index at most, whatever its chunks hold."""
-    return max(0, data_bytes - CRC_BYTES) // INDEX_ENTRY_BYTES * CHUNK_TIMESTEPS
 
 
 class Unencodable(ValueError):
@@ -93,6 +82,19 @@ class ArrayFiles:
         """Type of the values, little-endian on any machine."""
         return self.spec.dtype.newbyteorder("<")
 
+    @property
+    def chunk(self) -> int:
+        """Timesteps of a chunk."""
+        return self.spec.chunk_timesteps
+
+    def chunk_count(self, timesteps: int) -> int:
+        """Chunks that hold this many timesteps."""
+        return -(-timesteps // self.chunk)
+
+    def most_timesteps(self, data_bytes: int) -> int:
+        """Timesteps that a data file of this size may index at most, whatever its chunks hold."""
+        return max(0, data_bytes - CRC_BYTES) // INDEX_ENTRY_BYTES * self.chunk
+
     def timesteps_within(self, data_bytes: int) -> int | None:
         """Timesteps that the beginning of the data file holds; None where chunks are encoded."""
         return None if self.codec else data_bytes // self.spec.row_bytes
@@ -102,12 +104,12 @@ class ArrayFiles:
         trailing = list(self.spec.trailing)
         plain = LITTLE if self.spec.dtype.itemsize > 1 else BYTES
         sharding = {
-            "chunk_shape": [CHUNK_TIMESTEPS, *trailing],
+            "chunk_shape": [self.chunk, *trailing],
             "codecs": [self.codec.to_dict() if self.codec else plain],
             "index_codecs": [LITTLE, {"name": "crc32c"}],
             "index_location": "end",
         }
-        whole = [chunk_count(timesteps) * CHUNK_TIMESTEPS, *trailing]
+        whole = [self.chunk_count(timesteps) * self.chunk, *trailing]
         fill = self.spec.fill
         return {
             "zarr_format": 3,
@@ -153,10 +155,10 @@ class ArrayFiles:
         Raises Unencodable, from whichever thread.
         """
         starts = np.cumsum([0, *map(len, parts)])
-        count = chunk_count(int(starts[-1]))
+        count = self.chunk_count(int(starts[-1]))
         if self.codec is None:
-            sizes = [CHUNK_TIMESTEPS * self.spec.row_bytes] * count
-            yield from self._plain(parts, count * CHUNK_TIMESTEPS - int(starts[-1]))
+            sizes = [self.chunk * self.spec.row_bytes] * count
+            yield from self._plain(parts, count * self.chunk - int(starts[-1]))
         else:
             sizes = []
             for chunk in in_threads(partial(self._coded, parts, starts), range(count)):
@@ -169,7 +171,7 @@ class ArrayFiles:
 
         Raises StoreError when the index does not list the chunks end to end.
         """
-        count = chunk_count(timesteps)
+        count = self.chunk_count(timesteps)
         data_bytes = len(content) - count * INDEX_ENTRY_BYTES - CRC_BYTES
         index = bytes(content[max(data_bytes, 0) :])
         if data_bytes < 0 or _crc(index[:-CRC_BYTES]) != index[-CRC_BYTES:]:
@@ -177,7 +179,7 @@ class ArrayFiles:
         entries = np.frombuffer(index[:-CRC_BYTES], "<u8").reshape(count, 2).astype(np.int64)
         bounds: Array = np.append(entries[:, 0], data_bytes)
         sizes = np.diff(bounds)
-        least = CHUNK_TIMESTEPS * self.spec.row_bytes if self.codec is None else 1
+        least = self.chunk * self.spec.row_bytes if self.codec is None else 1
         most = least if self.codec is None else data_bytes
         in_line = bounds[0] == 0 and (sizes == entries[:, 1]).all()
         if not in_line or (sizes < least).any() or (sizes > most).any():
@@ -189,7 +191,7 @@ class ArrayFiles:
         return np.ndarray((timesteps, *self.spec.trailing), self.stored_dtype, content)
 
     def decode_chunk(self, content: memoryview, bounds: Array, chunk: int, out: Array) -> None:
-        """Fill `out` [256, *trailing] with one chunk; raises StoreError for damage."""
+        """Fill `out` [chunk, *trailing] with one chunk; raises StoreError for damage."""
         coded = bytes(content[bounds[chunk] : bounds[chunk + 1]])
         cast(ChunkCodec, self.codec).decode_into(coded, out)
 
@@ -200,12 +202,12 @@ class ArrayFiles:
             yield _raw(self._fill(padding))
 
     def _coded(self, parts: Sequence[Array], starts: Array, chunk: int) -> bytes:
-        rows = _rows(parts, starts, chunk * CHUNK_TIMESTEPS)
-        rows = np.concatenate([rows, self._fill(CHUNK_TIMESTEPS - len(rows))])
+        rows = _rows(parts, starts, chunk * self.chunk, self.chunk)
+        rows = np.concatenate([rows, self._fill(self.chunk - len(rows))])
         try:
             return cast(ChunkCodec, self.codec).encode_chunk(rows)
         except ValueError as error:
-            raise Unencodable(chunk * CHUNK_TIMESTEPS, str(error)) from error
+            raise Unencodable(chunk * self.chunk, str(error)) from error
 
     def _fill(self, timesteps: int) -> Array:
         return np.full((timesteps, *self.spec.trailing), self.spec.fill, self.stored_dtype)
@@ -246,9 +248,9 @@ def _parse(content: bytes) -> object:
         raise StoreError(f"it is not JSON ({error})") from error
 
 
-def _rows(parts: Sequence[Array], starts: Array, start: int) -> Array:
-    """At most 256 rows from `start` of parts that lie end to end from `starts` on."""
-    stop = min(start + CHUNK_TIMESTEPS, int(starts[-1]))
+def _rows(parts: Sequence[Array], starts: Array, start: int, count: int) -> Array:
+    """At most `count` rows from `start` of parts that lie end to end from `starts` on."""
+    stop = min(start + count, int(starts[-1]))
     first = int(np.searchsorted(starts, start, side="right")) - 1
     last = int(np.searchsorted(starts, stop, side="left"))
     pieces = [

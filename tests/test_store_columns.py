@@ -627,3 +627,40 @@ def test_a_bucket_has_any_shape(tmp_path: Path) -> None:
 def test_facts_of_a_table_count_its_files() -> None:
     counts = [TableFacts(rows=rows, rows_per_part=2).parts for rows in range(5)]
     assert counts == [0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("profile", [Fast(), Compact()], ids=lambda profile: profile.kind)
+def test_large_latents_lie_in_chunks_that_waste_less_than_a_mebibyte(tmp_path, profile):
+    shape = (4, 64, 64)  # 32 KiB of float16, so that a chunk of 1 MiB has 32 of them
+    manifest = manifest_of(
+        profile,
+        streams=[{"kind": "continuous", "name": "x", "group": "x", "shape": shape}],
+        buckets=[{"shape": shape}],
+    )
+    plan, samples = (
+        Plan.of([[("a", 0)]], buckets=[0]),
+        pa.table({"sample_id": ["a"], "text": ["w"]}),
+    )
+    store = PredictionStore.create(tmp_path / "store", manifest, plan, samples)
+    write_synthetic_shard(store, 0, 70)
+    store = PredictionStore.open(tmp_path / "store")
+    group = zarr.open_group(tmp_path / "store" / "shards" / "00000", mode="r")
+    rows = {name: np.asarray(group[name][:]) for name in store.shard(0).arrays}
+    for name, values in store.shard(0).arrays.items():
+        large = name in ("dense.cond", "dense.delta", "row.noise")
+        assert group[name].chunks[0] == (32 if large else 256)
+        assert group[name].shards[0] == (96 if large else 256)
+        np.testing.assert_array_equal(values, rows[name])
+    alone = PredictionStore.open(tmp_path / "store")
+    for timestep in (0, 31, 32, 69):
+        for name, values in alone["a", 0, timestep].arrays.items():
+            np.testing.assert_array_equal(values, rows[name][timestep])
+    assert verify(store.path).ok
+
+
+def test_a_latent_larger_than_a_chunk_has_one_of_its_own():
+    manifest = manifest_of(
+        streams=[{"kind": "continuous", "name": "x", "group": "x", "shape": (16, 256, 256)}],
+        buckets=[{"shape": (16, 256, 256)}],
+    )
+    assert array_specs(manifest, 0)["dense.cond"].chunk_timesteps == 1

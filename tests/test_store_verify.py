@@ -26,7 +26,6 @@ from store.sums import file_sum
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from store.tables import parse_table, table_bytes
 from store.verify import verify
-from store.zarr_files import chunk_count
 
 MANIFEST = synthetic_manifest(TopK(k=3), streams=1)
 COMPACT = synthetic_manifest(TopK(k=3), streams=1, profile=Compact())
@@ -428,9 +427,8 @@ def test_a_chunk_that_no_codec_wrote_is_refused_with_its_rollout(tmp_path: Path)
     store = PredictionStore.open(tmp_path / "store")
     table, files = store.rollout_table(1), store.folder(1).files["top_k.ids"]
     content = bytearray((store.path / CHUNKS).read_bytes())
-    first = struct.unpack_from(
-        "<QQ", content, len(content) - 4 - 16 * chunk_count(int(table.offsets[-1]))
-    )[1]
+    chunks = files.chunk_count(int(table.offsets[-1]))
+    first = struct.unpack_from("<QQ", content, len(content) - 4 - 16 * chunks)[1]
     content[first + 8 : first + 12] = b"\0" * 4  # the magic number of the second chunk
     rewrite(store.path, files.data, bytes(content))
     key = store.plan[1][table.row_of(256)]
