@@ -77,13 +77,13 @@ def _stage(stage: str, config: Path, overrides: list[str] | None, task: str | No
 
 @app.command()
 def prepare(config: Config, set_: Set = None) -> None:
-    """Check a dataset, encode its audio, write samples.parquet and what was rejected."""
+    """Check a dataset, encode its audio or images, write samples.parquet and what was rejected."""
     _stage("prepare", config, set_)
 
 
 @app.command()
 def fit(config: Config, set_: Set = None) -> None:
-    """Train a teacher on the dataset's own codes, with condition dropout."""
+    """Train a teacher on the dataset itself, with condition dropout."""
     _stage("fit", config, set_)
 
 
