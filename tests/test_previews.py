@@ -121,12 +121,12 @@ def test_a_picture_has_a_row_for_each_way_and_a_cell_for_each_image():
     }
     decoder = Grey()
     sheet = np.asarray(Image.open(io.BytesIO(grid(latents, decoder))))
-    assert sheet.shape == (2 * (4 + 2), 2 * (4 + 2))
-    assert (sheet[:4, :3] == 0).all()
-    assert (sheet[:3, 6:10] == 255).all()
-    assert (sheet[6:10, :3] == 128).all()
-    assert (sheet[6:9, 6:10] == 64).all()
-    assert (sheet[9:, 6:] == 255).all()
+    assert sheet.shape == (2 * (88 + 2), 2 * (88 + 2)), "22 times as large: 3 pixels are 64 or more"
+    assert (sheet[:88, :66] == 0).all()
+    assert (sheet[:66, 90:178] == 255).all()
+    assert (sheet[90:178, :66] == 128).all()
+    assert (sheet[90:156, 90:178] == 64).all()
+    assert (sheet[156:, 90:] == 255).all()
     assert decoder.freed == 1
     assert decoder.sizes == [(1, 2, 4, 3), (1, 2, 3, 4)] * 2
 

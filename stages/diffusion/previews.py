@@ -37,6 +37,8 @@ NOISE, CONDITION, GUIDED, UNGUIDED = "noise", "condition", "guided", "unguided"
 """Parts of it, before the number of an image and, of conditions, the name of the tensor."""
 FACTS = "previews"
 """Entry of its metadata: one, because the file keeps several in no order."""
+LEAST_SIDE = 64
+"""Pixels of a side of an image in a grid, at least."""
 MARGIN = 2
 """Pixels between two images of a grid."""
 
@@ -242,13 +244,16 @@ def _away(denoiser: Denoiser) -> Iterator[None]:
 def grid(latents: Mapping[str, Sequence[np.ndarray]], decoder: Decoder) -> bytes:
     """Decode latents [c, h, w] and lay them out, a row for each way; return a PNG file.
 
-    Images of several sizes stand in cells of the largest.
+    Images of several sizes stand in cells of the largest, and tiny ones are enlarged whole times.
     """
     rows = [
         [to_uint8(decoder.decode(torch.from_numpy(latent[None])))[0] for latent in row]
         for row in latents.values()
     ]
     decoder.free()
+    smallest = min(min(image.shape[:2]) for row in rows for image in row)
+    times = -(-LEAST_SIDE // smallest)
+    rows = [[image.repeat(times, 0).repeat(times, 1) for image in row] for row in rows]
     images = [image for row in rows for image in row]
     height, width = (MARGIN + max(image.shape[axis] for image in images) for axis in (0, 1))
     shape = (len(rows) * height, len(rows[0]) * width, images[0].shape[2])

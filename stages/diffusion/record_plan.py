@@ -35,7 +35,6 @@ from store.schema import (
     Fingerprints,
     Latent,
     Manifest,
-    Quantization,
     Sampler,
     TableFacts,
 )
@@ -114,7 +113,6 @@ def create_record_store(
     dataset: Images,
     *,
     seed: int,
-    quantization: Quantization | None = None,
     other: Denoiser | None = None,
     embedded_guidance: float | None = None,
     quantized: Quantized | None = None,
@@ -123,11 +121,10 @@ def create_record_store(
 
     The samples of `config.split` are planned with all variations that the dataset drew of them.
     `other` is the second model of a contrast between two; `embedded_guidance` the number that the
-    teacher is told; `quantized` what the teacher was before it was quantized, and `quantization`
-    the record of its precision, that of `quantized` if none is given. Raises `StoreError` when
-    `path` holds a store of other settings, another teacher or another dataset, naming what differs,
-    and `UserError` for an empty split, a dataset that does not fit the model, and settings that ask
-    it for what it cannot give.
+    teacher is told; `quantized` what it was before it was quantized, and the record of that.
+    Raises `StoreError` when `path` holds a store of other settings, another teacher or another
+    dataset, naming what differs, and `UserError` for an empty split, a dataset that does not fit
+    the model, and settings that ask it for what it cannot give.
     """
     _check_facts(denoiser, dataset.facts, "the teacher")
     _check_second_pass(config, denoiser, dataset.facts)
@@ -143,8 +140,6 @@ def create_record_store(
         _check_trajectories(config.rows, denoiser, draws)
     _warn_of_untrained_branch(config, denoiser)
     buckets = _buckets(dataset.facts, draws)
-    if quantization is None and quantized is not None:
-        quantization = quantized.record
     teacher = denoiser.fingerprint() if quantized is None else quantized.fingerprint
     architecture = denoiser.architecture() if quantized is None else quantized.architecture
     try:
@@ -165,7 +160,7 @@ def create_record_store(
             ),
             conditioning=dataset.facts.model_dump(mode="json"),
             architecture=architecture.model_dump(mode="json"),
-            quantization=quantization,
+            quantization=None if quantized is None else quantized.record,
             columns=_columns(config.rows),
             drawn=DRAWN,
             buckets=buckets,
