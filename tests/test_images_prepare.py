@@ -253,7 +253,7 @@ def test_images_without_captions_and_labels_have_no_conditions(config, tmp_path)
     [
         (["cat", "ant", "cat", "bee"], None, ("ant", "bee", "cat"), [2, 0, 2, 1]),
         ([3, 0, 1, 3], None, ("0", "1", "2", "3"), [3, 0, 1, 3]),
-        (["2", "0", "10", "1"], None, tuple(map(str, range(11))), [2, 0, 10, 1]),
+        (["2", "00", "10", "01"], None, tuple(map(str, range(11))), [2, 0, 10, 1]),
         ([1, 0, 1, 0], 4, ("0", "1", "2", "3"), [1, 0, 1, 0]),
     ],
 )

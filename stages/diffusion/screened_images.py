@@ -211,17 +211,21 @@ def _accept(
 ) -> AcceptedImage:
     if not split:
         raise Rejection("several splits: rows with the same image name different ones")
-    label, row, placement = -1, read.row, read.placement
-    if conditioning == "labels":
-        name = str(row.label)
-        label = numbers.get(
-            str(int(name)) if name.isdecimal() and name not in numbers else name, -1
-        )
-        if label < 0:
-            raise Rejection(f"unknown label: {row.label!r}, but there are {len(numbers)}")
+    row, placement = read.row, read.placement
+    label = _number(row, numbers) if conditioning == "labels" else -1
     captions = draw_captions(row.captions, sample_id, config) if conditioning == "texts" else ()
     crops = (
         draw_crop(placement, sample_id, variation, config)
         for variation in range(config.image_variations)
     )
     return AcceptedImage(sample_id, row, split, placement, label, captions, tuple(crops))
+
+
+def _number(row: ImageRow, numbers: dict[str, int]) -> int:
+    """Id of a row's label, by its name or, as in 07, by its number; raises Rejection."""
+    name = str(row.label)
+    if name not in numbers and name.isascii() and name.isdecimal():
+        name = str(int(name))
+    if name not in numbers:
+        raise Rejection(f"unknown label: {row.label!r}, but there are {len(numbers)}")
+    return numbers[name]
