@@ -36,7 +36,7 @@ from tests.fake_images import (
 )
 
 BUCKETS = {"sizes": [[32, 32], [48, 24]]}
-SIZES = ((40, 40), (64, 32), (33, 36), (90, 44), (32, 32), (50, 50))
+SIZES = ((40, 40), (64, 32), (33, 36), (90, 44), (32, 32), (50, 45))
 CAPTIONS = ("a cat", "a dog", "a cat", "a cow", "a pig", "an emu")
 
 Make = Callable[..., ImagesConfig]
@@ -298,6 +298,8 @@ def test_a_csv_says_the_same_as_json_lines(config, source, tmp_path):
 def test_equal_images_have_ids_of_their_own_and_share_a_split(config, tmp_path):
     images = {f"{n}.png": gradient(32, 32, n // 2) for n in range(12)}
     folder = write_images(tmp_path / "twins", images, [{"text": "a"}] * 12)
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(lines[::-1]))
     dataset = prepare_images(config(source=folder, test_images=5, dev_images=2), tmp_path / "ds")
     rows = {row["file"]: row for row in all_samples(dataset)}
     for n in range(0, 12, 2):
@@ -335,7 +337,7 @@ def test_splits_are_drawn_by_the_seed_and_named_ones_stay(config, tmp_path):
 
 
 def test_references_are_what_dev_and_test_images_look_like(config, source, tmp_path):
-    asked = config(crop="random", flip=1.0, image_variations=2)
+    asked = config(crop="random", flip=0.5, image_variations=4)
     dataset = prepare_images(asked, tmp_path / "dataset")
     for sample in dataset.samples("dev") + dataset.samples("test"):
         pixels = np.asarray(Image.open(source / sample["file"]))
@@ -346,13 +348,16 @@ def test_references_are_what_dev_and_test_images_look_like(config, source, tmp_p
     with pytest.raises(KeyError):
         dataset.reference(dataset.samples("train")[0]["sample_id"])
     assert len(list((dataset.path / "references").iterdir())) == 2
+    assert len(set(dataset.samples("test")[0]["latents"])) > 1
 
 
 def test_the_dataset_decodes_with_its_own_copy_of_the_autoencoder(config, tmp_path):
     dataset = prepare_images(config(), tmp_path / "dataset")
     decoder = dataset.decoder("cpu")
     assert decoder.path == dataset.path / "decoder"
-    assert (decoder.path / "config.json").exists()
+    (decoder.path / "config.json").write_text("[]")
+    with pytest.raises(StoreError, match=r"decoder/config\.json was altered"):
+        dataset.decoder("cpu")
 
 
 def test_pixels_are_their_own_latents_and_come_back_as_they_were(config, source, tmp_path):
@@ -646,6 +651,12 @@ def test_the_dataset_stays_whole_when_its_source_is_gone(config, source, tmp_pat
     assert after.header == before.header
 
 
+def dataset_sum(header: str) -> str:
+    """Hash of a file of a table, as dataset.json has it."""
+    found: str = json.loads(header)["files"]["tables/latents/00000.safetensors"]["xxh3"]
+    return found
+
+
 def test_damage_to_a_dataset_is_found(config, tmp_path):
     path = prepare_images(config(), tmp_path / "dataset").path
     sound = content(path)
@@ -654,6 +665,10 @@ def test_damage_to_a_dataset_is_found(config, tmp_path):
     with pytest.raises(StoreError, match="was altered"):
         ImageDataset.open(path).table("latents")[0]
     header = sound["dataset.json"].decode()
+    good = dataset_sum(header)
+    (path / "dataset.json").write_text(header.replace(good, good[::-1]))
+    with pytest.raises(UserError, match=r"have fingerprint .*: a file was altered"):
+        ImageDataset.open(path)
     (path / "dataset.json").write_text(header.replace('"downsample": 4', '"downsample": 8'))
     with pytest.raises(UserError, match=r"have fingerprint .*: a file was altered"):
         ImageDataset.open(path)

@@ -18,9 +18,11 @@ import torch
 from stages.diffusion.facts import Recording
 from stages.diffusion.noise import row_noise
 from stages.diffusion.record import record, refuse_failed
+from stages.diffusion.record_plan import create_record_store
 from stages.diffusion.schedule import Schedule
 from stages.errors import UserError
 from stages.interruption import StopRequest
+from stages.quantization import Quantized
 from stages.rollout import NotFinite
 from store import PredictionStore, StoreError, verify
 from store.schema import Quantization
@@ -471,16 +473,18 @@ def test_what_float16_cannot_hold_is_failed_too(tmp_path, faulty):
 
 def test_the_rows_of_a_quantized_teacher_are_failed_at_once(tmp_path, faulty, caplog):
     dataset, _, key, slot, t = faulty
-    denoiser = FakeDenoiser(
-        dataset.facts, dtype=torch.bfloat16, broken=broken_at([t], torch.bfloat16)
-    )
-    from stages.diffusion.record_plan import create_record_store
-
+    broken = broken_at([t], torch.bfloat16)
+    denoiser = FakeDenoiser(dataset.facts, dtype=torch.bfloat16, broken=broken)
     config = config_of(precision="bf16", **LARGE)
-    quantization = Quantization(method="int8", dtype="bfloat16", layers=("a",))
+    quantized = Quantized(
+        Quantization(method="int8", dtype="bfloat16", layers=("a",)), "before",
+        denoiser.architecture(),
+    )  # fmt: skip
     store = create_record_store(
-        tmp_path / "store", config, denoiser, dataset, seed=7, quantization=quantization
+        tmp_path / "store", config, denoiser, dataset, seed=7, quantized=quantized
     )
+    assert store.manifest.fingerprints.teacher == "before"
+    assert store.manifest.quantization == quantized.record
     with caplog.at_level(logging.WARNING):
         assert record(denoiser, store, dataset, store.missing(), config, stop=StopRequest())
     assert "quantized weights cannot be held in fp32" in caplog.text

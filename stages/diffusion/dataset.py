@@ -24,6 +24,7 @@ from stages.family import load_image_encoder
 from stages.rejections import Rejection
 from store.schema import FileSum, Record, TableFacts
 from store.side_tables import TABLES, SideTable, table_files
+from store.sums import read_summed
 
 __all__ = ["ImageDataset", "ImageDecoder", "ImageHeader", "to_uint8"]
 
@@ -84,6 +85,8 @@ class ImageHeader(Record):
     """Side tables by name: `latents`, and `conditions` where there are any."""
     files: dict[str, FileSum]
     """Size and hash of the files of the tables."""
+    decoder: dict[str, FileSum]
+    """Size and hash of the files of the copied autoencoder; none of pixels."""
     source_sha256: str
     """Hexadecimal sha256 of the source's table."""
     config: dict[str, JsonValue]
@@ -170,10 +173,13 @@ class ImageDataset:
     def decoder(self, device: str = "auto") -> ImageDecoder:
         """What turns latents of this dataset, and of models that learned from it, into images.
 
-        It is the dataset's own copy of the autoencoder; raises UserError where that is damaged.
+        It is the dataset's own copy of the autoencoder. Raises StoreError when a file of it was
+        altered or is missing.
         """
         if self.facts.encoder == PIXELS:
             return PixelsEncoder(self.facts.latent_channels)
+        for file, expected in self.header.decoder.items():
+            read_summed(self.path / file, expected, f"{self.path / file}")
         return load_image_encoder().open(self.path / DECODER, device=choose_device(device))
 
 
@@ -207,7 +213,8 @@ def read_header(path: Path) -> ImageHeader:
 def fingerprint(rows: pa.Table, facts: ImageFacts, files: Mapping[str, FileSum]) -> str:
     """Hexadecimal sha256 of facts, samples in order, and hashes of the tables' files.
 
-    What a file was called where an image came from is left out.
+    It leaves out what the files of the images were called, and the copy of the autoencoder, whose
+    own fingerprint is among the facts.
     """
     digest = hashlib.sha256(facts.model_dump_json().encode())
     for column in rows.drop_columns(["file"]).columns:

@@ -133,10 +133,10 @@ def place(size: tuple[int, int], buckets: ImageBucketsConfig) -> Placement:
     def distance(target: tuple[int, int]) -> float:
         return abs(math.log(size[0] * target[1]) - math.log(size[1] * target[0]))
 
-    def preference(index: int) -> tuple[float, bool, int]:
+    def preference(index: int) -> tuple[float, int]:
         target = buckets.sizes[index]
         fills, area = _scale(size, target) <= buckets.largest_upscale, math.prod(target)
-        return round(distance(target), 9), not fills, -area if fills else area
+        return round(distance(target), 9), -area if fills else area
 
     bucket = min(range(len(buckets.sizes)), key=preference)
     target = buckets.sizes[bucket]

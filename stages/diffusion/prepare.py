@@ -173,7 +173,7 @@ class _Preparation:
         pq.write_table(samples, draft / "samples.parquet")
         rejected = [dict(zip(REJECTED.names, each, strict=True)) for each in screened.rejected]
         pq.write_table(pa.Table.from_pylist(rejected, REJECTED), draft / "rejected.parquet")
-        header = self._header(samples, screened, tables, _sums(draft))
+        header = self._header(samples, screened, tables, draft)
         text = header.model_dump_json(indent=1) + "\n"
         (draft / "dataset.json").write_text(text, encoding="utf-8")
 
@@ -225,9 +225,9 @@ class _Preparation:
         rows: pa.Table,
         screened: ScreenedImages,
         tables: dict[str, TableFacts],
-        files: dict[str, FileSum],
+        draft: Path,
     ) -> ImageHeader:
-        facts = self._facts(screened)
+        facts, files = self._facts(screened), _sums(draft, TABLES)
         counts = Counter(rows.column("split").to_pylist())
         return ImageHeader(
             version=IMAGES_VERSION,
@@ -237,6 +237,7 @@ class _Preparation:
             rejected=screened.kinds(),
             tables=tables,
             files=files,
+            decoder=_sums(draft, DECODER),
             source_sha256=self.source.digest,
             config=_settings(self.config),
         )
@@ -297,7 +298,7 @@ def _samples(images: Sequence[AcceptedImage], rows: Mapping[str, Rows]) -> pa.Ta
     )
 
 
-def _sums(draft: Path) -> dict[str, FileSum]:
-    """Size and hash of every file of the tables."""
-    files = sorted(path for path in (draft / TABLES).rglob("*.safetensors"))
+def _sums(draft: Path, folder: str) -> dict[str, FileSum]:
+    """Size and hash of every file of a folder of the draft, by its path in the draft."""
+    files = sorted(path for path in (draft / folder).rglob("*") if path.is_file())
     return {path.relative_to(draft).as_posix(): file_sum(path.read_bytes()) for path in files}

@@ -124,9 +124,10 @@ def create_record_store(
     The samples of `config.split` are planned with all variations that the dataset drew of them.
     `other` is the second model of a contrast between two; `embedded_guidance` the number that the
     teacher is told; `quantized` what the teacher was before it was quantized, and `quantization`
-    the record of its precision. Raises `StoreError` when `path` holds a store of other settings,
-    another teacher or another dataset, naming what differs, and `UserError` for an empty split, a
-    dataset that does not fit the model, and settings that ask it for what it cannot give.
+    the record of its precision, that of `quantized` if none is given. Raises `StoreError` when
+    `path` holds a store of other settings, another teacher or another dataset, naming what differs,
+    and `UserError` for an empty split, a dataset that does not fit the model, and settings that ask
+    it for what it cannot give.
     """
     _check_facts(denoiser, dataset.facts, "the teacher")
     _check_second_pass(config, denoiser, dataset.facts)
@@ -142,6 +143,8 @@ def create_record_store(
         _check_trajectories(config.rows, denoiser, draws)
     _warn_of_untrained_branch(config, denoiser)
     buckets = _buckets(dataset.facts, draws)
+    if quantization is None and quantized is not None:
+        quantization = quantized.record
     teacher = denoiser.fingerprint() if quantized is None else quantized.fingerprint
     architecture = denoiser.architecture() if quantized is None else quantized.architecture
     try:
