@@ -44,7 +44,7 @@ class TaughtRows:
 
     question: Question
     target: Tensor
-    """[b, *shape] float32, in the student's type of prediction; 0 where the weight is."""
+    """[b, *shape] float32, in the student's type of prediction, always finite."""
     weights: Tensor
     """[b] float32: of the sample, and 0 where there is nothing to learn."""
     alpha: Tensor
@@ -86,14 +86,10 @@ class RowTargets:
         arrays = batch.arrays.to(self._device)
         scale = self._scales(batch, arrays)
         question = self._question(arrays, scale)
-        weights = arrays["weight"]
-        target = self._target(arrays, scale, question, base)
-        # What cannot be learned may be anything, and nothing of it must reach the gradient.
-        target = torch.where(_wide(weights > 0, target), target, 0.0)
         return TaughtRows(
             question=question,
-            target=target,
-            weights=weights,
+            target=self._target(arrays, scale, question, base),
+            weights=arrays["weight"],
             alpha=arrays["own_alpha"],
             sigma=arrays["own_sigma"],
             mask=arrays["mask"] if "mask" in arrays.fields else None,
