@@ -127,7 +127,8 @@ class PipelineEncoder:
     def encode_texts(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """Encode captions, each to tensors [...] in float16; loads the text encoders.
 
-        Raises `UserError` where the pipeline has none, or what they give is not finite.
+        What a caption overflows to is left for its reader to refuse. Raises `UserError` where the
+        pipeline has none, or what they give has another shape than their configuration says.
         """
         if self._text_side is None:
             raise UserError(f"{self._path} has no text encoders: give its images labels, not texts")
@@ -137,11 +138,11 @@ class PipelineEncoder:
             encoded = self._text_side.encode(self._texts, list(texts), self._device)
         found = {name: x.half().cpu().numpy() for name, x in encoded.items()}
         for name, facts in self.conditions.items():
-            if found[name].shape[1:] != facts.shape or not np.isfinite(found[name]).all():
+            if found[name].shape[1:] != facts.shape:
                 raise UserError(
-                    f"{self._path} made {name} of shape {found[name].shape[1:]}, of {facts.shape}, "
-                    "or not finite in float16: take encoder.precision bf16 or fp32, and the "
-                    "pipeline whole"
+                    f"the text encoders of {self._path} made {name} of shape "
+                    f"{found[name].shape[1:]}, but their configuration says {facts.shape}: the "
+                    "folder holds parts of several pipelines; take one pipeline whole"
                 )
         return [{name: array[i] for name, array in found.items()} for i in range(len(texts))]
 
