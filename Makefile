@@ -10,7 +10,8 @@ MODELS_READY := $(VENV)/.ready-models
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 MODEL_BENCHMARKS := benchmarks/magpie_online.py benchmarks/magpie_bytes.py \
-  benchmarks/quantized_linear.py benchmarks/lm_guidance.py benchmarks/diffusion_rows.py
+  benchmarks/quantized_linear.py benchmarks/lm_guidance.py benchmarks/diffusion_rows.py \
+  benchmarks/digits_proof.py
 BENCHMARK_PARTS := %/measure.py %/peers.py %/magpie_shapes.py %/lm_shapes.py %/lm_rivals.py
 BENCHMARKS := $(filter-out $(BENCHMARK_PARTS) $(MODEL_BENCHMARKS),$(wildcard benchmarks/*.py))
 

@@ -170,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--small", action="store_true", help="minutes become seconds; for tests")
+    parser.add_argument("--json", action="store_true", help="print the last line alone")
     parser.add_argument("--keep", type=Path, help="folder of the runs; a temporary one by default")
     options = parser.parse_args()
     changes = SMALL if options.small else {}
@@ -177,9 +178,10 @@ def main() -> None:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         rows = {seed: prove(seed, folder, changes) for seed in options.seeds}
-    print("seed   " + " ".join(f"{name:>16}" for name in next(iter(rows.values()))))
-    for seed, row in rows.items():
-        print(f"{seed:<6} " + " ".join(f"{number:>16.4g}" for number in row.values()))
+    if not options.json:
+        print("seed   " + " ".join(f"{name:>16}" for name in next(iter(rows.values()))))
+        for seed, row in rows.items():
+            print(f"{seed:<6} " + " ".join(f"{number:>16.4g}" for number in row.values()))
     worst = {
         "student_over_unguided": max(row["student"] for row in rows.values()),
         "unguided_control": min(row["unguided"] for row in rows.values()),

@@ -68,6 +68,8 @@ SMALL = {
     "write_rate": ["--mib", "0.5", "--repeats", "1"],
 }
 """Arguments that make each benchmark short; a new one must be named here."""
+PROOFS = {"digits_proof"}
+"""Benchmarks whose results a test of their own looks at."""
 NEEDS = dict.fromkeys(
     ("magpie_bytes", "magpie_online"), ("nemo", "pip install 'foretell[magpie]'")
 ) | {
@@ -134,8 +136,8 @@ REQUIRED = {
 
 def test_every_benchmark_is_tried():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - SHARED
-    assert scripts == set(SMALL)
-    assert scripts <= set(REQUIRED)
+    assert scripts == set(SMALL) | PROOFS
+    assert set(SMALL) <= set(REQUIRED)
 
 
 @pytest.mark.slow
