@@ -156,7 +156,7 @@ class Diffusion:
         else:
             base = _frozen_base(network, weights, weights_config)
             _hold(network, config, DTYPES[config.base_precision], device)
-            adapters.attach(network, config.adapter, _targets(config), seed=seed)
+            adapters.attach(network, config.adapter, _targets(config, kind), seed=seed)
         network.to(device)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
@@ -174,7 +174,7 @@ class Diffusion:
             networks.ready(network)
         else:
             network, base = _found_base(found, kind, path, dtype)
-            tensors = _put_adapter(network, found.config, path)
+            tensors = _put_adapter(network, kind, found.config, path)
             digest = _digest(base.digest, _tensor_digest(tensors))
             networks.cast(network, dtype)
         network.requires_grad_(False)
@@ -367,16 +367,16 @@ def _whole(path: Path, config: Path | None, dtype: torch.dtype) -> tuple[Source,
     found = _described(path)
     kind = networks.kind_of(found.network, path / CONFIG_FILE)
     network, base = _found_base(found, kind, path, torch.float32)
-    _put_adapter(network, found.config, path)
+    _put_adapter(network, kind, found.config, path)
     adapters.merge(network)
     assert base.path is not None
     return Source.find(base.path, base.config), networks.cast(network, dtype)
 
 
-def _put_adapter(network: Any, config: DenoiserConfig, path: Path) -> dict[str, Tensor]:
+def _put_adapter(network: Any, kind: Kind, config: DenoiserConfig, path: Path) -> dict[str, Tensor]:
     """Put the adapter that was saved in `path` on its base, and return its tensors as they lie."""
     assert config.adapter is not None
-    return adapters.load(network, config.adapter, _targets(config), path)
+    return adapters.load(network, config.adapter, _targets(config, kind), path)
 
 
 def _found_base(
@@ -411,11 +411,18 @@ def _hold(network: Any, config: DenoiserConfig, dtype: torch.dtype, device: str)
         quantize(network, config.base_quantization, device=device, keep=FULL_PRECISION)
 
 
-def _targets(config: DenoiserConfig) -> tuple[str, ...]:
+def _targets(config: DenoiserConfig, kind: Kind) -> tuple[str, ...]:
     """Layers to adapt; the input of the scale begins at zero, and must be among them to be read."""
     assert config.adapter is not None
-    new = ("time_embedding.cond_proj",) if config.scale_input else ()
-    return (*config.adapter.targets, *new)
+    if not config.scale_input:
+        return config.adapter.targets
+    if not kind.scale_targets:
+        raise UserError(
+            f"model.scale_input with model.adapter: an adapter of a {kind.network.__name__} does "
+            "not reach a new input for the guidance scale; leave scale_input out (a base that has "
+            "the input is told the scale anyway), or leave adapter out to train all weights"
+        )
+    return (*config.adapter.targets, *kind.scale_targets)
 
 
 def _described(path: Path) -> Description:

@@ -50,6 +50,8 @@ class Kind:
     """Of its configuration: what sides of a latent must be multiples of."""
     scale_input: tuple[str, JsonValue] | None = None
     """Argument that gives it an input for the guidance scale, and its value."""
+    scale_targets: tuple[str, ...] = ()
+    """Layers that an adapter must reach for it to be read; none where no adapter does."""
     scale_layers: tuple[str, ...] = ()
     """Beginnings of the names of tensors that come with it; the last is zero in a network that is
     to begin as one without it."""
@@ -414,7 +416,7 @@ KINDS: dict[str, Kind] = {
     "UNet2DConditionModel": Kind(
         UNet2DConditionModel, _text_unet, ("prompt_embeds", "pooled_prompt_embeds"),
         _text_unet_widths, _of_blocks, ("time_cond_proj_dim", SCALE_FEATURES),
-        ("time_embedding.cond_proj.",),
+        ("time_embedding.cond_proj",), ("time_embedding.cond_proj.",),
     ),
     "DiTTransformer2DModel": Kind(
         DiTTransformer2DModel, _dit, ("class_labels",), _dit_widths, _of_patches
@@ -425,7 +427,7 @@ KINDS: dict[str, Kind] = {
     ),
     "FluxTransformer2DModel": Kind(
         FluxTransformer2DModel, _flux, ("prompt_embeds", "pooled_prompt_embeds"), _flux_widths,
-        lambda config: 2, ("guidance_embeds", True),
+        lambda config: 2, ("guidance_embeds", True), (),
         ("time_text_embed.guidance_embedder.linear_1.",
          "time_text_embed.guidance_embedder.linear_2."),
     ),
