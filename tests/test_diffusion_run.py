@@ -890,9 +890,7 @@ def rescaled(models: Any, folder: Path, factors: dict[str, float]) -> Path:
 def test_what_overflows_in_half_precision_is_predicted_again(mixed, models, do, tmp_path):
     """A normalisation behind a layer undoes its factor, unless numbers were infinite before."""
     layer = "mid_block.resnets.0.conv1"
-    factors = {f"{layer}.weight": 1e6, f"{layer}.bias": 1e6,
-               "mid_block.resnets.0.time_emb_proj.weight": 1e6,
-               "mid_block.resnets.0.time_emb_proj.bias": 1e6}  # fmt: skip
+    factors = {f"{layer}.weight": 1e6, f"{layer}.bias": 1e6}  # below 65504 all the same
     pipeline = rescaled(models, tmp_path / "model", factors)
     stores = {}
     for precision in ("fp16", "fp32"):
