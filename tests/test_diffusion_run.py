@@ -720,7 +720,12 @@ MISTAKES: dict[str, tuple[str, list[str], str]] = {
         "prepare", ["prepare.source=NOWHERE"], "prepare.source=.*NOWHERE is no folder",
     ),
     "a pipeline that is not there": (
-        "prepare", ["prepare.encoder.path=NOWHERE"], "NOWHERE has no autoencoder",
+        "prepare", ["prepare.encoder.path=NOWHERE"],
+        "NOWHERE does not exist here: names of models on a hub",
+    ),
+    "a teacher that is not there": (
+        "rollout", ["teacher.pretrained.path=NOWHERE"],
+        "NOWHERE does not exist here: names of models on a hub",
     ),
     "encoders in pickles": (
         "prepare", ["prepare.encoder.path=PICKLED"], "only pickles, which run code",
