@@ -4,7 +4,8 @@ Imports the worker once, then reads JSON requests, one a line: `{"arguments", "e
 "stderr"}` forks a process that is `python -m pipeline.worker ARGUMENTS` and answers its pid;
 `{"wait": pid}` answers its exit code, negative for a signal. This process runs no stage itself, so
 no thread exists when it forks. With `"observe": PATH` a process notes there which networks it
-built and what it read of which weight files. `"imports": [MODULE]` are imported once, before.
+built and what it read of which weight files, and of diffusers' and transformers' models which it
+built of what. `"imports": [MODULE]` are imported once, before.
 """
 
 from __future__ import annotations
@@ -92,6 +93,42 @@ def observed() -> dict[str, Any]:
             return self._file.get_tensor(name)
 
     codec_lm_checkpoint.safe_open = Opened
+    if "stages.families.diffusion" in sys.modules:
+        seen["models"] = observed_models()
+    return seen
+
+
+def observed_models() -> list[tuple[str, str | None]]:
+    """Note the class of every model that gets weights, and where they come from, None if drawn."""
+    diffusers, transformers = map(importlib.import_module, ("diffusers", "transformers"))
+    empty = importlib.import_module("torch").empty
+    seen: list[tuple[str, str | None]] = []
+    inside = False
+
+    def noted(owner: Any, name: str) -> None:
+        method = getattr(owner, name).__func__
+
+        def begun(cls: Any, source: Any, *rest: Any, **options: Any) -> Any:
+            nonlocal inside
+            drawn = name == "from_config"
+            # One call leads to others, and a model on `meta` has no weights.
+            if inside or (drawn and empty(0).is_meta):
+                return method(cls, source, *rest, **options)
+            seen.append((cls.__name__, None if drawn else str(source)))
+            inside = True
+            try:
+                return method(cls, source, *rest, **options)
+            finally:
+                inside = False
+
+        setattr(owner, name, classmethod(begun))
+
+    mixin = diffusers.ModelMixin
+    for owner in (mixin, transformers.PreTrainedModel):
+        noted(owner, "from_pretrained")
+    for name in ("from_config", "from_single_file"):
+        for class_ in (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL):
+            noted(class_, name)
     return seen
 
 

@@ -28,7 +28,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.diffusion.config import DiffusionTeacher
 from stages.diffusion.dataset import ImageDataset
 from stages.diffusion.facts import FAILED, NOT_ASKED, OK, REPEATED
 from stages.diffusion.noise import row_noise
@@ -239,6 +238,17 @@ def stock_answer(stock: Any, row: Row, embeds: Tensor, pooled: Tensor, sizes: Te
     return stock.unet(
         row.x, row.t.float(), encoder_hidden_states=embeds, added_cond_kwargs=added
     ).sample
+
+
+def stock_unet(pipeline: Path) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")
+
+
+@torch.no_grad()
+def stock_text_answer(unet: Any, row: Row) -> Tensor:
+    return unet(row.x, row.t, row.conditions["prompt_embeds"]).sample
 
 
 def distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -485,7 +495,7 @@ def mixed(models, single_file, do, tmp_path_factory) -> Run:
     whole["students"]["student"] = student_of(pipeline, model=model, loss=loss, optimizer=optimizer)
     run = write_run(whole, folder)
     said = do(run, "prepare", "rollout", "train:student", "evaluate")
-    assert re.search(r"text_encoder.*fp8", said), said
+    assert re.search(r"quantizing text_encoder of .*\nquantized \d+ linear layers to fp8", said)
     return run
 
 
@@ -509,17 +519,14 @@ def test_rows_have_one_source_each_and_what_was_quantized_is_told(mixed):
 
 def test_the_first_step_is_what_a_hand_computes(mixed, models):
     """Guided, unguided and data targets, masked: the mean error of the untrained network."""
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel.from_pretrained(models("sd15"), subfolder="unet")
+    unet = stock_unet(models("sd15"))
     store, losses = PredictionStore.open(mixed.root / "store"), []
     for key in store:
         target = store.sample(key[0])["target"]
         latent = store.table("latents")[store[key].drawn["latent"]]
         mask = torch.tensor(latent.get("mask", np.ones((1, 1, 1)))).float().clamp(min=0.25)
         for row in rows_of(store, key):
-            with torch.no_grad():
-                found = unet(row.x, row.t, row.conditions["prompt_embeds"]).sample[0]
+            found = stock_text_answer(unet, row)[0]
             wanted = {
                 "data": lambda row=row: row.noise,
                 "prior": lambda row=row: row.parts["cond"][0],
@@ -578,7 +585,10 @@ def flux(models, images, do, tmp_path_factory) -> Run:
         "guidance": {"scale": 1.0}, "target": {"kind": "dense", "branches": "guided"},
         "rows": {"kind": "trajectory", "steps": 4},
     }  # fmt: skip
-    optimizer = SCHEDULE | {"steps": 30, "learning_rate": 3e-3, "log_every": 1}
+    # All 72 rows in one batch, so that the first step can be computed by hand.
+    optimizer = SCHEDULE | {
+        "steps": 8, "batch_size": 72, "learning_rate": 1e-3, "log_every": 1,
+    }  # fmt: skip
     whole["students"] = {
         name: student_of(
             pipeline, init={"kind": "teacher"}, loss={"teaches": name}, optimizer=optimizer
@@ -605,63 +615,68 @@ def test_states_follow_each_other_as_eulers_method_says(flux):
             np.testing.assert_allclose(ahead, x[step + 1], atol=0.01)
 
 
-@pytest.mark.parametrize("teaches", ["end", "pairs"])
-def test_students_learn_where_trajectories_end(flux, models, teaches):
-    """Of states of the store, and of the straight line between both ends."""
-    store = PredictionStore.open(flux.root / "store")
-    student = load_denoiser().load(
-        flux.root / f"student_{teaches}", device="cpu", dtype=torch.float32
-    )
-    teacher = load_denoiser().pretrained(
-        DiffusionTeacher(path=models("flux")), student.facts, device="cpu", dtype=torch.float32
-    )
-    errors = {"before": [], "after": []}
-    for key in list(store)[::2]:
+def test_students_begin_to_learn_where_trajectories_end(flux, models):
+    """The first step by hand: of all states, and of points of the line between both ends.
+
+    Where on the line the points lie is drawn, one in each quarter: here every quarter has many.
+    """
+    teacher = load_denoiser().load(flux.root / "student_end", device="cpu", dtype=torch.float32)
+    store, errors = PredictionStore.open(flux.root / "store"), {"end": [], "pairs": []}
+    for key in store:
         rollout = store[key]
         states = torch.tensor(rollout.arrays["row.x_t"]).float()
         texts = store.table("conditions")[rollout.drawn["condition"]]
         conditions = {n: torch.tensor(v).float()[None] for n, v in texts.items()}
-        start, end, sigma = states[0], states[-1], float(rollout.arrays["row.sigma"][2])
-        x = states[2] if teaches == "end" else (1 - sigma) * end + sigma * start
-        wanted = (x - end) / sigma
-        t = torch.tensor([1000 * sigma], dtype=torch.float64)
-        for name, model in (("before", teacher), ("after", student)):
-            with torch.no_grad():
-                found = model.predict(x, t, conditions)
-            errors[name].append(float((found - wanted).square().mean()))
-    assert np.mean(errors["after"]) < 0.8 * np.mean(errors["before"])
+        start, end = states[0], states[-1]
+        line = [(k + 0.5) / 16 for k in range(16)]
+        points = {
+            "end": [(states[k], float(rollout.arrays["row.sigma"][k])) for k in range(4)],
+            "pairs": [((1 - sigma) * end + sigma * start, sigma) for sigma in line],
+        }
+        for name, found in points.items():
+            x, sigma = torch.cat([x for x, _ in found]), torch.tensor([sigma for _, sigma in found])
+            asked = {n: v.expand(len(x), *v.shape[1:]) for n, v in conditions.items()}
+            with torch.no_grad(), teacher.adapter_off():
+                answered = teacher.predict(
+                    x, 1000 * sigma.double(), asked, torch.full(sigma.shape, 3.5)
+                )
+            wanted = (x - end) / sigma.reshape(-1, 1, 1, 1)
+            errors[name].append(float((answered - wanted).square().mean()))
+    for name, tolerance in (("end", 1e-3), ("pairs", 0.05)):
+        lines = (flux.root / f"student_{name}" / "log.jsonl").read_text().splitlines()
+        log = [json.loads(line)["total"] for line in lines]
+        assert log[0] == pytest.approx(np.mean(errors[name]), rel=tolerance)
+        assert log[-1] < log[0]
 
 
 # ---- what an adapter changes, taught to another base
 
 
-def test_the_effect_of_an_adapter_is_taught_to_another_base(mixed, models, do, tmp_path):
-    adapter = mixed.root / "student" / LORA
-    other = models("sd15", 1)
-    optimizer = SCHEDULE | {"steps": 60, "batch_size": 16}
+def test_the_effect_of_an_adapter_is_taught_to_another_base(mixed, models, images, do, tmp_path):
+    """A student that begins as its own base is wrong by what it is to learn, twice as strong."""
+    adapter, other = mixed.root / "student" / LORA, models("sd15", 1)
+    optimizer = SCHEDULE | {"steps": 12, "batch_size": 54, "log_every": 1, "learning_rate": 5e-3}
     whole = document(
-        "transfer", tmp_path, models("sd15"), Path(), prepare=None, evaluate=None,
-        dataset=str(mixed.root / "dataset"),
+        "transfer", tmp_path, models("sd15"), images, evaluate=None,
         teacher={"pretrained": {"path": str(models("sd15")), "adapter": str(adapter)}},
         rollout=ROLLOUT | {"contrast": {"kind": "adapter"}},
-        students={"student": student_of(other, 1.0, optimizer=optimizer)},
+        students={"student": student_of(other, 2.0, optimizer=optimizer)},
     )  # fmt: skip
     run = write_run(whole, tmp_path)
-    do(run, "rollout", "train:student")
+    do(run, "prepare", "rollout", "train:student")
     store = PredictionStore.open(run.root / "store")
-    student = load_denoiser().load(run.root / "student", device="cpu", dtype=torch.float32)
-    found, wanted = [], []
-    for key in store:
-        if store.sample(key[0])["target"] != "teacher":
-            continue
-        for row in rows_of(store, key):
-            with student.adapter_off():
-                base = answer(student, row)
-            found.append(answer(student, row) - base)
-            wanted.append(row.parts["delta"])
-    size = distance(wanted, [0 * delta for delta in wanted])
-    assert size > 0
-    assert distance(found, wanted) < 0.8 * size
+    rows = [row for key in store for row in rows_of(store, key)]
+    stock = stock_unet(models("sd15"))
+    plain = [stock_text_answer(stock, row) for row in rows]
+    stock.load_lora_adapter(load_file(adapter), prefix="unet")
+    changed = [stock_text_answer(stock, row) for row in rows]
+    deltas = [with_it - without for with_it, without in zip(changed, plain, strict=True)]
+    size = distance(deltas, [0 * delta for delta in deltas])
+    assert distance([row.parts["delta"] for row in rows], deltas) < 2e-3 * size
+    lines = (run.root / "student" / "log.jsonl").read_text().splitlines()
+    log = [json.loads(line)["total"] for line in lines]
+    assert log[0] == pytest.approx((2 * size) ** 2, rel=1e-2)
+    assert log[-1] < log[0]
 
 
 # ---- mistakes
@@ -695,16 +710,22 @@ def pickled(models, tmp_path_factory) -> Path:
 def own(mixed: Run, models: Any, folder: Path, **sections: Any) -> Run:
     """A run on the dataset of another one, with a teacher from the folder of its pipeline."""
     given = {"prepare": None, "evaluate": None, "dataset": str(mixed.root / "dataset")}
+    folder.mkdir(exist_ok=True)
     whole = document("own", folder / "runs", models("sd15"), Path(), **given | sections)
     return write_run(whole, folder)
 
 
 MISTAKES: dict[str, tuple[str, list[str], str]] = {
     "a folder that is not there": (
-        "prepare", ["prepare.source=NOWHERE"], "NOWHERE .*metadata.jsonl",
+        "prepare", ["prepare.source=NOWHERE"], "prepare.source=.*NOWHERE is no folder",
     ),
     "a pipeline that is not there": (
-        "prepare", ["prepare.encoder.path=NOWHERE"], "NOWHERE .*give a local folder",
+        "prepare", ["prepare.encoder.path=NOWHERE"],
+        "NOWHERE does not exist here: names of models on a hub",
+    ),
+    "a teacher that is not there": (
+        "rollout", ["teacher.pretrained.path=NOWHERE"],
+        "NOWHERE does not exist here: names of models on a hub",
     ),
     "encoders in pickles": (
         "prepare", ["prepare.encoder.path=PICKLED"], "only pickles, which run code",
@@ -720,9 +741,6 @@ MISTAKES: dict[str, tuple[str, list[str], str]] = {
     ),
     "a teacher of another autoencoder": (
         "rollout", ["teacher.pretrained.path=SCALED"], "scaling_factor=0.5 .* 0.18215",
-    ),
-    "a teacher of other captions": (
-        "rollout", ["teacher.pretrained.path=SDXL"], "cross_attention_dim=64.* needs 32",
     ),
     "no adapter to compare with": (
         "rollout", ["rollout.contrast={kind: adapter}"], "no adapter to switch off",
@@ -753,7 +771,8 @@ MISTAKES: dict[str, tuple[str, list[str], str]] = {
         "no trajectories",
     ),
     "a student of other captions": (
-        "train:student", ["store=STORE", "students.student.model.pipeline=SDXL"],
+        "train:student",
+        ["store=STORE", "students.student.model.pipeline=SDXL", "students.student.init.kind=fresh"],
         "cross_attention_dim=64.* needs 32",
     ),
     "a student of another autoencoder": (
@@ -786,9 +805,6 @@ MISTAKES: dict[str, tuple[str, list[str], str]] = {
         "train:student", ["store=STORE", "students.student.previews={every: 2}"],
         "give rollout.previews",
     ),
-    "a split without images": (
-        "evaluate", ["students={}", "evaluate={split: dev, device: cpu}", "dataset=NO_DEV"], "dev",
-    ),
     "unknown settings": (
         "rollout", ["rollout.slots=8"], "slots",
     ),
@@ -805,7 +821,6 @@ def test_mistakes_are_told_in_one_line_before_any_work(
         "PICKLED": lambda: pickled,
         "SDXL": lambda: models("sdxl"),
         "STORE": lambda: mixed.root / "store",
-        "NO_DEV": lambda: mixed.root / "dataset",
         "SCALED": lambda: other_pipeline("scaled", "vae/config.json", scaling_factor=0.5),
         "VPRED": lambda: other_pipeline(
             "v", "scheduler/scheduler_config.json", prediction_type="v_prediction"
@@ -856,15 +871,14 @@ def test_images_that_cannot_be_used_are_left_out_with_a_reason(models, do, tmp_p
     assert [len(dataset.samples(split)) for split in ("train", "dev", "test")] == [3, 1, 2]
 
 
-def test_captions_that_nobody_wrote_are_missed_by_a_teacher_of_captions(models, do, tmp_path):
+def test_captions_that_nobody_wrote_are_missed(models, do, tmp_path):
     source = write_images(tmp_path / "images")
     rows = map(json.loads, (source / "metadata.jsonl").read_text().splitlines())
     bare = [{"file_name": row["file_name"]} for row in rows]
     (source / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
     run = write_run(document("bare", tmp_path, models("sd15"), source), tmp_path)
-    said = do(run, "prepare", code=0) + do(run, "rollout", code=2)
-    assert "prompt_embeds" in said, said
-    assert not (run.root / "store").exists()
+    assert "rejected no caption: 12; 0 accepted" in do(run, "prepare", code=2)
+    assert not (run.root / "dataset").exists()
 
 
 def rescaled(models: Any, folder: Path, factors: dict[str, float]) -> Path:
@@ -881,9 +895,7 @@ def rescaled(models: Any, folder: Path, factors: dict[str, float]) -> Path:
 def test_what_overflows_in_half_precision_is_predicted_again(mixed, models, do, tmp_path):
     """A normalisation behind a layer undoes its factor, unless numbers were infinite before."""
     layer = "mid_block.resnets.0.conv1"
-    factors = {f"{layer}.weight": 3e4, f"{layer}.bias": 3e4,
-               "mid_block.resnets.0.time_emb_proj.weight": 3e4,
-               "mid_block.resnets.0.time_emb_proj.bias": 3e4}  # fmt: skip
+    factors = {f"{layer}.weight": 1e6, f"{layer}.bias": 1e6}  # below 65504 all the same
     pipeline = rescaled(models, tmp_path / "model", factors)
     stores = {}
     for precision in ("fp16", "fp32"):
@@ -912,7 +924,7 @@ def test_a_row_beyond_half_precision_is_told_by_its_key_and_weighs_nothing(
     do(exact, "rollout")
     store, largest = PredictionStore.open(exact.root / "store"), {}
     for key in store:
-        if store.sample(key[0])["target"] == "teacher":
+        if store.sample(key[0])["target"] != "data":
             for row in rows_of(store, key):
                 largest[row.key] = max(float(part.abs().max()) for part in row.parts.values())
     worst, second = sorted(largest, key=largest.__getitem__)[:-3:-1]
@@ -948,7 +960,7 @@ def test_a_teacher_that_is_broken_stores_nothing_and_says_so(mixed, models, do, 
     run = own(mixed, models, tmp_path, teacher={"pretrained": {"path": str(pipeline)}})
     said = do(run, "rollout", code=1)
     assert "rows of a shard have a prediction that is NaN or infinite" in said
-    assert not list((run.root / "store" / "shards").glob("*/shard.json"))
+    assert not list((run.root / "store" / "shards").glob("*/dense.cond"))
 
 
 def test_the_missing_extra_is_named(mixed, models, tmp_path):

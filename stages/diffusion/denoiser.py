@@ -60,7 +60,8 @@ class Denoiser(Protocol):
         Its schedule is that of `config`, of its pipeline, or `schedule`, in this order. `weights`
         are a saved model's folder, a pipeline's or a single file's, copied into the network before
         its adapter is put on, quantized and moved; without them they are drawn from `seed`. Raises
-        `UserError` where they are of another architecture, naming what differs.
+        `UserError` where they are of another architecture, or of a pipeline whose latents are
+        scaled otherwise, naming what differs.
         """
         ...
 

@@ -135,7 +135,8 @@ class Diffusion:
         Its schedule is that of `config`, of its pipeline, or `schedule`, in this order. `weights`
         are a saved model's folder, a pipeline's or a single file's, copied into the network before
         its adapter is put on, quantized and moved; without them they are drawn from `seed`. Raises
-        `UserError` where they are of another architecture, naming what differs.
+        `UserError` where they are of another architecture, or of a pipeline whose latents are
+        scaled otherwise, naming what differs.
         """
         kind, settings, own_schedule = _architecture_of(config, facts)
         schedule = own_schedule or schedule
@@ -148,6 +149,7 @@ class Diffusion:
         if weights is None:
             network = networks.fresh(kind, settings, seed=seed)
         else:
+            _check_scaling(Source.find(weights, weights_config), facts)
             dtype = DTYPES[config.base_precision]
             network = _begun_as(weights, weights_config, kind, settings, seed, dtype)
         if config.adapter is None:

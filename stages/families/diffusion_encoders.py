@@ -29,7 +29,13 @@ from stages.families.diffusion_library import (
     quiet,
     reading,
 )
-from stages.families.diffusion_sources import CONFIG_FILE, DTYPES, read_json, safetensors_in
+from stages.families.diffusion_sources import (
+    CONFIG_FILE,
+    DTYPES,
+    read_json,
+    require_there,
+    safetensors_in,
+)
 from stages.quantization import quantize
 
 SD3_TOKENS, FLUX_TOKENS = 256, 512
@@ -88,6 +94,7 @@ class PipelineEncoder:
         A single file needs the folder of its configuration files in `config`. `quantization` names
         components, which are loaded in bfloat16 or float32, and how their linear layers are held.
         """
+        require_there(path)
         if path.is_file() and (path.suffix != ".safetensors" or config is None):
             raise UserError(
                 f"{path} with config={config}: a single file must be .safetensors (others are "

@@ -80,6 +80,7 @@ class Source:
 
         `config` is the folder with the configuration files of a single file.
         """
+        require_there(path)
         if path.is_file():
             return cls._single(path, config)
         if (path / "model_index.json").is_file():
@@ -194,6 +195,15 @@ class Source:
             with reading(file, "get it again"):
                 tensors |= load_file(file)
         return tensors
+
+
+def require_there(path: Path) -> None:
+    """Refuse a path at which there is nothing, such as the name of a model elsewhere."""
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist here: names of models on a hub are not looked up, and nothing "
+            "is downloaded; give the local folder of a pipeline, or a .safetensors checkpoint"
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:
