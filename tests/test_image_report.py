@@ -33,6 +33,7 @@ from stages.report_schema import (
 )
 from store.schema import Quantization
 from tests.browser import Browser, find_chromium
+from tests.row_stores import manifest_of
 from tests.test_report import HOSTILE, Outline
 from tests.test_report import example as speech
 
@@ -267,15 +268,14 @@ def test_the_report_of_a_run_has_its_costs_settings_and_warnings(tmp_path):
     held = Quantization(
         method="int8", dtype="float32", backend="torchao", backend_version="1.0", layers=("a",)
     )
-    write_image_report(
-        config, {"dataset": "cd"}, found, 12.5, Usage(peak_rss_bytes=7, peak_device_bytes=0), held
-    )
+    manifest = manifest_of(quantization=held)
+    write_image_report(config, manifest, found, 12.5, Usage(peak_rss_bytes=7, peak_device_bytes=0))
     report = Report.read(folder / "report.json")
     assert report.systems == made.systems
     assert report.images == made.images
     assert (report.samples, report.sentences) == (150, 10)
     assert report.stages["evaluate"] == StageCost(wall_s=12.5, peak_rss_bytes=7)
-    assert report.fingerprints == {"dataset": "cd"}
+    assert report.fingerprints == manifest.fingerprints.model_dump()
     assert report.settings["name"] == "tried"
     assert "1 of its linear layers hold their weights in int8" in report.warnings[0]
     assert "150 images to 540 reference images: so few" in report.warnings[1]
