@@ -6,6 +6,8 @@ import io
 from html import escape
 from pathlib import Path
 
+from PIL import Image
+
 from pipeline.embedding import data_address, named_file
 from pipeline.metric_tables import MAIN_METRICS, metric_table, system_dot, system_label
 from stages.report_schema import Images, ImageSample, Report
@@ -128,8 +130,6 @@ def _size(png: bytes) -> tuple[int, int]:
 
 def _scaled(png: bytes) -> bytes:
     """Return a large picture as a JPEG file for a page; the PNG file stays beside it."""
-    from PIL import Image
-
     packed = io.BytesIO()
     with Image.open(io.BytesIO(png)) as picture:
         picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from stages.architecture import Architecture
@@ -342,10 +343,7 @@ def test_people_see_every_condition_before_one_twice():
     assert to_look_at(items, 0) == []
 
 
-def test_the_pictures_are_what_was_drawn(tmp_path, require):
-    require("PIL", "pip install 'foretell[diffusion]'")
-    from PIL import Image
-
+def test_the_pictures_are_what_was_drawn(tmp_path):
     found = evaluated(tmp_path, three(), images=3)
     assert [sample.text for sample in found.images.samples] == ["a", "b", "c"]
     latents = Gallery(tmp_path / "systems" / "student").latents(1)
@@ -358,10 +356,7 @@ def test_the_pictures_are_what_was_drawn(tmp_path, require):
             np.testing.assert_array_equal(np.asarray(picture), round((0.1 * index + 1) * 127.5))
 
 
-def test_colour_and_grey_pictures_survive_being_written(tmp_path, require):
-    require("PIL", "pip install 'foretell[diffusion]'")
-    from PIL import Image
-
+def test_colour_and_grey_pictures_survive_being_written(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     write_png(tmp_path / "rgb.png", image)
     write_png(tmp_path / "grey.png", image[:, :, :1])

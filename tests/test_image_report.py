@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.config import load_config
@@ -39,11 +40,6 @@ from tests.test_report import example as speech
 
 SPEECH_SECTIONS = ("Listen", "Listeners", "Duration and repetition")
 IMAGE_SECTIONS = ("Images", "Other numbers of solver steps")
-
-
-@pytest.fixture(autouse=True)
-def pillow(require):
-    require("PIL", "pip install 'foretell[diffusion]'")
 
 
 def system(mse, frechet, seconds, passes):
@@ -166,8 +162,6 @@ def test_rows_are_systems_below_the_reference_and_pictures_are_the_files(tmp_pat
 
 
 def test_large_pictures_are_scaled_for_the_page_and_stay_whole_beside_it(tmp_path):
-    from PIL import Image
-
     report = example(tmp_path, side=600)
     before = (tmp_path / "images" / "student.png").read_bytes()
     pictures = embedded(render(report, tmp_path))

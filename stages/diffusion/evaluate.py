@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
@@ -211,8 +212,6 @@ def _picture(name: str, index: int) -> str:
 
 def write_png(path: Path, image: NDArray[np.uint8]) -> None:
     """Write an image [H, W, C], grey or RGB, whole or not at all."""
-    from PIL import Image
-
     with publish_file(path) as draft:
         Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(draft, "PNG")
 

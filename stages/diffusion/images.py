@@ -12,20 +12,12 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from stages.diffusion.config import ImageBucketsConfig, ImagesConfig
-from stages.errors import UserError
 from stages.rejections import Rejection
 from stages.sampling import keyed_seed
-
-try:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-except ModuleNotFoundError as error:
-    raise UserError(
-        f"images need the package {error.name!r}, which is not installed: "
-        "pip install 'foretell[diffusion]'"
-    ) from error
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")
 """Formats that are read. Pillow knows more, of which some start other programs."""
