@@ -36,7 +36,7 @@ policy_of, roll = partial(rolled_up.policy_of, **DRAWN), partial(rolled_up.roll,
 
 @pytest.fixture(scope="module")
 def tiny(require):
-    require("transformers", "pip install 'foretell[orpheus]'")
+    require("peft", "pip install 'foretell[orpheus]'")
     from stages.families import causal_lm_tiny
 
     return causal_lm_tiny
