@@ -326,6 +326,7 @@ def test_a_split_without_samples_and_an_unknown_one_are_refused(run_of, tiny_run
     )
 
 
+@pytest.mark.slow
 def test_a_store_of_another_teacher_or_dataset_or_with_other_settings_is_refused(
     run_of, tiny_run, refused, tmp_path
 ):
@@ -497,6 +498,7 @@ def test_a_damaged_store_is_noticed_in_training(run_of, tiny_run, refused, tmp_p
     assert "top_k.ids" in message
 
 
+@pytest.mark.slow
 def test_training_with_other_settings_over_a_checkpoint_is_refused(run_of, tiny_run, refused):
     refused("train:student", train_run(run_of, tiny_run), code=0)
     message = refused("train:student", train_run(run_of, tiny_run, loss={"ce": 1.0}))

@@ -575,6 +575,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_they_read_for_even_when_it_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None

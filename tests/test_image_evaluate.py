@@ -167,6 +167,7 @@ def test_errors_are_to_the_guided_teacher_from_the_same_noise(tmp_path):
     assert difference.low <= difference.value <= difference.high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_the_noise_of_an_image_has_a_key_of_its_own_whatever_the_batch(tmp_path, batch_size):
     evaluated(tmp_path, three(), batch_size=batch_size)
@@ -176,6 +177,7 @@ def test_the_noise_of_an_image_has_a_key_of_its_own_whatever_the_batch(tmp_path,
         np.testing.assert_allclose(latent, 0.05 * label + SHARE * noise, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_where_it_was_and_ends_as_one_that_was_not(tmp_path):
     whole = evaluated(tmp_path / "whole", three(), batch_size=2)
     calls, stop = [], StopRequest()
@@ -206,6 +208,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was_and_ends_as_one_that_was
     assert found.comparisons == whole.comparisons
 
 
+@pytest.mark.slow
 def test_a_system_that_was_drawn_is_not_loaded_again(tmp_path):
     first = evaluated(tmp_path, three())
 
@@ -216,6 +219,7 @@ def test_a_system_that_was_drawn_is_not_loaded_again(tmp_path):
     assert again == first
 
 
+@pytest.mark.slow
 def test_a_system_that_breaks_loses_nothing_of_the_others(tmp_path):
     class Broken(Painted):
         def predict(self, *arguments):

@@ -257,6 +257,7 @@ def replaying(tiny_run, run_of):
     return run_of("again", fitted=True, rollout=section, students=None)
 
 
+@pytest.mark.slow
 def test_the_option_replays_in_two_processes_and_status_knows_it(tiny_run, replaying):
     first = PredictionStore.open(tiny_run.root / "store")
     done = foretell("rollout", replaying.path, "--replay", first.path,

@@ -779,6 +779,7 @@ def shard_bytes(store: Path) -> dict[str, bytes]:
 SMALL_SHARDS = {"rollouts_per_shard": 2, "batch_size": 2}
 
 
+@pytest.mark.slow
 def test_one_worker_three_tasks_and_a_killed_one_write_the_same_bytes(
     tiny_run, run_of, start_worker
 ):
