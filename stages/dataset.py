@@ -12,17 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 from torch import Tensor
 
 from stages.audio import read_audio
 from stages.audio_codec import AudioCodec, load_audio_codec
 from stages.config import DatasetFacts
+from stages.dataset_folder import of_split, read_dataset_header, read_rows
 from stages.errors import UserError
 from store.schema import Record
 
 DATASET_VERSION = 1
-SPLITS = ("train", "dev", "test")
 
 CODES = pa.list_(pa.uint16())
 SAMPLES = pa.schema(
@@ -83,23 +83,12 @@ class Dataset:
         Raises UserError when it is unfinished, damaged or of an unknown version.
         """
         header = read_header(path)
-        try:
-            table = pq.read_table(path / "samples.parquet", memory_map=True)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(
-                f"{path}/samples.parquet cannot be read: {error}; prepare it again"
-            ) from error
-        if table.schema != SAMPLES:
-            raise UserError(
-                f"{path}/samples.parquet has the columns {table.schema.names}, but this release "
-                f"writes {SAMPLES.names}; prepare the dataset again"
-            )
-        found = fingerprint(table, header.facts.audio_codec)
-        if found != header.fingerprint:
-            raise UserError(
-                f"the samples in {path} have fingerprint {found}, but dataset.json says "
-                f"{header.fingerprint}: a file was altered; prepare the dataset again"
-            )
+        table = read_rows(
+            path,
+            SAMPLES,
+            header.fingerprint,
+            lambda rows: fingerprint(rows, header.facts.audio_codec),
+        )
         return cls(path, header, table)
 
     @property
@@ -112,10 +101,7 @@ class Dataset:
 
         Raises UserError when the split is unknown.
         """
-        if split not in SPLITS:
-            raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
-        table = self.table.filter(pc.field("split") == split)
-
+        table = of_split(self.table, split)
         rows: list[dict[str, Any]] = table.drop_columns(["codes", "context_codes"]).to_pylist()
         for name in ("codes", "context_codes"):
             for row, codes in zip(rows, table.column(name), strict=True):
@@ -158,24 +144,9 @@ class Dataset:
 def read_header(path: Path) -> DatasetHeader:
     """Read dataset.json alone.
 
-    Raises UserError when it is missing, unreadable or of an unknown version.
+    Raises UserError when it is missing, unreadable, of an unknown version, or of images.
     """
-    try:
-        content = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is no dataset: dataset.json is missing; run `prepare`") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}/dataset.json cannot be read: {error}") from error
-    version = content.get("version") if isinstance(content, dict) else None
-    if version != DATASET_VERSION:
-        raise UserError(
-            f"{path}/dataset.json has version {version!r}, but this release reads "
-            f"{DATASET_VERSION}; prepare the dataset again"
-        )
-    try:
-        return DatasetHeader.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path}/dataset.json is damaged: {error}") from error
+    return read_dataset_header(path, DatasetHeader, DATASET_VERSION, "speech")
 
 
 def fingerprint(samples: pa.Table, audio_codec: str) -> str:

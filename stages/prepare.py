@@ -24,12 +24,12 @@ from stages.dataset import (
     REFERENCE,
     REJECTED,
     SAMPLES,
-    SPLITS,
     Dataset,
     DatasetHeader,
     fingerprint,
     read_header,
 )
+from stages.dataset_folder import SPLITS, refuse_other_settings
 from stages.distributed import choose_device
 from stages.encoded_parts import EncodedParts, parts_folder, remove_parts
 from stages.errors import UserError
@@ -115,11 +115,7 @@ def _reopen(config: PrepareConfig, out: Path) -> Dataset:
         given = _open_audio_codec(config.audio_codec)
         assert not isinstance(given, FitAudioCodecConfig)
         different += ["audio_codec"] * (given.fingerprint() != header.facts.audio_codec)
-    if different:
-        raise UserError(
-            f"{out} was prepared with another {', '.join(different)}; prepare into another "
-            "folder, or remove that one"
-        )
+    refuse_other_settings(out, different)
     return Dataset.open(out)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stages.dataset import Dataset
 from stages.diffusion import dataset as dataset_module
 from stages.diffusion import images as images_module
 from stages.diffusion import prepare as module
@@ -659,6 +660,8 @@ def dataset_sum(header: str) -> str:
 
 def test_damage_to_a_dataset_is_found(config, tmp_path):
     path = prepare_images(config(), tmp_path / "dataset").path
+    with pytest.raises(UserError, match="is no dataset of speech; name one that `prepare` has"):
+        Dataset.open(path)
     sound = content(path)
     table = path / "tables" / "latents" / "00000.safetensors"
     table.write_bytes(sound["tables/latents/00000.safetensors"][:-1] + b"\0")

@@ -10,11 +10,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 from torch import Tensor
 
+from stages.dataset_folder import of_split, read_dataset_header, read_rows
 from stages.diffusion.facts import ImageFacts
 from stages.diffusion.images import read_image, to_uint8
 from stages.diffusion.pixels import PIXELS, PixelsEncoder
@@ -29,7 +29,6 @@ from store.sums import read_summed
 __all__ = ["ImageDataset", "ImageDecoder", "ImageHeader", "to_uint8"]
 
 IMAGES_VERSION = 1
-SPLITS = ("train", "dev", "test")
 DECODER, REFERENCES = "decoder", "references"
 
 ROWS = pa.list_(pa.int32())
@@ -108,23 +107,12 @@ class ImageDataset:
         of the tables are checked when they are first read.
         """
         header = read_header(path)
-        try:
-            rows = pq.read_table(path / "samples.parquet", memory_map=True)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(
-                f"{path}/samples.parquet cannot be read: {error}; prepare it again"
-            ) from error
-        if rows.schema != SAMPLES:
-            raise UserError(
-                f"{path}/samples.parquet has the columns {rows.schema.names}, but this release "
-                f"writes {SAMPLES.names}; prepare the dataset again"
-            )
-        found = fingerprint(rows, header.facts, header.files)
-        if found != header.fingerprint:
-            raise UserError(
-                f"the samples in {path} have fingerprint {found}, but dataset.json says "
-                f"{header.fingerprint}: a file was altered; prepare the dataset again"
-            )
+        rows = read_rows(
+            path,
+            SAMPLES,
+            header.fingerprint,
+            lambda rows: fingerprint(rows, header.facts, header.files),
+        )
         return cls(path, header, rows)
 
     @property
@@ -137,9 +125,7 @@ class ImageDataset:
 
         Raises UserError when the split is unknown.
         """
-        if split not in SPLITS:
-            raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
-        rows: list[dict[str, Any]] = self.rows.filter(pc.field("split") == split).to_pylist()
+        rows: list[dict[str, Any]] = of_split(self.rows, split).to_pylist()
         return rows
 
     def table(self, name: str) -> SideTable:
@@ -188,26 +174,7 @@ def read_header(path: Path) -> ImageHeader:
 
     Raises UserError when it is missing, unreadable, of an unknown version, or of speech.
     """
-    try:
-        content = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is no dataset: dataset.json is missing; run `prepare`") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}/dataset.json cannot be read: {error}") from error
-    found = content if isinstance(content, dict) else {}
-    if found.get("kind") != "images":
-        raise UserError(
-            f"{path} is no dataset of images; name one that `prepare` made with kind: diffusion"
-        )
-    if found.get("version") != IMAGES_VERSION:
-        raise UserError(
-            f"{path}/dataset.json has version {found.get('version')!r}, but this release reads "
-            f"{IMAGES_VERSION}; prepare the dataset again"
-        )
-    try:
-        return ImageHeader.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path}/dataset.json is damaged: {error}") from error
+    return read_dataset_header(path, ImageHeader, IMAGES_VERSION, "images")
 
 
 def fingerprint(rows: pa.Table, facts: ImageFacts, files: Mapping[str, FileSum]) -> str:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
+from stages.dataset_folder import SPLITS, refuse_other_settings
 from stages.diffusion.conditions_pass import CaptionsPass, Rows, write_labels
 from stages.diffusion.config import DigitsConfig, ImagesConfig, PipelineEncoderConfig
 from stages.diffusion.dataset import (
@@ -20,7 +21,6 @@ from stages.diffusion.dataset import (
     REFERENCES,
     REJECTED,
     SAMPLES,
-    SPLITS,
     ImageDataset,
     ImageHeader,
     fingerprint,
@@ -126,11 +126,7 @@ def _reopen(config: ImagesConfig, out: Path) -> ImageDataset:
     if isinstance(encoder, PipelineEncoderConfig) and encoder.path.exists():
         opened = _open_encoder(config)
         different += ["encoder.path"] * (opened.fingerprint() != header.facts.encoder)
-    if different:
-        raise UserError(
-            f"{out} was prepared with another {', '.join(different)}; prepare into another "
-            "folder, or remove that one"
-        )
+    refuse_other_settings(out, different)
     return ImageDataset.open(out)
 
 
