@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stage_identity
 from pipeline.record import own_usage
 from pipeline.results import write_report
-from pipeline.run_config import RunConfig
+from pipeline.run_config import RunConfig, given
 from pipeline.teachers import Teachers, load_model, teacher_path
 from stages.architecture import Architecture
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
@@ -45,13 +45,11 @@ from stages.prepare import prepare
 from stages.replay import Replay, open_replay
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
-from stages.train import train
+from stages.train import require_same_dataset, train
 from store import PredictionStore
 from store.plan import Key
 from store.rejected import Rejected
 from store.schema import Fast, Manifest, changed_fields
-
-Section = TypeVar("Section")
 
 
 class Assembly:
@@ -89,12 +87,12 @@ class Assembly:
                 raise UserError(f"there is no stage {stage!r}")
 
     def _prepare(self) -> bool:
-        config = _given(self._config.prepare, "prepare")
+        config = given(self._config.prepare, "prepare")
         prepare(config, self._folders.dataset, self._folders.corpus)
         return True
 
     def _fit(self) -> bool:
-        config, teacher = _given(self._config.fit, "fit"), _given(self._config.teacher, "teacher")
+        config, teacher = given(self._config.fit, "fit"), given(self._config.teacher, "teacher")
         model = teacher.model
         if model is None:
             raise UserError("the configuration has no section 'teacher.model' that could be fitted")
@@ -122,7 +120,7 @@ class Assembly:
 
     def _draw(self, round_name: str | None) -> bool:
         config, device, dataset = self._rollout_inputs(round_name)
-        student = load_model(_given(config.student, "rollout.student"), device, config.precision)
+        student = load_model(given(config.student, "rollout.student"), device, config.precision)
         finished = draw_codes(
             student, dataset.samples(config.split), config, self._folders.draws_of(round_name),
             seed=self._config.seed, task=self._task, tasks=self._tasks, stop=self._stop,
@@ -185,14 +183,15 @@ class Assembly:
     def _rollout_inputs(
         self, round_name: str | None
     ) -> tuple[RolloutConfig, torch.device, Dataset]:
-        config = _given(self._config.rollout_of(round_name), "rollout")
+        config = given(self._config.rollout_of(round_name), "rollout")
         device = choose_device(config.device)
         return config, device, Dataset.open(self._folders.dataset)
 
     def _train(self, name: str) -> bool:
         config = self._config.students[name]
         store = self._store(config)
-        self._require_same_dataset(store)
+        if (self._folders.dataset / "dataset.json").exists():
+            require_same_dataset(store, read_header(self._folders.dataset).fingerprint)
         with place(config.optimizer.device) as here:
             family = self._student(config, store, here)
             finished = train(
@@ -218,18 +217,6 @@ class Assembly:
             )
         return PredictionStore.open(path, cached_shards=config.buffer_shards)
 
-    def _require_same_dataset(self, store: PredictionStore) -> None:
-        """Refuse a store of another dataset than the run's; a store alone needs none."""
-        folder = self._folders.dataset
-        if not (folder / "dataset.json").exists():
-            return
-        ours, stored = read_header(folder).fingerprint, store.manifest.fingerprints.dataset
-        if ours != stored:
-            raise UserError(
-                f"the store {store.path} was made from the dataset {stored}, but the dataset of "
-                f"this run ({folder}) is {ours}: roll out this dataset, or name the store's"
-            )
-
     def _student(self, config: TrainConfig, store: PredictionStore, here: Place) -> Family:
         """Build a student from the store's manifest; weights as `init` says."""
         manifest = store.manifest
@@ -240,7 +227,7 @@ class Assembly:
             )
         family_class = load_family(config.model.family)
         if config.init.kind == "checkpoint":
-            student = load_model(_given(config.init.path, "init.path"), here.device, "fp32")
+            student = load_model(given(config.init.path, "init.path"), here.device, "fp32")
             different = changed_fields(student.config, config.model)
             if different:
                 raise UserError(
@@ -258,7 +245,7 @@ class Assembly:
         return family
 
     def _evaluate(self) -> bool:
-        config = _given(self._config.evaluate, "evaluate")
+        config = given(self._config.evaluate, "evaluate")
         device = choose_device(config.device)
         dataset = Dataset.open(self._folders.dataset)
         samples = {sample["sample_id"]: sample for sample in dataset.samples(config.split)}
@@ -290,7 +277,7 @@ class Assembly:
         samples: Mapping[str, Sample],
     ) -> PredictionStore | None:
         """Return the complete store of the guided teacher on held-out samples; None if stopped."""
-        settings = _given(self._config.rollout, "rollout").model_copy(
+        settings = given(self._config.rollout, "rollout").model_copy(
             update={
                 "source": "teacher",
                 "student": None,
@@ -352,9 +339,3 @@ class Assembly:
 
 def _differences(fields: Mapping[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"{name}: {saved!r}, not {ours!r}" for name, (saved, ours) in fields.items())
-
-
-def _given(section: Section | None, name: str) -> Section:
-    if section is None:
-        raise UserError(f"the configuration has no section {name!r}, which this stage needs")
-    return section

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -21,6 +20,7 @@ from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stage_identity
 from pipeline.record import own_usage
 from pipeline.results import write_image_report
+from pipeline.run_config import given
 from stages.diffusion.config import (
     DiffusionTeacher,
     DistilConfig,
@@ -28,7 +28,7 @@ from stages.diffusion.config import (
     ModelContrast,
     RecordConfig,
 )
-from stages.diffusion.dataset import ImageDataset
+from stages.diffusion.dataset import ImageDataset, read_header
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.distil import distil
 from stages.diffusion.evaluate import evaluate_images
@@ -45,12 +45,11 @@ from stages.errors import UserError
 from stages.family import load_denoiser
 from stages.interruption import StopRequest
 from stages.quantization import Quantized
+from stages.train import require_same_dataset
 from store import PredictionStore
 from store.schema import Manifest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-Section = TypeVar("Section")
 
 
 class ImageAssembly:
@@ -72,7 +71,7 @@ class ImageAssembly:
         name, _, part = stage.partition(":")
         match name:
             case "prepare":
-                prepare_images(_given(self._config.prepare, "prepare"), self._folders.dataset)
+                prepare_images(given(self._config.prepare, "prepare"), self._folders.dataset)
                 return True
             case "fit":
                 return self._fit()
@@ -86,8 +85,8 @@ class ImageAssembly:
                 raise UserError(f"there is no stage {stage!r}")
 
     def _fit(self) -> bool:
-        config, teacher = _given(self._config.fit, "fit"), _given(self._config.teacher, "teacher")
-        model = _given(teacher.model, "teacher.model")
+        config, teacher = given(self._config.fit, "fit"), given(self._config.teacher, "teacher")
+        model = given(teacher.model, "teacher.model")
         dataset = ImageDataset.open(self._folders.dataset)
         with place(config.optimizer.device) as here:
             denoiser = load_denoiser().build(
@@ -107,7 +106,7 @@ class ImageAssembly:
         return finished
 
     def _rollout(self) -> bool:
-        config = _given(self._config.rollout, "rollout")
+        config = given(self._config.rollout, "rollout")
         device = choose_device(config.device)
         dataset = ImageDataset.open(self._folders.dataset)
         teacher, quantized = self._teacher(config, dataset, device)
@@ -136,7 +135,7 @@ class ImageAssembly:
         self, config: RecordConfig, dataset: ImageDataset, device: torch.device
     ) -> tuple[Denoiser, Quantized | None]:
         """Load the teacher as stage one has it: quantized on its way to the device, if at all."""
-        teacher = _given(self._config.teacher, "teacher")
+        teacher = given(self._config.teacher, "teacher")
         first = device if config.quantization is None else torch.device("cpu")
         if teacher.pretrained is not None:
             denoiser = self._pretrained(teacher.pretrained, dataset, first, config)
@@ -169,6 +168,8 @@ class ImageAssembly:
     def _train(self, name: str) -> bool:
         config = self._config.students[name]
         store = PredictionStore.open(self._folders.store, cached_shards=config.buffer_shards)
+        if (self._folders.dataset / "dataset.json").exists():
+            require_same_dataset(store, read_header(self._folders.dataset).fingerprint)
         with place(config.optimizer.device) as here:
             student = self._student(config, store, str(here.device))
             finished = distil(
@@ -212,8 +213,8 @@ class ImageAssembly:
             case "checkpoint":
                 return config.init.path, None
             case "pipeline":
-                return _given(config.model.pipeline, "model.pipeline"), config.model.pipeline_config
-        teacher = _given(self._config.teacher, "teacher").pretrained
+                return given(config.model.pipeline, "model.pipeline"), config.model.pipeline_config
+        teacher = given(self._config.teacher, "teacher").pretrained
         return (self._folders.teacher, None) if teacher is None else (teacher.path, teacher.config)
 
     def _gallery(self, name: str, config: DistilConfig) -> StudentGallery | None:
@@ -233,7 +234,7 @@ class ImageAssembly:
         return StudentGallery(teacher, config.previews, folder, decoder)
 
     def _evaluate(self) -> bool:
-        config = _given(self._config.evaluate, "evaluate")
+        config = given(self._config.evaluate, "evaluate")
         device = choose_device(config.device)
         dataset = ImageDataset.open(self._folders.dataset)
         result = evaluate_images(
@@ -295,9 +296,3 @@ class ImageAssembly:
                 for name in self._config.students
             ),
         ]
-
-
-def _given(section: Section | None, name: str) -> Section:
-    if section is None:
-        raise UserError(f"the configuration has no section {name!r}, which this stage needs")
-    return section

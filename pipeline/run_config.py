@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stages.config import EvaluateConfig, FitConfig, RolloutConfig, TrainConfig
+from stages.errors import UserError
 from stages.model_config import ModelConfig, PretrainedConfig
 from stages.prepare_config import PrepareConfig
 from store.schema import Guidance, Record
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+Section = TypeVar("Section")
+
+
+def given(section: Section | None, name: str) -> Section:
+    """Return a section that a stage needs; raises `UserError` where the configuration has none."""
+    if section is None:
+        raise UserError(f"the configuration has no section {name!r}, which this stage needs")
+    return section
 
 
 class OneTeacher(Record):

@@ -7,12 +7,11 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from stages.ranges import Positive, Share, Weight
+from stages.ranges import GuidanceScale, Positive, Share, Weight
 from store.schema import Record
 
-GuidanceScale = float | tuple[float, float]
 Mean = Literal["predictions", "rollouts"]
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
@@ -123,17 +122,6 @@ class LossConfig(Record):
         weights = {name: float(getattr(self, name)) for name in names}
         weights["kl_tail"] = self.kl * self.tail_share
         return {name: weight for name, weight in weights.items() if weight > 0}
-
-    @field_validator("guidance_scale")
-    @classmethod
-    def _check_scale(cls, scale: GuidanceScale | None) -> GuidanceScale | None:
-        low, high = scale if isinstance(scale, tuple) else (scale, scale)
-        if low is not None and high is not None and not 0 <= low <= high:
-            raise ValueError(
-                f"guidance_scale={scale} must be a number of at least 0, or (low, high) with "
-                "0 <= low <= high; 1 is no guidance"
-            )
-        return scale
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -117,6 +117,16 @@ def require_complete(store: PredictionStore) -> None:
         )
 
 
+def require_same_dataset(store: PredictionStore, ours: str) -> None:
+    """Refuse a store of another dataset than the run's, of which the fingerprint is given."""
+    stored = store.manifest.fingerprints.dataset
+    if ours != stored:
+        raise UserError(
+            f"the store {store.path} was made from the dataset {stored}, but the dataset of this "
+            f"run is {ours}: roll out this dataset, or name the store's"
+        )
+
+
 def require_weight(store: PredictionStore) -> None:
     """Refuse a store all of whose rollouts weigh nothing."""
     tables = (store.rollout_table(shard) for shard in store.committed)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from stages.config import LoaderConfig, OptimizerConfig
-from stages.ranges import Positive, Share
+from stages.ranges import GuidanceScale, Positive, Share
 from store.schema import Dense, Fast, Guidance, Profile, QuantizationMethod, Record
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
@@ -428,7 +428,7 @@ class DiffusionLossConfig(Record):
     """Error of an element of the prediction."""
     delta: float = Field(1.0, gt=0)
     """Where the Huber error turns linear; scale of log-cosh."""
-    guidance_scale: float | tuple[float, float] | None = None
+    guidance_scale: GuidanceScale | None = None
     """Scale, or (low, high) to draw it from per row and epoch, of a store of both branches."""
     data_share: Share = 0.0
     """Share of the image itself in the target of teacher samples; the prediction has the rest."""
@@ -450,19 +450,6 @@ class DiffusionLossConfig(Record):
     def weighting_number(self) -> float:
         """Return the number that the weighting has."""
         return self.exponent if self.weighting == "p2" else self.gamma
-
-    @field_validator("guidance_scale")
-    @classmethod
-    def _check_scale(
-        cls, scale: float | tuple[float, float] | None
-    ) -> float | tuple[float, float] | None:
-        low, high = scale if isinstance(scale, tuple) else (scale, scale)
-        if low is not None and high is not None and not 0 <= low <= high:
-            raise ValueError(
-                f"guidance_scale={scale} must be a number of at least 0, or (low, high) with "
-                "0 <= low <= high; 1 is no guidance"
-            )
-        return scale
 
     @model_validator(mode="after")
     def _check(self) -> Self:
