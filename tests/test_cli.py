@@ -346,6 +346,8 @@ def test_a_store_of_another_teacher_or_dataset_or_with_other_settings_is_refused
     altered(dataset)
     run = run_of("own", fitted=True, students=None, dataset=str(dataset), **store)
     assert "differs in fingerprints.dataset" in refused("rollout", run)
+    run = run_of("own", fitted=True, rollout=None, dataset=str(dataset), **store)
+    assert "was made from the dataset" in refused("train:student", run)
 
 
 def altered(dataset: Path) -> None:

@@ -715,6 +715,14 @@ def own(mixed: Run, models: Any, folder: Path, **sections: Any) -> Run:
     return write_run(whole, folder)
 
 
+def another_dataset(dataset: Path, folder: Path) -> Path:
+    """A dataset of which all that training reads is its fingerprint."""
+    folder.mkdir()
+    header = json.loads((dataset / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(header | {"fingerprint": "another"}))
+    return folder
+
+
 MISTAKES: dict[str, tuple[str, list[str], str]] = {
     "a folder that is not there": (
         "prepare", ["prepare.source=NOWHERE"], "prepare.source=.*NOWHERE is no folder",
@@ -800,6 +808,10 @@ MISTAKES: dict[str, tuple[str, list[str], str]] = {
          "students.student.init.kind=fresh"],
         "reads no 'prompt_embeds'",
     ),
+    "a store of another dataset": (
+        "train:student", ["store=STORE", "dataset=ANOTHER"],
+        "was made from the dataset .* is another",
+    ),
     "a store that is not there": ("train:student", ["store=NOWHERE"], "NOWHERE"),
     "previews that nobody rendered": (
         "train:student", ["store=STORE", "students.student.previews={every: 2}"],
@@ -821,6 +833,7 @@ def test_mistakes_are_told_in_one_line_before_any_work(
         "PICKLED": lambda: pickled,
         "SDXL": lambda: models("sdxl"),
         "STORE": lambda: mixed.root / "store",
+        "ANOTHER": lambda: another_dataset(mixed.root / "dataset", tmp_path / "ANOTHER"),
         "SCALED": lambda: other_pipeline("scaled", "vae/config.json", scaling_factor=0.5),
         "VPRED": lambda: other_pipeline(
             "v", "scheduler/scheduler_config.json", prediction_type="v_prediction"
