@@ -12,7 +12,8 @@ BENCH_READY := $(BENCH_VENV)/.ready
 MODEL_BENCHMARKS := benchmarks/magpie_online.py benchmarks/magpie_bytes.py \
   benchmarks/quantized_linear.py benchmarks/lm_guidance.py benchmarks/diffusion_rows.py \
   benchmarks/digits_proof.py
-BENCHMARK_PARTS := %/measure.py %/peers.py %/magpie_shapes.py %/lm_shapes.py %/lm_rivals.py
+BENCHMARK_PARTS := %/measure.py %/peers.py %/magpie_shapes.py %/lm_shapes.py %/lm_rivals.py \
+  %/diffusion_shapes.py %/diffusion_rivals.py
 BENCHMARKS := $(filter-out $(BENCHMARK_PARTS) $(MODEL_BENCHMARKS),$(wildcard benchmarks/*.py))
 
 # Two processes of one thread do about twice the work of one process with two threads, and spinning

@@ -10,17 +10,15 @@ the machine has one, so beside the wall clock the CPU time of the model's own th
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from guided_decoding import build
-from measure import interleaved, report, seconds
+from measure import OwnTime, interleaved, report
 
 from stages.config import RolloutConfig
 from stages.families.codec_lm import CodecLM
@@ -93,23 +91,6 @@ def write(family: CodecLM, stores: Iterator[PredictionStore], batch_size: int) -
     samples = {row["sample_id"]: row for row in samples_of(store.samples.num_rows)}
     stop = StopRequest()
     assert rollout(family, store, samples, store.missing(), batch_size=batch_size, stop=stop)
-
-
-class OwnTime:
-    """CPU seconds that the model's thread spent on every turn of a way."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work = work
-        self.seconds: list[float] = []
-
-    def __call__(self) -> None:
-        """Do the work once."""
-        self.seconds.append(seconds(self._work, time.thread_time))
-
-    @property
-    def median_s(self) -> float:
-        """Median of all turns but the first, which warms up."""
-        return statistics.median(self.seconds[1:])
 
 
 def main() -> None:

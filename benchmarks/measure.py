@@ -47,6 +47,23 @@ def seconds(work: Callable[[], object], clock: Clock = time.perf_counter) -> flo
     return clock() - started
 
 
+class OwnTime:
+    """CPU seconds that the model's thread spent on every turn of a way."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work = work
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        """Do the work once."""
+        self.seconds.append(seconds(self._work, time.thread_time))
+
+    @property
+    def median_s(self) -> float:
+        """Median of all turns but the first, which warms up."""
+        return statistics.median(self.seconds[1:])
+
+
 def interleaved(
     ways: Mapping[str, Callable[[], object]],
     reference: str,

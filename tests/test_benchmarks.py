@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"measure", "peers", "magpie_shapes", "lm_shapes", "lm_rivals"}
+SHARED = {
+    "measure", "peers", "magpie_shapes", "lm_shapes", "lm_rivals", "diffusion_shapes",
+    "diffusion_rivals",
+}  # fmt: skip
 """Modules of benchmarks/ that the scripts import; they are no benchmarks themselves."""
 SMALL = {
     "bytes_per_position": ["--timesteps", "8", "--repeats", "1"],

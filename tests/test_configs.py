@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline.identity import VOLATILE
 from pipeline.progress import stage_identity, stages_of
 from pipeline.run_config import RunConfig
 from stages.errors import UserError
+from tests.config_documents import load_changed
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -43,19 +43,7 @@ def load(tmp_path):
     """Load DOCUMENT with changes `{"a.b": value}`; a value of ... removes the key."""
 
     def loaded(changes: dict[str, Any] | None = None, *overrides: str) -> RunConfig:
-        document = copy.deepcopy(DOCUMENT)
-        for key, value in (changes or {}).items():
-            *sections, last = key.split(".")
-            place = document
-            for section in sections:
-                place = place.setdefault(section, {})
-            if value is ...:
-                del place[last]
-            else:
-                place[last] = value
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-        return load_config(path, overrides)
+        return load_changed(tmp_path, DOCUMENT, changes, overrides)
 
     return loaded
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from pipeline.config import load_config, speech_run
+from pipeline.config import speech_run
 from pipeline.diffusion_config import DiffusionRunConfig
 from pipeline.progress import stage_identity, stages_of
 from stages.errors import UserError
+from tests.config_documents import load_changed
 
 DOCUMENT: dict[str, Any] = {
     "kind": "diffusion",
@@ -37,19 +36,7 @@ def load(tmp_path):
     """Load DOCUMENT with changes `{"a.b": value}`; a value of ... removes the key."""
 
     def loaded(changes: dict[str, Any] | None = None) -> DiffusionRunConfig:
-        document = copy.deepcopy(DOCUMENT)
-        for key, value in (changes or {}).items():
-            *sections, last = key.split(".")
-            place = document
-            for section in sections:
-                place = place.setdefault(section, {})
-            if value is ...:
-                del place[last]
-            else:
-                place[last] = value
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-        return load_config(path)
+        return load_changed(tmp_path, DOCUMENT, changes)
 
     return loaded
 

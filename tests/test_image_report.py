@@ -138,14 +138,9 @@ def test_a_report_of_speech_has_no_key_of_images(tmp_path):
 
 def test_the_page_is_well_formed_escapes_every_text_and_loads_nothing(tmp_path):
     outline = Outline(render(example(tmp_path), tmp_path))
-    assert outline.open == []
-    assert {tag for tag, _ in outline.elements} & {"script", "link", "iframe", "audio"} == set()
-    for _, attributes in outline.elements:
-        assert not any(name.startswith("on") for name in attributes)
-        assert "href" not in attributes
-        assert attributes.get("src", "data:image/png;").startswith("data:image/png;")
+    outline.require_inert("data:image/png;", absent={"audio"})
     policy = [a.get("content", "") for t, a in outline.elements if t == "meta"]
-    assert any("default-src 'none'" in p and "img-src data:" in p for p in policy)
+    assert any("img-src data:" in content for content in policy)
     # Title, heading, caption, two names of a curve, a warning, a reason, and a setting twice.
     assert "".join(outline.text).count(HOSTILE) == 9
     pictures = [attributes for tag, attributes in outline.elements if tag == "img"]
