@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from stages.config import RolloutConfig
@@ -17,6 +18,12 @@ from stages.sampling import most_timesteps
 from store.rejected import Rejected
 
 logger = logging.getLogger(__name__)
+
+
+def misfit(error: ValidationError) -> UserError:
+    """Return what is wrong with a manifest that settings and teacher would make."""
+    faults = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+    return UserError(f"the section rollout does not fit the teacher: {faults}")
 
 
 def part(

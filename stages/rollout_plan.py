@@ -14,7 +14,7 @@ from stages.config import DatasetFacts, RolloutConfig
 from stages.errors import UserError
 from stages.family import Family, Sample
 from stages.quantization import Quantized
-from stages.refusals import part
+from stages.refusals import misfit, part
 from stages.replay import Replay
 from stages.sampling import keyed_generator
 from store import PredictionStore
@@ -89,8 +89,7 @@ def create_store(
         architecture = family.architecture() if quantized is None else quantized.architecture
         manifest = _manifest(config, family, facts, fingerprints, seed, architecture, quantization)
     except ValidationError as error:
-        faults = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
-        raise UserError(f"the section rollout does not fit the teacher: {faults}") from None
+        raise misfit(error) from None
     return PredictionStore.create(
         path,
         manifest,

@@ -26,6 +26,7 @@ from stages.diffusion.facts import ImageFacts, Recording
 from stages.diffusion.schedule import Schedule
 from stages.errors import UserError
 from stages.quantization import Quantized
+from stages.refusals import misfit
 from stages.sampling import keyed_generator
 from store import PredictionStore
 from store.plan import Key, Plan
@@ -168,8 +169,7 @@ def create_record_store(
             recording=_recording(config, denoiser, other, embedded_guidance),
         )
     except ValidationError as error:
-        faults = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
-        raise UserError(f"the section rollout does not fit the teacher: {faults}") from None
+        raise misfit(error) from None
     return PredictionStore.create(
         path,
         manifest,
