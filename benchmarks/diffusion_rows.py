@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from diffusion_rivals import on_disk, recorded_rows, write_agd, write_lmdb, write_pt
 from diffusion_shapes import (
+    CHANNELS,
     DELTA,
     FEATURES,
     PLACE,
@@ -54,6 +55,8 @@ from stages.diffusion.schedule import Schedule
 from stages.guidance import guide
 from stages.optimization import TrainingState
 from store import PredictionStore
+from store.convert import convert
+from store.schema import Compact
 
 PARTS = ("guided", "record", "train", "bytes")
 # ---- exactness
@@ -76,6 +79,30 @@ def guided_error(folder: Path, count: int, side: int) -> float:
         squares += float(((rows.target.double() - truth) ** 2).sum())
         total += float((truth**2).sum())
     return float(np.sqrt(squares / total))
+
+
+def other_errors(count: int, side: int) -> dict[str, float]:
+    """The same error of other ways to round: both branches, the mixture, or parts in bfloat16."""
+    random = torch.Generator().manual_seed(0)
+    cond, other = torch.randn(2, count, CHANNELS, side, side, generator=random)
+    delta = DELTA * other
+    uncond = cond - delta
+    truth = cond.double() + (SCALE - 1) * delta.double()
+
+    def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.to(dtype).float()
+
+    half, short = torch.float16, torch.bfloat16
+    mixed = {
+        "branches": guide(rounded(cond, half), rounded(uncond, half), SCALE),
+        "mixture": rounded(truth, half),
+        "bfloat16_parts": rounded(cond, short) + (SCALE - 1) * rounded(delta, short),
+    }
+    size = truth.square().mean().sqrt()
+    return {
+        f"guided_value_rms_error_{name}": float((values - truth).square().mean().sqrt() / size)
+        for name, values in mixed.items()
+    }
 
 
 # ---- recording
@@ -244,6 +271,8 @@ def bytes_per_row(folder: Path, count: int, side: int, peers: str) -> dict[str, 
         "bytes_per_row": on_disk(folder / "bytes_store") / rows,
         "bytes_per_row_parts": on_disk(folder / "bytes_store" / "shards") / rows,
     }
+    convert(folder / "bytes_store", folder / "compact_store", Compact())
+    found["bytes_per_row_parts_compact"] = on_disk(folder / "compact_store" / "shards") / rows
     engines = {"pt": write_pt, "agd": write_agd, "lmdb": write_lmdb}
     if peers == "none" or (peers == "installed" and find_spec("lmdb") is None):
         del engines["lmdb"]
@@ -300,6 +329,7 @@ def main() -> None:
         if "guided" in options.parts:
             error = guided_error(folder, options.samples, options.side)
             ratios["guided_value_rms_error"] = error
+            ratios |= other_errors(options.samples, options.side)
         if "record" in options.parts:
             ratios |= compare_recording(folder, options)
         if "train" in options.parts:
