@@ -128,7 +128,15 @@ class ImageAssembly:
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
         finished = record(teacher, store, dataset, shards, config, stop=self._stop, other=other)
         if finished and config.previews is not None and self._task == 0:
-            render(teacher, dataset, config.previews, config.guidance.scale, self._folders.previews)
+            render(
+                teacher,
+                dataset,
+                config.previews,
+                config.guidance.scale,
+                self._folders.previews,
+                contrast=config.contrast,
+                embedded_guidance=self._embedded_guidance,
+            )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
 
