@@ -79,7 +79,7 @@ class Recording(Record):
     contrast: Contrast
     """What the delta is to; paths of other models are left out, and their fingerprints here."""
     contrast_fingerprint: str = ""
-    """The other model's, or the adapter's."""
+    """The other model's; empty where there is none, as the teacher's is that of its adapter too."""
     embedded_guidance: float | None = None
     """Guidance number that the teacher was told."""
     noise: str = NOISE
