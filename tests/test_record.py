@@ -17,13 +17,15 @@ import torch
 
 from stages.diffusion.facts import Recording
 from stages.diffusion.noise import row_noise
-from stages.diffusion.record import record, refuse_failed
+from stages.diffusion.record import record
 from stages.diffusion.record_plan import create_record_store
 from stages.diffusion.schedule import Schedule
+from stages.diffusion.shard_work import refuse_failed
 from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.quantization import Quantized
 from stages.rollout import NotFinite
+from stages.sampling import keyed_seed
 from store import PredictionStore, StoreError, verify
 from store.schema import Quantization
 from tests.recorded import (
@@ -141,6 +143,21 @@ def test_a_guided_store_is_at_its_scale_and_prior_samples_are_not_guided(tmp_pat
     assert seen == {"teacher": 5 * 12, "prior": 12}
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_a_scale_below_one_is_guidance_too(tmp_path, scale):
+    dataset = images(tmp_path / "images", ["teacher"])
+    denoiser = FakeDenoiser(dataset.facts)
+    store = written(
+        tmp_path / "store", dataset, denoiser,
+        target=WIDE | {"branches": "guided"}, guidance={"scale": scale},
+    )  # fmt: skip
+    for _, drawn, _, row, _, x in rows_of(store, dataset):
+        cond = by_hand(denoiser, x, row["row.t"], label_of(store, drawn))
+        uncond = by_hand(denoiser, x, row["row.t"], 3)
+        expected = uncond + scale * (cond - uncond)
+        np.testing.assert_allclose(row["dense.guided"][0], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("embedded", [False, True])
 def test_without_guidance_a_prediction_takes_one_pass(tmp_path, embedded):
     dataset = images(tmp_path / "images", ["teacher"])
@@ -254,6 +271,14 @@ def test_the_plan_holds_every_key_once_and_is_shuffled_within_one_bucket_a_shard
     assert list(store.plan.buckets) != sorted(store.plan.buckets)
     other, _ = planned(tmp_path / "other", dataset, FakeDenoiser(dataset.facts))
     assert other.plan == store.plan
+
+
+def test_every_rollout_says_which_seed_is_its_own(tmp_path):
+    dataset = images(tmp_path / "images")
+    store = written(tmp_path / "store", dataset, FakeDenoiser(dataset.facts))
+    seeds = {key: store[key].seed for key in store}
+    assert seeds == {key: keyed_seed(7, *key) for key in store}
+    assert len(set(seeds.values())) == len(seeds)
 
 
 def test_samples_are_taken_from_the_start_of_the_split(tmp_path):
@@ -505,7 +530,7 @@ def test_too_many_failed_rows_stop_the_recording_and_earlier_shards_stay(tmp_pat
     assert list(PredictionStore.open(tmp_path / "store").committed) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("failed", "planned_rows"), [(3, 20), (1, 1), (2, 2), (11, 100)])
+@pytest.mark.parametrize(("failed", "planned_rows"), [(3, 20), (2, 10), (1, 1), (2, 2), (11, 100)])
 def test_failed_rows_beyond_a_share_are_refused(failed, planned_rows):
     with pytest.raises(NotFinite, match=f"{failed} of the {planned_rows} rows"):
         refuse_failed(failed, planned_rows)
@@ -525,6 +550,25 @@ def test_two_models_of_which_one_fails(tmp_path, faulty):
             status = store[other].arrays["row.status"]
             assert status.tolist() == [2 * int(other == key and s == slot) for s in range(4)]
         assert not store[key].arrays["dense.cond"][slot].any()
+
+
+def test_what_two_models_make_and_float16_cannot_hold_is_failed(tmp_path, faulty):
+    dataset, sound, *_ = faulty
+    largest = max(np.abs(x).max() for *_, x in rows_of(sound, dataset))
+    models = [FakeDenoiser(dataset.facts), FakeDenoiser(dataset.facts, seed=1)]
+    with torch.no_grad():  # each below 65504, and their difference above
+        models[0].module.gain.fill_(40000 / largest)
+        models[1].module.gain.fill_(-40000 / largest)
+    store = written(
+        tmp_path / "store", dataset, models[0], other=models[1], contrast=MODEL, **LARGE
+    )
+    statuses = Counter()
+    for key in store:
+        arrays = store[key].arrays
+        failed = arrays["row.status"] == 2
+        assert not any(arrays[name][failed].any() for name in BOTH)
+        statuses.update(arrays["row.status"].tolist())
+    assert statuses.keys() == {0, 2}
 
 
 def test_what_a_store_refuses_to_be_planned_of(tmp_path):

@@ -16,9 +16,10 @@ from stages.diffusion.config import DiffusionLossConfig, PredictionType
 from stages.diffusion.conversion import Conversion
 from stages.diffusion.denoiser import Conditions
 from stages.diffusion.facts import Recording
+from stages.diffusion.parts import TARGET
 from stages.diffusion.predictions import of_pair
 from stages.diffusion.rows import CONDITION, RowBatch
-from stages.diffusion.stored_row import DATA, PRIOR, TARGET
+from stages.diffusion.stored_row import DATA, PRIOR
 from stages.guidance import guide
 from stages.packed import Packed
 from stages.targets import Mixture, read_scales
