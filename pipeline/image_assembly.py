@@ -204,9 +204,9 @@ class ImageAssembly:
         weights, weights_config = self._weights(config)
         return load_denoiser().build(
             config.model,
-            ImageFacts.model_validate(manifest.conditioning),
+            ImageFacts.of(manifest),
             seed=self._config.seed,
-            schedule=Recording.of(manifest.recording).schedule,
+            schedule=Recording.of(manifest).schedule,
             weights=weights,
             weights_config=weights_config,
             device=device,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.diffusion.facts import Recording
+from stages.diffusion.facts import ImageFacts, Recording
 from stages.diffusion.noise import row_noise
 from stages.diffusion.record import record
 from stages.diffusion.record_plan import create_record_store
@@ -50,9 +50,9 @@ WIDE = {"kind": "dense", "branches": "both", "dtype": "float32"}
 def rows_of(store: PredictionStore, dataset):
     """Every row of a store: sample, what was drawn, slot, arrays, and x_t worked out again."""
     by_id = {sample["sample_id"]: sample for sample in dataset.rows}
-    schedule = Schedule(Recording.of(store.manifest.recording).schedule)
+    schedule = Schedule(Recording.of(store.manifest).schedule)
     rows = store.manifest.recording["rows"]
-    config = Recording.of(store.manifest.recording).rows.timesteps
+    config = Recording.of(store.manifest).rows.timesteps
     for key in store:
         rollout, sample = store[key], by_id[key[0]]
         image, text = divmod(key[1], 2)
@@ -237,7 +237,7 @@ def test_the_delta_to_another_model_whose_turns_are_whole_shards(tmp_path):
     # Each is asked for a shard, then the other; the next shard begins with the one that is there.
     shards = sum(store.manifest.buckets[b].predicted for b in store.plan.buckets)
     assert len(denoiser.moves) == len(other.moves) == 2 * shards + 1
-    recording = Recording.of(store.manifest.recording)
+    recording = Recording.of(store.manifest)
     assert recording.contrast_fingerprint == "denoiser 1"
     assert "somewhere" not in (tmp_path / "store" / "manifest.json").read_text(encoding="utf-8")
 
@@ -246,7 +246,7 @@ def test_the_store_says_what_it_is_of(tmp_path):
     dataset = images(tmp_path / "images")
     denoiser = FakeDenoiser(dataset.facts)
     store = written(tmp_path / "store", dataset, denoiser)
-    manifest, recording = store.manifest, Recording.of(store.manifest.recording)
+    manifest, recording = store.manifest, Recording.of(store.manifest)
     assert (manifest.family, manifest.timestep_s, manifest.source) == ("diffusion", None, "teacher")
     assert [bucket.shape for bucket in manifest.buckets] == [*SHAPES, *SHAPES]
     assert [bucket.predicted for bucket in manifest.buckets] == [True, True, False, False]
@@ -634,6 +634,27 @@ def test_another_teacher_or_noise_is_refused_by_the_store_that_is_there(tmp_path
         )
     with pytest.raises(StoreError, match=r"recording\.schedule"):
         planned(tmp_path / "store", dataset, FakeDenoiser(dataset.facts, prediction="epsilon"))
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "change", "named"),
+    [
+        ("recording", Recording, {}, r"recording\.schedule: Field required"),
+        ("recording", Recording, {"kind": "video"}, r"recording\.kind: .*'diffusion'"),
+        ("recording", Recording, {"later": 1}, r"recording\.later: Extra inputs"),
+        ("conditioning", ImageFacts, {"buckets": [[1, 2]]}, r"conditioning\.buckets\.0\.2: "),
+        ("conditioning", ImageFacts, {"sample_rate": 1}, r"conditioning\.sample_rate: Extra"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_refused_by_the_field(
+    tmp_path, field, kind, change, named
+):
+    dataset = images(tmp_path / "images", ["teacher"])
+    store, _ = planned(tmp_path / "store", dataset, FakeDenoiser(dataset.facts))
+    content = getattr(store.manifest, field) | change if change else {}
+    manifest = store.manifest.model_copy(update={field: content})
+    with pytest.raises(UserError, match=f"release recorded.*{named}"):
+        kind.of(manifest)
 
 
 def test_newer_packages_go_on_with_a_recording(tmp_path, monkeypatch):

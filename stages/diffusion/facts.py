@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, ValidationError
 
 from stages.diffusion.config import Contrast, PredictionType, Rows
-from store.schema import Record
+from stages.errors import UserError
+from store.schema import Manifest, Record
+
+Facts = TypeVar("Facts", bound=Record)
+MOST_FAULTS = 5
+"""Faults of a manifest that a message names."""
 
 NOISE = "philox4x64-boxmuller-f32"
 """Name of the generator of noise (`stages.diffusion.noise`)."""
@@ -50,6 +56,11 @@ class ImageFacts(Record):
     classes: tuple[str, ...] = ()
     """Names of the labels in id order; the id after the last one is no label."""
 
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """Read what a manifest holds; raises `UserError` where that is of no images."""
+        return _read(cls, manifest.conditioning, "conditioning")
+
 
 class ScheduleFacts(Record):
     """A noise schedule: everything that turns a time into alpha and sigma."""
@@ -90,6 +101,20 @@ class Recording(Record):
     """Of torch and diffusers."""
 
     @classmethod
-    def of(cls, recording: dict[str, Any]) -> Recording:
-        """Read what a manifest holds; raises ValidationError where it is not of this kind."""
-        return cls.model_validate(recording)
+    def of(cls, manifest: Manifest) -> Self:
+        """Read what a manifest holds; raises `UserError` where that is no such recording."""
+        return _read(cls, manifest.recording, "recording")
+
+
+def _read(kind: type[Facts], content: Mapping[str, Any], field: str) -> Facts:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, (field, *fault['loc'])))}: {fault['msg']}"
+            for fault in error.errors()[:MOST_FAULTS]
+        )
+        raise UserError(
+            f"the store is not one that this release recorded of a diffusion model (manifest.json, "
+            f"{faults}): read it with the release that wrote it, or record again"
+        ) from None

@@ -108,7 +108,7 @@ class _Recorder:
         stop: StopRequest,
     ) -> None:
         self._store, self._manifest = store, store.manifest
-        self._recording = recording = Recording.of(store.manifest.recording)
+        self._recording = recording = Recording.of(store.manifest)
         assert isinstance(store.manifest.target, Dense)
         self._target = store.manifest.target
         self._schedule = Schedule(recording.schedule)
