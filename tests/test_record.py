@@ -605,6 +605,8 @@ def test_what_a_store_refuses_to_be_planned_of(tmp_path):
     refused("4 variations, first of sample 'image/4', have the target 'data'", rows=trajectory)
     other = FakeDenoiser(dataset.facts, prediction="epsilon")
     refused("predicts 'v_prediction' .* 'epsilon'", contrast=MODEL, other=other)
+    refused("rollout.quantization is 'fp8' .* only the teacher is quantized", contrast=MODEL,
+            other=FakeDenoiser(dataset.facts, seed=1), quantization="fp8")  # fmt: skip
     refused("split 'test' of the dataset", split="test")
     only = images(tmp_path / "only", ["teacher"])
     refused("1001 solver steps", of=only, rows={"kind": "trajectory", "steps": 1001})
@@ -655,6 +657,16 @@ def test_a_manifest_that_says_something_else_is_refused_by_the_field(
     manifest = store.manifest.model_copy(update={field: content})
     with pytest.raises(UserError, match=f"release recorded.*{named}"):
         kind.of(manifest)
+
+
+def test_where_another_model_lies_is_no_part_of_a_store(tmp_path):
+    dataset = images(tmp_path / "images", ["teacher"])
+    models = {"other": FakeDenoiser(dataset.facts, seed=1), "denoiser": FakeDenoiser(dataset.facts)}
+    named = {"path": "here", "config": "beside", "adapter": "lora.safetensors"}
+    for given in ({"path": "there"}, named, named | {"path": "elsewhere", "adapter": "moved"}):
+        contrast = {"kind": "model", "other": given}
+        store, _ = planned(tmp_path / "store", dataset, contrast=contrast, **models)
+        assert store.manifest.recording["contrast_fingerprint"] == "denoiser 1"
 
 
 def test_newer_packages_go_on_with_a_recording(tmp_path, monkeypatch):

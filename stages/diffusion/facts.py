@@ -73,7 +73,7 @@ class ScheduleFacts(Record):
     """The time that a model is told runs from 0, clean, to this."""
     alphas_cumprod: tuple[float, ...] = ()
     """Of `ddpm`: alpha² of the steps 0 to train_timesteps − 1, falling."""
-    shift: float = 1.0
+    shift: float = Field(1.0, gt=0)
     """Of `flow`: shift towards noise of what is drawn and solved at, s·u / (1 + (s − 1)·u)."""
     scheduler: dict[str, JsonValue] = Field(default_factory=dict)
     """The scheduler's own configuration, where it came with one."""

@@ -6,18 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import google_crc32c
-import numpy as np
 import torch
 from torch import Tensor
 
 from stages.diffusion.config import Contrast, TargetSource
 from stages.diffusion.denoiser import Conditions, Denoiser
+from stages.diffusion.predictions import over
 from stages.guidance import guide
 from store.schema import Dense
 
-TARGET = "dense."
-"""What arrays of a prediction have before their names."""
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -126,16 +123,3 @@ def guided_value(parts: Mapping[str, Tensor], scale: Tensor) -> Tensor:
         return parts["dense.guided"].float()
     cond, delta = parts["dense.cond"].float(), parts["dense.delta"].float()
     return mixed(cond, cond - delta, scale)
-
-
-def target_crc(arrays: Mapping[str, np.ndarray], row: int) -> int:
-    """Return the crc32c of the stored bytes of a row of every `dense.*`, in the order of names."""
-    crc = 0
-    for name in sorted(name for name in arrays if name.startswith(TARGET)):
-        crc = google_crc32c.extend(crc, arrays[name][row].tobytes())
-    return crc
-
-
-def over(values: Tensor, latents: Tensor) -> Tensor:
-    """Return values [b] as [b, 1, …], to broadcast over latents [b, *shape]."""
-    return values[(...,) + (None,) * (latents.dim() - 1)]

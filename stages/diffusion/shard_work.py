@@ -14,7 +14,7 @@ from stages.diffusion.answers import Answer
 from stages.diffusion.draws import Draw
 from stages.diffusion.facts import FAILED, NOT_ASKED
 from stages.diffusion.forward_rows import ForwardShard, HostRows, checksums
-from stages.diffusion.parts import target_crc
+from stages.diffusion.target_sums import target_crc
 from stages.diffusion.trajectories import STATES, TrajectoryShard, ended
 from stages.rollout import NOT_FINITE_SHARE, NotFinite, too_many
 from stages.sampling import keyed_seed

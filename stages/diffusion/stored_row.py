@@ -12,7 +12,7 @@ import numpy as np
 from stages.diffusion.config import TargetSource
 from stages.diffusion.facts import END, OK, REPEATED
 from stages.diffusion.noise import matches
-from stages.diffusion.parts import TARGET, target_crc
+from stages.diffusion.target_sums import target_crc, target_names
 from stages.errors import UserError
 from store import PredictionStore
 from store.encoding import COLUMN
@@ -121,7 +121,7 @@ class StoredRow:
         where drawing its noise takes 2 ms.
         """
         arrays = self.shard.arrays
-        names = sorted(name for name in arrays if name.startswith(TARGET))
+        names = target_names(arrays)
         if target_crc(arrays, self.row) != self.column("target_crc"):
             raise UserError(
                 f"{self}: its prediction is not the one that the teacher made (the checksum of "
