@@ -267,6 +267,16 @@ def test_weights_are_finite_at_both_ends_and_have_come_to_their_limits(name, pre
         )
 
 
+def test_a_weight_without_a_limit_stays_what_it_is_at_a_thousand():
+    for ratio, held in ((1e-9, 1e-3), (1e9, 1e3)):
+        sigma = torch.tensor([1 / (1 + ratio)], dtype=torch.float64).sqrt()
+        alpha = (1 - sigma.square()).sqrt()
+        debiased = weighting(alpha, sigma, "sample", "debiased", 5.0)
+        assert debiased.item() == pytest.approx(held**0.5)
+        p2 = weighting(alpha, sigma, "sample", "p2", 1.0)
+        assert p2.item() == pytest.approx(held / (1 + held))
+
+
 @given(
     st.floats(0, 1), st.sampled_from(TYPES), st.sampled_from(WEIGHTINGS), st.floats(0.01, 100)
 )  # fmt: skip

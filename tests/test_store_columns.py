@@ -218,7 +218,9 @@ def test_the_plan_and_the_manifest_agree_on_buckets(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="plan: a shard is of several buckets"):
         Plan.from_table(torn, "plan")
     manifest = manifest_of()
+    below = table.set_column(3, table.schema.field(3), pa.array([0, 0, 1, -1, -1], pa.int16()))
     for plan, message in (
+        (Plan.from_table(below, "plan"), "shard 2 is of bucket -1 but the manifest has buckets 0"),
         (Plan.of(keys), "has no bucket but the manifest has 3"),
         (Plan.of(keys, buckets=[0, 1, 3]), "shard 2 is of bucket 3 but the manifest has buckets 0"),
     ):
@@ -658,9 +660,18 @@ def test_large_latents_lie_in_chunks_that_waste_less_than_a_mebibyte(tmp_path, p
     assert verify(store.path).ok
 
 
-def test_a_latent_larger_than_a_chunk_has_one_of_its_own():
+@pytest.mark.parametrize(
+    ("shape", "timesteps"),
+    [
+        ((16, 256, 256), 1),  # 2 MiB of float16
+        ((8, 256, 256), 1),  # 1 MiB
+        ((3, 100, 100), 16),  # of 17 that would fit, a power of two
+        ((1, 8, 8), 256),
+    ],
+)
+def test_a_chunk_of_latents_is_the_largest_power_of_two_that_fits(shape, timesteps):
     manifest = manifest_of(
-        streams=[{"kind": "continuous", "name": "x", "group": "x", "shape": (16, 256, 256)}],
-        buckets=[{"shape": (16, 256, 256)}],
+        streams=[{"kind": "continuous", "name": "x", "group": "x", "shape": shape}],
+        buckets=[{"shape": shape}],
     )
-    assert array_specs(manifest, 0)["dense.cond"].chunk_timesteps == 1
+    assert array_specs(manifest, 0)["dense.cond"].chunk_timesteps == timesteps
