@@ -499,6 +499,35 @@ def test_tables_are_linked_into_a_store_or_copied(
     assert list((copied.path / "tmp").iterdir()) == []
 
 
+def test_tables_and_their_folders_are_durable_before_the_manifest_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, link = os.fsync, os.link
+    synced: set[tuple[int, int]] = set()
+    before: list[bool] = []
+    root = tmp_path / "store"
+
+    def place_of(status: os.stat_result) -> tuple[int, int]:
+        return status.st_dev, status.st_ino
+
+    def traced_sync(descriptor: int) -> None:
+        synced.add(place_of(os.fstat(descriptor)))
+        sync(descriptor)
+
+    def traced_link(source: Path, target: Path, **options: Any) -> None:
+        if target == root / "manifest.json":
+            lie = [root, *root.glob("tables/**/*"), root / "tables"]
+            before.extend(place_of(path.stat()) in synced for path in lie)
+        link(source, target, **options)
+
+    # What was synced when the table was written does not count.
+    manifest = manifest_of(tables={"latents": table_at(tmp_path / "table").model_dump()})
+    monkeypatch.setattr(os, "fsync", traced_sync)
+    monkeypatch.setattr(os, "link", traced_link)
+    PredictionStore.create(root, manifest, PLAN, SAMPLES, tables={"latents": tmp_path / "table"})
+    assert before == [True] * (1 + 1 + 3 + 1), "the store, tables/latents, its files, tables/"
+
+
 def test_workers_that_create_a_store_at_once_make_one(tmp_path: Path) -> None:
     manifest = manifest_of(tables={"latents": table_at(tmp_path / "table").model_dump()})
     barrier = Barrier(6)
