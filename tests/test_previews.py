@@ -135,14 +135,18 @@ def test_a_student_is_told_what_its_teacher_was(tmp_path):
     assert student.scales == {3.5}
 
 
-def test_latents_are_decoded_where_the_teacher_was(tmp_path, monkeypatch):
+def test_latents_are_decoded_where_the_teacher_was_and_it_is_away_meanwhile(tmp_path, monkeypatch):
     dataset = WithTables(tmp_path / "images", Grey())
+    denoiser, places = FakeDenoiser(dataset.facts), []
+    dataset._decoder.decode = lambda x: places.append(denoiser.module.gain.device.type) or x[:, :1]
     # A device on which nothing is computed stands for an accelerator.
     monkeypatch.setattr(previews_module, "_device", lambda _: torch.device("meta"))
     solution = np.zeros(SHAPES[0], np.float32)
     monkeypatch.setattr(previews_module, "_solved", lambda *_: solution)
-    render(FakeDenoiser(dataset.facts), dataset, CONFIG, 3.0, tmp_path / "previews")
+    render(denoiser, dataset, CONFIG, 3.0, tmp_path / "previews")
     assert dataset.devices == ["meta"]
+    assert places == ["cpu"] * 6
+    assert denoiser.module.gain.device.type == "meta", "and back where it came from"
 
 
 def test_they_are_rendered_once_and_another_rendering_is_equal(tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from stages.diffusion import full_precision
 from stages.diffusion.facts import ImageFacts, Recording
 from stages.diffusion.noise import row_noise
 from stages.diffusion.record import record
@@ -447,6 +448,50 @@ def test_lifted_weights_come_back_bit_by_bit_and_can_be_trained_still(tmp_path, 
         assert torch.equal(x, before[name])
     denoiser.module.gain.square().backward()
     assert denoiser.module.gain.grad is not None
+
+
+class Roomless(FakeDenoiser):
+    """A denoiser that a device has no room for in float32."""
+
+    def predict(self, x, t, conditions, scale=None):
+        if self.dtype == torch.float32:
+            self.batches.append(0)
+            raise torch.OutOfMemoryError("no room to compute")
+        return super().predict(x, t, conditions, scale)
+
+
+@pytest.mark.parametrize("where", ["weights", "arithmetic"])
+def test_without_room_for_fp32_a_row_is_failed_and_nothing_else_is_lost(
+    tmp_path, faulty, caplog, monkeypatch, where
+):
+    dataset, sound, key, slot, t = faulty
+    again = next(u for k, _, u in times_of(sound) if k != key)
+    denoiser = Roomless(dataset.facts, dtype=torch.float16)
+    denoiser.broken = broken_at([t, again], torch.float16)
+    before = {name: x.clone() for name, x in denoiser.module.state_dict().items()}
+    if where == "weights":
+        cast = full_precision._cast
+
+        def scarce(wanted):
+            cast(wanted[:2])
+            if wanted[0][1] == torch.float32:
+                denoiser.batches.append(0)
+                raise torch.OutOfMemoryError("no room to hold them")
+            cast(wanted[2:])
+
+        monkeypatch.setattr(full_precision, "_cast", scarce)
+    with caplog.at_level(logging.WARNING):
+        store = written(tmp_path / "store", dataset, denoiser, precision="fp16", **LARGE)
+    failed = [(k, s) for k in store for s in range(4) if store[k].arrays["row.status"][s]]
+    assert (key, slot) in failed
+    assert failed == [(k, s) for k, s, u in times_of(sound) if u in (t, again)]
+    assert {store[k].arrays["row.status"][s] for k, s in failed} == {2}
+    assert "no room for the model in fp32" in caplog.text
+    assert denoiser.batches.count(0) == 1, "it is not tried again"
+    assert denoiser.dtype == torch.float16
+    for name, x in denoiser.module.state_dict().items():
+        assert x.dtype == torch.float16
+        assert torch.equal(x, before[name])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
