@@ -175,6 +175,12 @@ def test_a_stored_mask_of_float16_is_as_good():
     assert torch.equal(losses, row_losses(random(0), random(1), settings, mask.float()))
 
 
+def test_nothing_counts_more_than_whole():
+    settings = config_of(mask=MaskConfig())
+    losses = row_losses(random(0), random(1), settings, torch.full((5, 1, 6, 4), 3.0))
+    assert torch.equal(losses, row_losses(random(0), random(1), settings))
+
+
 @pytest.mark.parametrize("shape", [(5, 3, 6, 4), (5, 1, 6, 1), (1, 1, 6, 4), (5, 6, 4)])
 def test_a_mask_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"mask .* for predictions \(5, 3, 6, 4\)"):

@@ -282,6 +282,15 @@ def test_every_rollout_says_which_seed_is_its_own(tmp_path):
     assert len(set(seeds.values())) == len(seeds)
 
 
+@pytest.mark.parametrize("targets", [["teacher"] * 2, ["teacher", "data"]])
+def test_only_samples_that_are_their_own_target_have_buckets_without_predictions(tmp_path, targets):
+    dataset = images(tmp_path / "images", targets)
+    store, _ = planned(tmp_path / "store", dataset, FakeDenoiser(dataset.facts))
+    found = [(bucket.shape, bucket.predicted) for bucket in store.manifest.buckets]
+    bare = [(shape, False) for shape in SHAPES] if "data" in targets else []
+    assert found == [(shape, True) for shape in SHAPES] + bare
+
+
 def test_samples_are_taken_from_the_start_of_the_split(tmp_path):
     dataset = images(tmp_path / "images")
     store, _ = planned(tmp_path / "store", dataset, FakeDenoiser(dataset.facts), samples=2)
@@ -575,6 +584,15 @@ def test_too_many_failed_rows_stop_the_recording_and_earlier_shards_stay(tmp_pat
     assert list(PredictionStore.open(tmp_path / "store").committed) == [0, 1, 2, 3]
 
 
+def test_failed_rows_are_counted_over_all_batches_of_a_shard(tmp_path, faulty):
+    dataset, sound, *_ = faulty
+    rows = [t for key in sound.plan[0] for t in sound[key].arrays["row.t"]]
+    scattered = [float(t) for t in rows[::5]]  # about one in a batch of 5
+    denoiser = FakeDenoiser(dataset.facts, broken=broken_at(scattered, torch.float32))
+    with pytest.raises(NotFinite, match=r"5 of the 48 rows of a shard"):
+        written(tmp_path / "store", dataset, denoiser, **LARGE)
+
+
 @pytest.mark.parametrize(("failed", "planned_rows"), [(3, 20), (2, 10), (1, 1), (2, 2), (11, 100)])
 def test_failed_rows_beyond_a_share_are_refused(failed, planned_rows):
     with pytest.raises(NotFinite, match=f"{failed} of the {planned_rows} rows"):
@@ -650,6 +668,9 @@ def test_what_a_store_refuses_to_be_planned_of(tmp_path):
     refused("4 variations, first of sample 'image/4', have the target 'data'", rows=trajectory)
     other = FakeDenoiser(dataset.facts, prediction="epsilon")
     refused("predicts 'v_prediction' .* 'epsilon'", contrast=MODEL, other=other)
+    strange = FakeDenoiser(facts_of_images(scaling=0.5))
+    refused("scaling: 0.5 of the other model of rollout.contrast, 1.0 of the dataset",
+            contrast=MODEL, other=strange)  # fmt: skip
     refused("rollout.quantization is 'fp8' .* only the teacher is quantized", contrast=MODEL,
             other=FakeDenoiser(dataset.facts, seed=1), quantization="fp8")  # fmt: skip
     refused("split 'test' of the dataset", split="test")
