@@ -15,14 +15,8 @@ from tqdm import tqdm
 from pipeline.config import load_config, speech_run
 from pipeline.conversion import ProfileName, conversion_text, profile_of
 from pipeline.garbage import deletion_text, garbage_text
-from pipeline.inspection import (
-    describe_key,
-    describe_model,
-    describe_store,
-    is_model,
-    store_text,
-    verification_text,
-)
+from pipeline.inspection import describe_key, describe_model, describe_store, is_model
+from pipeline.inspection_text import store_text, verification_text
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
 from pipeline.listening import (
     SheetOptions,

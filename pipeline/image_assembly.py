@@ -127,7 +127,15 @@ class ImageAssembly:
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
         finished = record(teacher, store, dataset, shards, config, stop=self._stop, other=other)
         if finished and config.previews is not None and self._task == 0:
-            render(teacher, dataset, config.previews, config.guidance.scale, self._folders.previews)
+            render(
+                teacher,
+                dataset,
+                config.previews,
+                config.guidance.scale,
+                self._folders.previews,
+                contrast=config.contrast,
+                embedded_guidance=self._embedded_guidance,
+            )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
 
@@ -197,9 +205,9 @@ class ImageAssembly:
         weights, weights_config = self._weights(config)
         return load_denoiser().build(
             config.model,
-            ImageFacts.model_validate(manifest.conditioning),
+            ImageFacts.of(manifest),
             seed=self._config.seed,
-            schedule=Recording.of(manifest.recording).schedule,
+            schedule=Recording.of(manifest).schedule,
             weights=weights,
             weights_config=weights_config,
             device=device,

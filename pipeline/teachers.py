@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.folders import RunFolders
-from pipeline.inspection import audit_lines
+from pipeline.inspection_text import audit_lines
 from pipeline.run_config import RunConfig
 from stages.audit import audit, audit_samples, predictions
 from stages.config import RolloutConfig

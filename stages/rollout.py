@@ -117,12 +117,17 @@ def _counted(collect: Collect, reasons: list[str], planned: int) -> list[Drawn]:
 def refuse_not_finite(reasons: Sequence[str], planned: int) -> None:
     """Raise NotFinite when too many of a shard's `planned` rollouts have ended for that reason."""
     count = list(reasons).count(STOP_REASONS[NOT_FINITE])
-    if count == planned or count > max(1, NOT_FINITE_SHARE * planned):
+    if too_many(count, planned):
         raise NotFinite(
             f"{count} of the {planned} rollouts of a shard came to logits that hold NaN or "
             f"infinity, and at most {NOT_FINITE_SHARE:.0%} may; nothing of this shard was stored. "
             f"{ADVICE}"
         )
+
+
+def too_many(not_finite: int, planned: int) -> bool:
+    """Whether more of what a shard plans is not finite than `NOT_FINITE_SHARE`, or all of it."""
+    return not_finite == planned or not_finite > max(1, NOT_FINITE_SHARE * planned)
 
 
 def split(keys: Sequence[Key], size: int) -> Iterator[Sequence[Key]]:

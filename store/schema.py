@@ -130,7 +130,7 @@ class Bucket(Record):
     @field_validator("shape")
     @classmethod
     def _check_shape(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        numbers, advice = math.prod(shape), "a chunk of 256 timesteps must fit into memory"
+        numbers, advice = math.prod(shape), "a prediction must fit into memory"
         limit = f"of at most {MAX_LATENT_NUMBERS} numbers"
         require(numbers <= MAX_LATENT_NUMBERS, "shape of a bucket", shape, limit, advice)
         return shape

@@ -175,6 +175,12 @@ def test_a_stored_mask_of_float16_is_as_good():
     assert torch.equal(losses, row_losses(random(0), random(1), settings, mask.float()))
 
 
+def test_nothing_counts_more_than_whole():
+    settings = config_of(mask=MaskConfig())
+    losses = row_losses(random(0), random(1), settings, torch.full((5, 1, 6, 4), 3.0))
+    assert torch.equal(losses, row_losses(random(0), random(1), settings))
+
+
 @pytest.mark.parametrize("shape", [(5, 3, 6, 4), (5, 1, 6, 1), (1, 1, 6, 4), (5, 6, 4)])
 def test_a_mask_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"mask .* for predictions \(5, 3, 6, 4\)"):
@@ -265,6 +271,16 @@ def test_weights_are_finite_at_both_ends_and_have_come_to_their_limits(name, pre
         torch.testing.assert_close(
             weighting(noise, clean, prediction, name, 5.0), expected, rtol=1e-6, atol=1e-6
         )
+
+
+def test_a_weight_without_a_limit_stays_what_it_is_at_a_thousand():
+    for ratio, held in ((1e-9, 1e-3), (1e9, 1e3)):
+        sigma = torch.tensor([1 / (1 + ratio)], dtype=torch.float64).sqrt()
+        alpha = (1 - sigma.square()).sqrt()
+        debiased = weighting(alpha, sigma, "sample", "debiased", 5.0)
+        assert debiased.item() == pytest.approx(held**0.5)
+        p2 = weighting(alpha, sigma, "sample", "p2", 1.0)
+        assert p2.item() == pytest.approx(held / (1 + held))
 
 
 @given(

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from stages.diffusion.config import ScheduleConfig, TimestepsConfig
 from stages.diffusion.facts import ScheduleFacts
@@ -104,6 +105,11 @@ def test_what_is_no_table_of_alphas_is_refused(table):
     )
     with pytest.raises(UserError, match=f"{len(table)} values of alpha² for 3 training steps"):
         Schedule(facts)
+
+
+def test_a_flow_whose_shift_leads_nowhere_is_refused():
+    with pytest.raises(ValidationError, match="shift"):
+        ScheduleFacts(kind="flow", prediction="flow", shift=0.0)
 
 
 # --------------------------------------------------------------------------- alpha and sigma of t

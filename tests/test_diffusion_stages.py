@@ -83,10 +83,10 @@ def distilled(store: PredictionStore, folder: Path):
             "optimizer": OPTIMIZER | {"steps": 40, "micro_batch_size": 8},
         }
     )  # fmt: skip
-    recording = Recording.of(store.manifest.recording)
+    recording = Recording.of(store.manifest)
     student = load_denoiser().build(
         config.model,
-        ImageFacts.model_validate(store.manifest.conditioning),
+        ImageFacts.of(store.manifest),
         seed=2,
         schedule=recording.schedule,
         weights=folder / "teacher",

@@ -76,7 +76,7 @@ def stores(tmp_path_factory):
 
 def expected(store, batch, denoiser, loss, place: int):
     """Question x, alpha, sigma, scale and target of a row of a batch."""
-    recording = Recording.of(store.manifest.recording)
+    recording = Recording.of(store.manifest)
     sample_id, variation, slot = batch.keys[place]
     rollout, source = store[sample_id, variation], store.sample(sample_id)["target"]
     kind, own = recording.schedule.prediction, denoiser.schedule.prediction
@@ -228,7 +228,7 @@ def test_the_loss_is_that_of_the_formulas(stores, case, weighting_name):
 
 
 def learner_of(denoiser, store, config, place=HERE) -> RowLearner:
-    recording = Recording.of(store.manifest.recording)
+    recording = Recording.of(store.manifest)
     return RowLearner(denoiser, store, recording, config, 5, place)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.inspection import describe_key, describe_store, store_text
+from pipeline.inspection import describe_key, describe_store
+from pipeline.inspection_text import store_text
 from stages.architecture import Architecture
 from store import PredictionStore
 from store.convert import convert
@@ -145,6 +146,35 @@ def test_a_store_of_rows_that_are_no_audio_is_summed_up(tmp_path: Path) -> None:
     assert "4 × 3 × 2 (1 shards), 4 × 2 × 3 without predictions (1 shards)" in text
     assert f"tables latents 5 rows ({size:,} bytes)" in text
     assert "kind: diffusion schedule.alphas: 20 values" in text
+
+
+def names_shown(document: dict[str, Any]) -> set[str]:
+    """What stands in the left column."""
+    return {line.split()[0] for line in store_text(document).splitlines() if line[0] != " "}
+
+
+def test_what_is_said_of_codes_is_left_out_of_the_text_where_there_are_none(
+    tmp_path: Path,
+) -> None:
+    images = describe_store(rows_store(tmp_path / "s", tmp_path / "table").path)
+    speech = synthetic_store(tmp_path / "t", synthetic_manifest(TopK(k=3)), 2, 1, 2)
+    write_synthetic_shard(speech, 0, 5)
+    heard = describe_store(speech.path)
+    of_codes = {"longest", "stop_reasons", "weights", "source", "sampler"}
+    for document in (images, heard):
+        assert of_codes < document.keys(), "machines find them in any store"
+        assert document["fingerprints"].keys() == images["fingerprints"].keys()
+    assert names_shown(images) == images.keys() - of_codes
+    assert names_shown(heard) == heard.keys()
+    given = [part for part, found in images["fingerprints"].items() if found]
+    (line,) = (x for x in store_text(images).splitlines() if x.startswith("fingerprints"))
+    assert "teacher" in given
+    assert line.split()[1::2] == given
+
+    rollout = describe_key(tmp_path / "s", "a/0")
+    assert {"codes", "stop_reason"} < rollout.keys()
+    assert {"codes", "stop_reason"}.isdisjoint(names_shown(rollout))
+    assert {"codes", "stop_reason"} < names_shown(describe_key(speech.path, "sample-0/0"))
 
 
 def test_rows_are_shown_with_their_columns_and_what_was_drawn(tmp_path: Path) -> None:

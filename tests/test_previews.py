@@ -11,7 +11,14 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from stages.diffusion.config import PreviewConfig, StudentPreviews
+from stages.diffusion import previews as previews_module
+from stages.diffusion.config import (
+    AdapterContrast,
+    DiffusionTeacher,
+    ModelContrast,
+    PreviewConfig,
+    StudentPreviews,
+)
 from stages.diffusion.noise import normal
 from stages.diffusion.previews import Previews, StudentGallery, grid, render
 from stages.diffusion.schedule import Schedule
@@ -42,25 +49,30 @@ class WithTables:
     def __init__(self, path, decoder=None, **changes):
         self._images, self._decoder = images(path, ["teacher"] * 4, **changes), decoder
         self.facts, self.samples = self._images.facts, self._images.samples
+        self.devices = []
 
     def table(self, name):
         from store.side_tables import SideTable
 
         return SideTable(self._images.path / "tables" / name, self._images.header.tables[name])
 
-    def decoder(self):
+    def decoder(self, device):
+        self.devices.append(device)
         return self._decoder
 
 
-def solved(denoiser, noise, label, scale, steps=4):
-    """The end of a trajectory of v predictions, by the formulas, in float64."""
+def solved(denoiser, noise, label, scale, steps=4, adapter=0.0):
+    """The end of a trajectory of v predictions, by the formulas, in float64.
+
+    `adapter` is what is added to every one of them.
+    """
     schedule = Schedule(denoiser.schedule)
     times = schedule.solver_times(steps)
     levels = list(zip(*schedule.at(times), strict=True))
     x = noise.astype(np.float64)
     for t, (alpha, sigma), (alpha2, sigma2) in zip(times, levels, levels[1:], strict=False):
         cond, uncond = (by_hand(denoiser, x, t, each) for each in (label, 3))
-        v = uncond + scale * (cond - uncond)
+        v = uncond + scale * (cond - uncond) + adapter
         x = alpha2 * (alpha * x - sigma * v) + sigma2 * (sigma * x + alpha * v)
     return x
 
@@ -80,6 +92,61 @@ def test_the_final_latents_are_those_of_the_guided_and_the_unguided_teacher(tmp_
             expected = solved(denoiser, noise, label, scale)
             np.testing.assert_allclose(previews.latents[way][number], expected, atol=2e-4)
     assert not (tmp_path / "previews" / "grid.png").exists()
+
+
+@pytest.mark.parametrize("unconditional", ["label", "none"])
+def test_previews_of_an_adapter_lead_away_from_the_model_without_it(tmp_path, unconditional):
+    facts = facts_of_images(unconditional=unconditional)
+    dataset = WithTables(tmp_path / "images", facts=facts)
+    denoiser = FakeDenoiser(facts, adapted=True)
+    contrast = AdapterContrast(kind="adapter")
+    render(denoiser, dataset, CONFIG, 3.0, tmp_path / "previews", contrast=contrast)
+    previews = Previews.read(tmp_path / "previews")
+    assert previews.scale == 3.0
+    for number, noise in enumerate(previews.noise):
+        label = int(previews.conditions[number]["class_labels"])
+        for way, scale in (("guided", 3.0), ("unguided", 1.0)):
+            expected = solved(denoiser, noise, label, 1.0, adapter=0.25 * scale)
+            np.testing.assert_allclose(previews.latents[way][number], expected, atol=2e-4)
+    assert denoiser.adapted
+
+
+def test_of_two_models_the_teacher_alone_makes_previews(tmp_path):
+    dataset, denoiser = WithTables(tmp_path / "images"), FakeDenoiser(facts_of_images())
+    contrast = ModelContrast(kind="model", other=DiffusionTeacher(path="elsewhere"))
+    render(denoiser, dataset, CONFIG, 3.0, tmp_path / "previews", contrast=contrast)
+    previews = Previews.read(tmp_path / "previews")
+    assert (list(previews.latents), previews.scale) == (["guided"], 1.0)
+    for number, noise in enumerate(previews.noise):
+        label = int(previews.conditions[number]["class_labels"])
+        expected = solved(denoiser, noise, label, 1.0)
+        np.testing.assert_allclose(previews.latents["guided"][number], expected, atol=2e-4)
+
+
+def test_a_student_is_told_what_its_teacher_was(tmp_path):
+    dataset = WithTables(tmp_path / "images")
+    teacher = FakeDenoiser(dataset.facts, takes_scale=True)
+    render(teacher, dataset, CONFIG, 1.0, tmp_path / "previews", embedded_guidance=3.5)
+    previews = Previews.read(tmp_path / "previews")
+    gallery = StudentGallery(previews, StudentPreviews(every=1), tmp_path / "student")
+    student = Told(dataset.facts, takes_scale=True)
+    student.module.eval()
+    gallery.draw(student, 1)
+    assert student.scales == {3.5}
+
+
+def test_latents_are_decoded_where_the_teacher_was_and_it_is_away_meanwhile(tmp_path, monkeypatch):
+    dataset = WithTables(tmp_path / "images", Grey())
+    denoiser, places = FakeDenoiser(dataset.facts), []
+    dataset._decoder.decode = lambda x: places.append(denoiser.module.gain.device.type) or x[:, :1]
+    # A device on which nothing is computed stands for an accelerator.
+    monkeypatch.setattr(previews_module, "_device", lambda _: torch.device("meta"))
+    solution = np.zeros(SHAPES[0], np.float32)
+    monkeypatch.setattr(previews_module, "_solved", lambda *_: solution)
+    render(denoiser, dataset, CONFIG, 3.0, tmp_path / "previews")
+    assert dataset.devices == ["meta"]
+    assert places == ["cpu"] * 6
+    assert denoiser.module.gain.device.type == "meta", "and back where it came from"
 
 
 def test_they_are_rendered_once_and_another_rendering_is_equal(tmp_path):

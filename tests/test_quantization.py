@@ -17,7 +17,8 @@ import torch
 import yaml
 from torch import nn
 
-from pipeline.inspection import describe_store, store_text
+from pipeline.inspection import describe_store
+from pipeline.inspection_text import store_text
 from pipeline.teachers import Teachers
 from stages.audit import audit, audit_samples, predictions
 from stages.config import QuantizationConfig, RolloutConfig

@@ -15,15 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from stages.diffusion.facts import Recording
+from stages.diffusion import full_precision
+from stages.diffusion.facts import ImageFacts, Recording
 from stages.diffusion.noise import row_noise
-from stages.diffusion.record import record, refuse_failed
+from stages.diffusion.record import record
 from stages.diffusion.record_plan import create_record_store
 from stages.diffusion.schedule import Schedule
+from stages.diffusion.shard_work import refuse_failed
 from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.quantization import Quantized
 from stages.rollout import NotFinite
+from stages.sampling import keyed_seed
 from store import PredictionStore, StoreError, verify
 from store.schema import Quantization
 from tests.recorded import (
@@ -48,9 +51,9 @@ WIDE = {"kind": "dense", "branches": "both", "dtype": "float32"}
 def rows_of(store: PredictionStore, dataset):
     """Every row of a store: sample, what was drawn, slot, arrays, and x_t worked out again."""
     by_id = {sample["sample_id"]: sample for sample in dataset.rows}
-    schedule = Schedule(Recording.of(store.manifest.recording).schedule)
+    schedule = Schedule(Recording.of(store.manifest).schedule)
     rows = store.manifest.recording["rows"]
-    config = Recording.of(store.manifest.recording).rows.timesteps
+    config = Recording.of(store.manifest).rows.timesteps
     for key in store:
         rollout, sample = store[key], by_id[key[0]]
         image, text = divmod(key[1], 2)
@@ -141,6 +144,21 @@ def test_a_guided_store_is_at_its_scale_and_prior_samples_are_not_guided(tmp_pat
     assert seen == {"teacher": 5 * 12, "prior": 12}
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_a_scale_below_one_is_guidance_too(tmp_path, scale):
+    dataset = images(tmp_path / "images", ["teacher"])
+    denoiser = FakeDenoiser(dataset.facts)
+    store = written(
+        tmp_path / "store", dataset, denoiser,
+        target=WIDE | {"branches": "guided"}, guidance={"scale": scale},
+    )  # fmt: skip
+    for _, drawn, _, row, _, x in rows_of(store, dataset):
+        cond = by_hand(denoiser, x, row["row.t"], label_of(store, drawn))
+        uncond = by_hand(denoiser, x, row["row.t"], 3)
+        expected = uncond + scale * (cond - uncond)
+        np.testing.assert_allclose(row["dense.guided"][0], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("embedded", [False, True])
 def test_without_guidance_a_prediction_takes_one_pass(tmp_path, embedded):
     dataset = images(tmp_path / "images", ["teacher"])
@@ -220,7 +238,7 @@ def test_the_delta_to_another_model_whose_turns_are_whole_shards(tmp_path):
     # Each is asked for a shard, then the other; the next shard begins with the one that is there.
     shards = sum(store.manifest.buckets[b].predicted for b in store.plan.buckets)
     assert len(denoiser.moves) == len(other.moves) == 2 * shards + 1
-    recording = Recording.of(store.manifest.recording)
+    recording = Recording.of(store.manifest)
     assert recording.contrast_fingerprint == "denoiser 1"
     assert "somewhere" not in (tmp_path / "store" / "manifest.json").read_text(encoding="utf-8")
 
@@ -229,7 +247,7 @@ def test_the_store_says_what_it_is_of(tmp_path):
     dataset = images(tmp_path / "images")
     denoiser = FakeDenoiser(dataset.facts)
     store = written(tmp_path / "store", dataset, denoiser)
-    manifest, recording = store.manifest, Recording.of(store.manifest.recording)
+    manifest, recording = store.manifest, Recording.of(store.manifest)
     assert (manifest.family, manifest.timestep_s, manifest.source) == ("diffusion", None, "teacher")
     assert [bucket.shape for bucket in manifest.buckets] == [*SHAPES, *SHAPES]
     assert [bucket.predicted for bucket in manifest.buckets] == [True, True, False, False]
@@ -254,6 +272,23 @@ def test_the_plan_holds_every_key_once_and_is_shuffled_within_one_bucket_a_shard
     assert list(store.plan.buckets) != sorted(store.plan.buckets)
     other, _ = planned(tmp_path / "other", dataset, FakeDenoiser(dataset.facts))
     assert other.plan == store.plan
+
+
+def test_every_rollout_says_which_seed_is_its_own(tmp_path):
+    dataset = images(tmp_path / "images")
+    store = written(tmp_path / "store", dataset, FakeDenoiser(dataset.facts))
+    seeds = {key: store[key].seed for key in store}
+    assert seeds == {key: keyed_seed(7, *key) for key in store}
+    assert len(set(seeds.values())) == len(seeds)
+
+
+@pytest.mark.parametrize("targets", [["teacher"] * 2, ["teacher", "data"]])
+def test_only_samples_that_are_their_own_target_have_buckets_without_predictions(tmp_path, targets):
+    dataset = images(tmp_path / "images", targets)
+    store, _ = planned(tmp_path / "store", dataset, FakeDenoiser(dataset.facts))
+    found = [(bucket.shape, bucket.predicted) for bucket in store.manifest.buckets]
+    bare = [(shape, False) for shape in SHAPES] if "data" in targets else []
+    assert found == [(shape, True) for shape in SHAPES] + bare
 
 
 def test_samples_are_taken_from_the_start_of_the_split(tmp_path):
@@ -424,6 +459,50 @@ def test_lifted_weights_come_back_bit_by_bit_and_can_be_trained_still(tmp_path, 
     assert denoiser.module.gain.grad is not None
 
 
+class Roomless(FakeDenoiser):
+    """A denoiser that a device has no room for in float32."""
+
+    def predict(self, x, t, conditions, scale=None):
+        if self.dtype == torch.float32:
+            self.batches.append(0)
+            raise torch.OutOfMemoryError("no room to compute")
+        return super().predict(x, t, conditions, scale)
+
+
+@pytest.mark.parametrize("where", ["weights", "arithmetic"])
+def test_without_room_for_fp32_a_row_is_failed_and_nothing_else_is_lost(
+    tmp_path, faulty, caplog, monkeypatch, where
+):
+    dataset, sound, key, slot, t = faulty
+    again = next(u for k, _, u in times_of(sound) if k != key)
+    denoiser = Roomless(dataset.facts, dtype=torch.float16)
+    denoiser.broken = broken_at([t, again], torch.float16)
+    before = {name: x.clone() for name, x in denoiser.module.state_dict().items()}
+    if where == "weights":
+        cast = full_precision._cast
+
+        def scarce(wanted):
+            cast(wanted[:2])
+            if wanted[0][1] == torch.float32:
+                denoiser.batches.append(0)
+                raise torch.OutOfMemoryError("no room to hold them")
+            cast(wanted[2:])
+
+        monkeypatch.setattr(full_precision, "_cast", scarce)
+    with caplog.at_level(logging.WARNING):
+        store = written(tmp_path / "store", dataset, denoiser, precision="fp16", **LARGE)
+    failed = [(k, s) for k in store for s in range(4) if store[k].arrays["row.status"][s]]
+    assert (key, slot) in failed
+    assert failed == [(k, s) for k, s, u in times_of(sound) if u in (t, again)]
+    assert {store[k].arrays["row.status"][s] for k, s in failed} == {2}
+    assert "no room for the model in fp32" in caplog.text
+    assert denoiser.batches.count(0) == 1, "it is not tried again"
+    assert denoiser.dtype == torch.float16
+    for name, x in denoiser.module.state_dict().items():
+        assert x.dtype == torch.float16
+        assert torch.equal(x, before[name])
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_row_that_stays_not_finite_is_stored_as_failed_and_nothing_else_is_lost(
     tmp_path, faulty, caplog, precision
@@ -505,7 +584,16 @@ def test_too_many_failed_rows_stop_the_recording_and_earlier_shards_stay(tmp_pat
     assert list(PredictionStore.open(tmp_path / "store").committed) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("failed", "planned_rows"), [(3, 20), (1, 1), (2, 2), (11, 100)])
+def test_failed_rows_are_counted_over_all_batches_of_a_shard(tmp_path, faulty):
+    dataset, sound, *_ = faulty
+    rows = [t for key in sound.plan[0] for t in sound[key].arrays["row.t"]]
+    scattered = [float(t) for t in rows[::5]]  # about one in a batch of 5
+    denoiser = FakeDenoiser(dataset.facts, broken=broken_at(scattered, torch.float32))
+    with pytest.raises(NotFinite, match=r"5 of the 48 rows of a shard"):
+        written(tmp_path / "store", dataset, denoiser, **LARGE)
+
+
+@pytest.mark.parametrize(("failed", "planned_rows"), [(3, 20), (2, 10), (1, 1), (2, 2), (11, 100)])
 def test_failed_rows_beyond_a_share_are_refused(failed, planned_rows):
     with pytest.raises(NotFinite, match=f"{failed} of the {planned_rows} rows"):
         refuse_failed(failed, planned_rows)
@@ -525,6 +613,25 @@ def test_two_models_of_which_one_fails(tmp_path, faulty):
             status = store[other].arrays["row.status"]
             assert status.tolist() == [2 * int(other == key and s == slot) for s in range(4)]
         assert not store[key].arrays["dense.cond"][slot].any()
+
+
+def test_what_two_models_make_and_float16_cannot_hold_is_failed(tmp_path, faulty):
+    dataset, sound, *_ = faulty
+    largest = max(np.abs(x).max() for *_, x in rows_of(sound, dataset))
+    models = [FakeDenoiser(dataset.facts), FakeDenoiser(dataset.facts, seed=1)]
+    with torch.no_grad():  # each below 65504, and their difference above
+        models[0].module.gain.fill_(40000 / largest)
+        models[1].module.gain.fill_(-40000 / largest)
+    store = written(
+        tmp_path / "store", dataset, models[0], other=models[1], contrast=MODEL, **LARGE
+    )
+    statuses = Counter()
+    for key in store:
+        arrays = store[key].arrays
+        failed = arrays["row.status"] == 2
+        assert not any(arrays[name][failed].any() for name in BOTH)
+        statuses.update(arrays["row.status"].tolist())
+    assert statuses.keys() == {0, 2}
 
 
 def test_what_a_store_refuses_to_be_planned_of(tmp_path):
@@ -561,6 +668,11 @@ def test_what_a_store_refuses_to_be_planned_of(tmp_path):
     refused("4 variations, first of sample 'image/4', have the target 'data'", rows=trajectory)
     other = FakeDenoiser(dataset.facts, prediction="epsilon")
     refused("predicts 'v_prediction' .* 'epsilon'", contrast=MODEL, other=other)
+    strange = FakeDenoiser(facts_of_images(scaling=0.5))
+    refused("scaling: 0.5 of the other model of rollout.contrast, 1.0 of the dataset",
+            contrast=MODEL, other=strange)  # fmt: skip
+    refused("rollout.quantization is 'fp8' .* only the teacher is quantized", contrast=MODEL,
+            other=FakeDenoiser(dataset.facts, seed=1), quantization="fp8")  # fmt: skip
     refused("split 'test' of the dataset", split="test")
     only = images(tmp_path / "only", ["teacher"])
     refused("1001 solver steps", of=only, rows={"kind": "trajectory", "steps": 1001})
@@ -590,6 +702,37 @@ def test_another_teacher_or_noise_is_refused_by_the_store_that_is_there(tmp_path
         )
     with pytest.raises(StoreError, match=r"recording\.schedule"):
         planned(tmp_path / "store", dataset, FakeDenoiser(dataset.facts, prediction="epsilon"))
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "change", "named"),
+    [
+        ("recording", Recording, {}, r"recording\.schedule: Field required"),
+        ("recording", Recording, {"kind": "video"}, r"recording\.kind: .*'diffusion'"),
+        ("recording", Recording, {"later": 1}, r"recording\.later: Extra inputs"),
+        ("conditioning", ImageFacts, {"buckets": [[1, 2]]}, r"conditioning\.buckets\.0\.2: "),
+        ("conditioning", ImageFacts, {"sample_rate": 1}, r"conditioning\.sample_rate: Extra"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_refused_by_the_field(
+    tmp_path, field, kind, change, named
+):
+    dataset = images(tmp_path / "images", ["teacher"])
+    store, _ = planned(tmp_path / "store", dataset, FakeDenoiser(dataset.facts))
+    content = getattr(store.manifest, field) | change if change else {}
+    manifest = store.manifest.model_copy(update={field: content})
+    with pytest.raises(UserError, match=f"release recorded.*{named}"):
+        kind.of(manifest)
+
+
+def test_where_another_model_lies_is_no_part_of_a_store(tmp_path):
+    dataset = images(tmp_path / "images", ["teacher"])
+    models = {"other": FakeDenoiser(dataset.facts, seed=1), "denoiser": FakeDenoiser(dataset.facts)}
+    named = {"path": "here", "config": "beside", "adapter": "lora.safetensors"}
+    for given in ({"path": "there"}, named, named | {"path": "elsewhere", "adapter": "moved"}):
+        contrast = {"kind": "model", "other": given}
+        store, _ = planned(tmp_path / "store", dataset, contrast=contrast, **models)
+        assert store.manifest.recording["contrast_fingerprint"] == "denoiser 1"
 
 
 def test_newer_packages_go_on_with_a_recording(tmp_path, monkeypatch):

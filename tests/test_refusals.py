@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.inspection import describe_store, store_text
+from pipeline.inspection import describe_store
+from pipeline.inspection_text import store_text
 from pipeline.progress import progress
 from stages.dataset import SAMPLES, Dataset, fingerprint
 from stages.errors import Refused, UserError

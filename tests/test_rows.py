@@ -50,7 +50,7 @@ def trajectories(tmp_path_factory) -> PredictionStore:
 
 
 def reading_of(store, config, own=None) -> Reading:
-    recording = Recording.of(store.manifest.recording)
+    recording = Recording.of(store.manifest)
     return Reading.of(recording, Conversion(recording.schedule, own or schedule_of()), config, 5)
 
 

@@ -218,7 +218,9 @@ def test_the_plan_and_the_manifest_agree_on_buckets(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="plan: a shard is of several buckets"):
         Plan.from_table(torn, "plan")
     manifest = manifest_of()
+    below = table.set_column(3, table.schema.field(3), pa.array([0, 0, 1, -1, -1], pa.int16()))
     for plan, message in (
+        (Plan.from_table(below, "plan"), "shard 2 is of bucket -1 but the manifest has buckets 0"),
         (Plan.of(keys), "has no bucket but the manifest has 3"),
         (Plan.of(keys, buckets=[0, 1, 3]), "shard 2 is of bucket 3 but the manifest has buckets 0"),
     ):
@@ -497,6 +499,35 @@ def test_tables_are_linked_into_a_store_or_copied(
     assert list((copied.path / "tmp").iterdir()) == []
 
 
+def test_tables_and_their_folders_are_durable_before_the_manifest_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, link = os.fsync, os.link
+    synced: set[tuple[int, int]] = set()
+    before: list[bool] = []
+    root = tmp_path / "store"
+
+    def place_of(status: os.stat_result) -> tuple[int, int]:
+        return status.st_dev, status.st_ino
+
+    def traced_sync(descriptor: int) -> None:
+        synced.add(place_of(os.fstat(descriptor)))
+        sync(descriptor)
+
+    def traced_link(source: Path, target: Path, **options: Any) -> None:
+        if target == root / "manifest.json":
+            lie = [root, *root.glob("tables/**/*"), root / "tables"]
+            before.extend(place_of(path.stat()) in synced for path in lie)
+        link(source, target, **options)
+
+    # What was synced when the table was written does not count.
+    manifest = manifest_of(tables={"latents": table_at(tmp_path / "table").model_dump()})
+    monkeypatch.setattr(os, "fsync", traced_sync)
+    monkeypatch.setattr(os, "link", traced_link)
+    PredictionStore.create(root, manifest, PLAN, SAMPLES, tables={"latents": tmp_path / "table"})
+    assert before == [True] * (1 + 1 + 3 + 1), "the store, tables/latents, its files, tables/"
+
+
 def test_workers_that_create_a_store_at_once_make_one(tmp_path: Path) -> None:
     manifest = manifest_of(tables={"latents": table_at(tmp_path / "table").model_dump()})
     barrier = Barrier(6)
@@ -658,9 +689,18 @@ def test_large_latents_lie_in_chunks_that_waste_less_than_a_mebibyte(tmp_path, p
     assert verify(store.path).ok
 
 
-def test_a_latent_larger_than_a_chunk_has_one_of_its_own():
+@pytest.mark.parametrize(
+    ("shape", "timesteps"),
+    [
+        ((16, 256, 256), 1),  # 2 MiB of float16
+        ((8, 256, 256), 1),  # 1 MiB
+        ((3, 100, 100), 16),  # of 17 that would fit, a power of two
+        ((1, 8, 8), 256),
+    ],
+)
+def test_a_chunk_of_latents_is_the_largest_power_of_two_that_fits(shape, timesteps):
     manifest = manifest_of(
-        streams=[{"kind": "continuous", "name": "x", "group": "x", "shape": (16, 256, 256)}],
-        buckets=[{"shape": (16, 256, 256)}],
+        streams=[{"kind": "continuous", "name": "x", "group": "x", "shape": shape}],
+        buckets=[{"shape": shape}],
     )
-    assert array_specs(manifest, 0)["dense.cond"].chunk_timesteps == 1
+    assert array_specs(manifest, 0)["dense.cond"].chunk_timesteps == timesteps

@@ -121,7 +121,7 @@ def test_the_end_predicts_nothing_and_is_said_to_be_one(tmp_path):
 def test_a_store_is_replayed_bit_by_bit_without_the_model(tmp_path):
     dataset = images(tmp_path / "images", TARGETS)
     store = written(tmp_path / "store", dataset, FakeDenoiser(dataset.facts), **ALONG)
-    kind = Recording.of(store.manifest.recording).schedule.prediction
+    kind = Recording.of(store.manifest).schedule.prediction
     for key in store:
         arrays = {n: torch.from_numpy(x.copy()) for n, x in store[key].arrays.items()
                   if x.dtype != np.uint32}  # fmt: skip

@@ -65,6 +65,8 @@ class Teacher:
         """`precision` is what it computes in, which a quantized one cannot leave."""
         self._denoiser, self._ask = denoiser, ask
         self._precision, self._quantized = precision, quantized
+        self._has_room = True
+        """Whether nothing is known against holding the model in float32."""
 
     def begin(self, asked: Asked, cells: Sequence[Sequence[Cell]]) -> InFlight:
         """Ask for rows and start to copy the answer; the device is not waited for."""
@@ -73,7 +75,8 @@ class Teacher:
     def finish(self, flight: InFlight) -> Answer:
         """Wait for an answer; rows that are not finite are asked for again in float32.
 
-        Numbers beyond what the store's type holds are not finite either. What stays so is zeros.
+        Numbers beyond what the store's type holds are not finite either. What stays so, or what the
+        device has no room to repeat, is zeros.
         """
         arrays = flight.arrays.arrays()
         finite = arrays.pop(FINITE).astype(bool)
@@ -81,8 +84,8 @@ class Teacher:
         lost = np.flatnonzero(~finite.all(1))
         if not lost.size:
             return Answer(arrays, status)
-        if self._precision != "fp32" and not self._quantized:
-            again = self._repeated(flight.asked, lost)
+        again = self._repeated(flight.asked, lost)
+        if again is not None:
             finite[lost] = again.pop(FINITE).astype(bool)
             for name, values in again.items():
                 arrays[name][lost] = values
@@ -92,10 +95,17 @@ class Teacher:
         self._tell(flight.cells, lost, status)
         return Answer(arrays, status)
 
-    def _repeated(self, asked: Asked, lost: np.ndarray) -> dict[str, np.ndarray]:
+    def _repeated(self, asked: Asked, lost: np.ndarray) -> dict[str, np.ndarray] | None:
+        """What is answered in float32, where that is something else and there is room for it."""
+        if self._precision == "fp32" or self._quantized or not self._has_room:
+            return None
         index = torch.from_numpy(lost).to(asked.x.device)
-        with full_precision(self._denoiser):
-            return HostArrays.of(_with_flags(self._ask(asked.rows(index)))).arrays()
+        try:
+            with full_precision(self._denoiser):
+                return HostArrays.of(_with_flags(self._ask(asked.rows(index)))).arrays()
+        except torch.OutOfMemoryError:
+            self._has_room = False  # nor will there be for the next row
+            return None
 
     def _tell(self, cells: Sequence[Sequence[Cell]], lost: np.ndarray, status: np.ndarray) -> None:
         failed = [c for row in lost for c, s in zip(cells[row], status[row], strict=True)
@@ -110,6 +120,8 @@ class Teacher:
         tried = f"in {self._precision}"
         if self._quantized:
             tried += ", and quantized weights cannot be held in fp32 to try again"
+        elif not self._has_room:
+            tried += ", and the device has no room for the model in fp32 to try again"
         elif self._precision != "fp32":
             tried += " nor in fp32"
         logger.warning(

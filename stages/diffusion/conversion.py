@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.diffusion.config import PredictionType
 from stages.diffusion.facts import ScheduleFacts
-from stages.diffusion.predictions import convert, factor
+from stages.diffusion.predictions import convert, factor, over
 from stages.diffusion.schedule import Schedule
 from stages.errors import UserError
 
@@ -82,7 +82,7 @@ class Conversion:
         found = convert(value, x_t, alpha, sigma, source or self.source, self.wanted)
         if self.wanted != "v_prediction":  # of the four the one that is not of x0 and noise alone
             return found
-        return found * scale.float().reshape(-1, *[1] * (found.dim() - 1))
+        return found * over(scale.float(), found)
 
     def difference(self, delta: Tensor, alpha: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
         """Return by how much the student's prediction differs where the teacher's does by `delta`.

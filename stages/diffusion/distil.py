@@ -51,7 +51,7 @@ def distil(
     own; one that does not match the store is refused with `UserError`. Resumes from the newest
     checkpoint. Returns False when `stop` was requested first.
     """
-    recording = Recording.of(store.manifest.recording)
+    recording = Recording.of(store.manifest)
     conversion = Conversion(recording.schedule, denoiser.schedule)
     require_match(denoiser, store)
     require_loss(denoiser, store, recording, config.loss)

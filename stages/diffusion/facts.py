@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, ValidationError
 
 from stages.diffusion.config import Contrast, PredictionType, Rows
-from store.schema import Record
+from stages.errors import UserError
+from store.schema import Manifest, Record
+
+Facts = TypeVar("Facts", bound=Record)
+MOST_FAULTS = 5
+"""Faults of a manifest that a message names."""
 
 NOISE = "philox4x64-boxmuller-f32"
 """Name of the generator of noise (`stages.diffusion.noise`)."""
@@ -50,6 +56,11 @@ class ImageFacts(Record):
     classes: tuple[str, ...] = ()
     """Names of the labels in id order; the id after the last one is no label."""
 
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """Read what a manifest holds; raises `UserError` where that is of no images."""
+        return _read(cls, manifest.conditioning, "conditioning")
+
 
 class ScheduleFacts(Record):
     """A noise schedule: everything that turns a time into alpha and sigma."""
@@ -62,7 +73,7 @@ class ScheduleFacts(Record):
     """The time that a model is told runs from 0, clean, to this."""
     alphas_cumprod: tuple[float, ...] = ()
     """Of `ddpm`: alpha² of the steps 0 to train_timesteps − 1, falling."""
-    shift: float = 1.0
+    shift: float = Field(1.0, gt=0)
     """Of `flow`: shift towards noise of what is drawn and solved at, s·u / (1 + (s − 1)·u)."""
     scheduler: dict[str, JsonValue] = Field(default_factory=dict)
     """The scheduler's own configuration, where it came with one."""
@@ -79,7 +90,7 @@ class Recording(Record):
     contrast: Contrast
     """What the delta is to; paths of other models are left out, and their fingerprints here."""
     contrast_fingerprint: str = ""
-    """The other model's, or the adapter's."""
+    """The other model's; empty where there is none, as the teacher's is that of its adapter too."""
     embedded_guidance: float | None = None
     """Guidance number that the teacher was told."""
     noise: str = NOISE
@@ -90,6 +101,20 @@ class Recording(Record):
     """Of torch and diffusers."""
 
     @classmethod
-    def of(cls, recording: dict[str, Any]) -> Recording:
-        """Read what a manifest holds; raises ValidationError where it is not of this kind."""
-        return cls.model_validate(recording)
+    def of(cls, manifest: Manifest) -> Self:
+        """Read what a manifest holds; raises `UserError` where that is no such recording."""
+        return _read(cls, manifest.recording, "recording")
+
+
+def _read(kind: type[Facts], content: Mapping[str, Any], field: str) -> Facts:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, (field, *fault['loc'])))}: {fault['msg']}"
+            for fault in error.errors()[:MOST_FAULTS]
+        )
+        raise UserError(
+            f"the store is not one that this release recorded of a diffusion model (manifest.json, "
+            f"{faults}): read it with the release that wrote it, or record again"
+        ) from None

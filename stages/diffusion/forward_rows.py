@@ -87,7 +87,7 @@ def _key(seed: int, draw: Draw) -> tuple[int, str, int, int]:
 
 
 def checksums(x: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the columns `x_t_crc` [n] uint32 and `x_t_sum` [n] float64 of float32 [n, *shape]."""
+    """Return the columns `x_t_crc` [n] uint32 and `x_t_sum` [n] float64 of latents [n, *shape]."""
     sums = [checksum(values) for values in x]
     return {
         "x_t_crc": np.array([each.crc for each in sums], np.uint32),

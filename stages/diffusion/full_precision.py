@@ -16,14 +16,15 @@ def full_precision(denoiser: Denoiser) -> Iterator[None]:
     """Hold a denoiser's weights in float32 inside the block, and as they were behind it.
 
     Nothing is lost on the way: float32 holds every number of the narrower types. For quantized
-    weights, which are no such numbers, it is not made.
+    weights, which are no such numbers, it is not made. Raises torch.OutOfMemoryError where they do
+    not fit on the device like this.
     """
     tensors = list(chain(denoiser.module.parameters(), denoiser.module.buffers()))
     narrow = [(x, x.dtype) for x in tensors if x.is_floating_point() and x.dtype != torch.float32]
     before = denoiser.dtype
-    _cast([(x, torch.float32) for x, _ in narrow])
-    denoiser.dtype = torch.float32
     try:
+        _cast([(x, torch.float32) for x, _ in narrow])
+        denoiser.dtype = torch.float32
         yield
     finally:
         _cast(narrow)

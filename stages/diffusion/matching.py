@@ -29,7 +29,7 @@ FACTS = {
 
 def require_match(denoiser: Denoiser, store: PredictionStore) -> None:
     """Refuse a student that was built for other latents or conditions than the store holds."""
-    stored = ImageFacts.model_validate(store.manifest.conditioning)
+    stored = ImageFacts.of(store.manifest)
     for name, what in FACTS.items():
         own, theirs = getattr(denoiser.facts, name), getattr(stored, name)
         if own != theirs:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.diffusion.config import Contrast, TargetSource
 from stages.diffusion.denoiser import Conditions, Denoiser
+from stages.diffusion.predictions import over
 from stages.guidance import guide
 from store.schema import Dense
 
@@ -122,8 +123,3 @@ def guided_value(parts: Mapping[str, Tensor], scale: Tensor) -> Tensor:
         return parts["dense.guided"].float()
     cond, delta = parts["dense.cond"].float(), parts["dense.delta"].float()
     return mixed(cond, cond - delta, scale)
-
-
-def over(values: Tensor, latents: Tensor) -> Tensor:
-    """Return values [b] as [b, 1, …], to broadcast over latents [b, *shape]."""
-    return values[(...,) + (None,) * (latents.dim() - 1)]

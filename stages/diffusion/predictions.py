@@ -40,20 +40,6 @@ def convert(
     return combine(x_t, value, alpha, sigma, source, _pair(wanted, alpha, sigma))
 
 
-def to_x0(
-    value: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, source: PredictionType
-) -> Tensor:
-    """Return the clean latents [b, *shape] float32 that a prediction implies; see `convert`."""
-    return convert(value, x_t, alpha, sigma, source, "sample")
-
-
-def to_noise(
-    value: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, source: PredictionType
-) -> Tensor:
-    """Return the noise [b, *shape] float32 that a prediction implies; see `convert`."""
-    return convert(value, x_t, alpha, sigma, source, "epsilon")
-
-
 def of_pair(
     x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, wanted: PredictionType
 ) -> Tensor:
@@ -62,7 +48,7 @@ def of_pair(
     `x0` and `noise` are [b, *shape], `alpha` and `sigma` [b].
     """
     of_x0, of_noise = _pair(wanted, alpha.double(), sigma.double())
-    return _wide(of_x0, x0) * x0.float() + _wide(of_noise, noise) * noise.float()
+    return over(of_x0.float(), x0) * x0.float() + over(of_noise.float(), noise) * noise.float()
 
 
 def factor(alpha: Tensor, sigma: Tensor, source: PredictionType, wanted: PredictionType) -> Tensor:
@@ -97,7 +83,12 @@ def combine(
     of_x_t = (wanted[0] * known[1] - wanted[1] * known[0]) / below
     lost = below.abs() < LEAST
     of_value, of_x_t = of_value.masked_fill(lost, 0.0), of_x_t.masked_fill(lost, 0.0)
-    return _wide(of_x_t, x_t) * x_t.float() + _wide(of_value, value) * value.float()
+    return over(of_x_t.float(), x_t) * x_t.float() + over(of_value.float(), value) * value.float()
+
+
+def over(values: Tensor, latents: Tensor) -> Tensor:
+    """Return values [b] as [b, 1, …], to broadcast over latents [b, *shape]."""
+    return values.reshape(-1, *[1] * (latents.dim() - 1))
 
 
 def _pair(name: PredictionType, alpha: Tensor, sigma: Tensor) -> Pair:
@@ -116,7 +107,3 @@ def _pair(name: PredictionType, alpha: Tensor, sigma: Tensor) -> Pair:
 def _determinant(alpha: Tensor, sigma: Tensor, pair: Pair) -> Tensor:
     """Determinant of x_t and a pair of factors: 0 where both say the same of x0 and noise."""
     return alpha * pair[1] - sigma * pair[0]
-
-
-def _wide(factors: Tensor, values: Tensor) -> Tensor:
-    return factors.to(torch.float32).reshape(-1, *[1] * (values.ndim - 1))

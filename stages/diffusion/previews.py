@@ -18,7 +18,12 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from stages.diffusion.asked_rows import ConditionRows, Rows, moved
-from stages.diffusion.config import PreviewConfig, StudentPreviews
+from stages.diffusion.config import (
+    Contrast,
+    PreviewConfig,
+    StudentPreviews,
+    UnconditionalContrast,
+)
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Sample, draws_of
 from stages.diffusion.facts import ImageFacts
@@ -41,6 +46,7 @@ LEAST_SIDE = 64
 """Pixels of a side of an image in a grid, at least."""
 MARGIN = 2
 """Pixels between two images of a grid."""
+UNCONDITIONAL = UnconditionalContrast()
 
 
 class Decoder(Protocol):
@@ -71,21 +77,30 @@ class Images(Protocol):
         """Return a side table."""
         ...
 
-    def decoder(self) -> Decoder | None:
-        """Return what makes images of its latents, where that is at hand."""
+    def decoder(self, device: str) -> Decoder | None:
+        """Return what makes images of its latents on a device, where that is at hand."""
         ...
 
 
 @torch.inference_mode()
 def render(
-    denoiser: Denoiser, dataset: Images, config: PreviewConfig, scale: float, path: Path
+    denoiser: Denoiser,
+    dataset: Images,
+    config: PreviewConfig,
+    scale: float,
+    path: Path,
+    *,
+    contrast: Contrast = UNCONDITIONAL,
+    embedded_guidance: float | None = None,
 ) -> None:
     """Render the teacher's previews into the folder `path`, whole or not at all, and once.
 
     Of the first samples of `config.split`, each in its first variation, there are the final latents
     guided at `scale` and, where that takes a second pass, unguided, from start noise that depends
-    on the seed and the sample alone. A model without a second pass is what it is. With a decoder
-    there is a picture of them, a row for each way. Raises `UserError` for a split without samples.
+    on the seed and the sample alone. The second pass is that of `contrast`; a model without one,
+    or of which the difference is to another model, is what it is. `embedded_guidance` is the number
+    that the model is told itself. With a decoder, on the denoiser's device, there is a picture of
+    them, a row for each way. Raises `UserError` for a split without samples.
     """
     if path.exists():
         return
@@ -96,8 +111,9 @@ def render(
             f"(prepare.{config.split}_images), or choose another split"
         )
     denoiser.module.eval()
-    second = scale != 1 and dataset.facts.unconditional != "none" and not denoiser.takes_scale
-    ways = {GUIDED: scale, UNGUIDED: 1.0} if second else {GUIDED: 1.0}
+    device = _device(denoiser)
+    second: Passes = "one" if scale == 1 else _second_pass(denoiser, dataset.facts, contrast)
+    ways = {GUIDED: 1.0} if second == "one" else {GUIDED: scale, UNGUIDED: 1.0}
     conditions = dataset.table("conditions") if dataset.facts.conditions else None
     rows = ConditionRows(dataset.table("latents"), conditions)
     tensors: dict[str, np.ndarray] = {}
@@ -108,17 +124,20 @@ def render(
         tensors[f"{NOISE}/{number}"] = noise
         for way, at in ways.items():
             scales, t = np.array([at], np.float32), np.zeros(1)
-            asked = rows.asked(noise[None], t, [draw], scales, unconditional=at != 1)
-            predict = _guided(denoiser, asked.to(_device(denoiser)))
+            passes: Passes = "one" if at == 1 else second
+            without = passes == "unconditional"
+            asked = rows.asked(noise[None], t, [draw], scales, unconditional=without)
+            predict = _guided(denoiser, asked.to(device), passes)
             tensors[f"{way}/{number}"] = _solved(denoiser, predict, noise, config.steps)
         told = {**asked.conditions, **asked.sizes}
         tensors |= {f"{CONDITION}/{number}/{name}": told[name][0, ...] for name in told}
     ids = [sample["sample_id"] for sample in samples]
-    facts = {"sample_ids": ids, "steps": config.steps, "scale": ways[GUIDED]}
+    scale_told = ways[GUIDED] if embedded_guidance is None else embedded_guidance
+    facts = {"sample_ids": ids, "steps": config.steps, "scale": scale_told}
     latents = {way: [tensors[f"{way}/{n}"] for n in range(len(samples))] for way in ways}
     with publish_folder(path) as draft:
         (draft / LATENTS).write_bytes(save(tensors, metadata={FACTS: json.dumps(facts)}))
-        decoder = dataset.decoder()
+        decoder = dataset.decoder(str(device))
         if decoder is not None:
             with _away(denoiser):
                 (draft / GRID).write_bytes(grid(latents, decoder))
@@ -131,6 +150,7 @@ class Previews:
     sample_ids: tuple[str, ...]
     steps: int
     scale: float
+    """That they were guided at, or that the teacher was told."""
     noise: tuple[np.ndarray, ...]
     """[c, h, w] float32 of each image."""
     conditions: tuple[dict[str, np.ndarray], ...]
@@ -193,9 +213,15 @@ class StudentGallery:
         replace_file(path, save({str(number): latent for number, latent in enumerate(latents)}))
 
 
-def _guided(denoiser: Denoiser, asked: Asked) -> Predict:
-    passes: Passes = "one" if asked.unconditional is None else "unconditional"
+def _second_pass(denoiser: Denoiser, facts: ImageFacts, contrast: Contrast) -> Passes:
+    """What guides one model away from itself; `one` where there is nothing."""
+    if contrast.kind == "adapter":
+        return "adapter"
+    has_none = facts.unconditional == "none" or denoiser.takes_scale
+    return "one" if has_none or contrast.kind == "model" else "unconditional"
 
+
+def _guided(denoiser: Denoiser, asked: Asked, passes: Passes) -> Predict:
     def predict(x: Tensor, t: Tensor) -> Tensor:
         return mixed(*ask(denoiser, replace(asked, x=x, t=t), passes), asked.scale)
 

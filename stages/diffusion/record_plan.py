@@ -242,6 +242,13 @@ def _check_contrast(
         raise ValueError(f"contrast {kind!r} with other={other!r}: give it exactly for 'model'")
     if other is None:
         return
+    if config.quantization is not None:
+        raise UserError(
+            f"rollout.quantization is {config.quantization!r} and rollout.contrast.kind 'model', "
+            "but only the teacher is quantized, so the stored differences would hold what that "
+            "cost it: leave rollout.quantization out (the two models take turns on the device), "
+            "or give the teacher its change as an adapter, with rollout.contrast.kind: adapter"
+        )
     _check_facts(other, facts, "the other model of rollout.contrast")
     ours, theirs = Schedule(denoiser.schedule), Schedule(other.schedule)
     if (ours.digest(), ours.facts.prediction) != (theirs.digest(), theirs.facts.prediction):

@@ -16,9 +16,10 @@ from stages.diffusion.config import DiffusionLossConfig, PredictionType
 from stages.diffusion.conversion import Conversion
 from stages.diffusion.denoiser import Conditions
 from stages.diffusion.facts import Recording
-from stages.diffusion.predictions import of_pair
+from stages.diffusion.predictions import of_pair, over
 from stages.diffusion.rows import CONDITION, RowBatch
-from stages.diffusion.stored_row import DATA, PRIOR, TARGET
+from stages.diffusion.stored_row import DATA, PRIOR
+from stages.diffusion.target_sums import TARGET
 from stages.guidance import guide
 from stages.packed import Packed
 from stages.targets import Mixture, read_scales
@@ -107,7 +108,7 @@ class RowTargets:
     def _question(self, arrays: Packed, scale: Tensor) -> Question:
         x_t = arrays["x_t"]
         return Question(
-            x=x_t * _wide(arrays["scale"].float(), x_t),
+            x=x_t * over(arrays["scale"].float(), x_t),
             t=arrays["t"],
             conditions={
                 name.removeprefix(CONDITION): arrays[name]
@@ -149,7 +150,7 @@ class RowTargets:
         levels = arrays["alpha"], arrays["sigma"], arrays["scale"]
         delta = arrays[f"{TARGET}delta"].squeeze(1).float()
         with_delta = base.float() + self._conversion.difference(delta, *levels)
-        return guide(with_delta, base, _wide(scale, with_delta))
+        return guide(with_delta, base, over(scale, with_delta))
 
 
 def transfers(manifest: Manifest, recording: Recording, loss: DiffusionLossConfig) -> bool:
@@ -169,10 +170,6 @@ def mixed(arrays: Packed, scale: Tensor) -> Tensor:
 
 def _blend(one: Tensor, two: Tensor, share: Tensor) -> Tensor:
     """Return `one` [b, ...] with a share [b] of `two`; exactly one of them at 0 and 1."""
-    wide = _wide(share, one)
+    wide = over(share, one)
     blended = torch.lerp(one, two, wide)
     return torch.where(wide == 0, one, torch.where(wide == 1, two, blended))
-
-
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.dim() - 1))
