@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -536,10 +537,22 @@ def test_a_source_without_a_sound_table_is_refused(config, tmp_path, files, mess
 def test_nothing_left_to_train_on_says_why(config, source, tmp_path):
     with pytest.raises(UserError, match="none is no folder"):
         prepare_images(config(source=source / "none"), tmp_path / "dataset")
-    lines = (source / "metadata.jsonl").read_text().replace(', "split": "train"', "")
-    (source / "metadata.jsonl").write_text(lines)
-    with pytest.raises(UserError, match=r"left for the train split; rejected none; 6 accepted.*=9"):
-        prepare_images(config(test_images=9), tmp_path / "dataset")
+    table = source / "metadata.jsonl"
+    lines = re.sub(r', "split": "\w+"', "", table.read_text())
+    drawn = "by prepare.test_images=9: leave some for training"
+    named = "by the splits that the table names for {} of them"
+    held_out = {
+        lines: (drawn, {"test_images": 9}),
+        lines.replace("}", ', "split": "dev"}'): (named.format(6) + ": leave some", {}),
+        lines.replace("}", ', "split": "test"}', 2): (
+            f"{named.format(2)} and by prepare.dev_images=4: leave some", {"dev_images": 4},
+        ),
+    }  # fmt: skip
+    for rows, (why, settings) in held_out.items():
+        table.write_text(rows)
+        said = f"left for the train split; rejected none; 6 accepted, all held out {why}"
+        with pytest.raises(UserError, match=said):
+            prepare_images(config(**settings), tmp_path / "dataset")
     assert not (tmp_path / "dataset").exists()
 
 
