@@ -387,6 +387,16 @@ def test_a_lora_in_kohyas_format_is_the_teachers(tiny, tmp_path):
         pretrained(one, adapter=tmp_path / "absent.safetensors")
 
 
+def test_weights_of_a_pipeline_of_another_type_of_prediction_are_told_of(tiny, caplog):
+    one = tiny("sd15")
+    adapted(one)
+    assert not caplog.records
+    adapted(one, prediction="v_prediction")
+    (record,) = caplog.records
+    assert f"{one.folder} predicts 'epsilon', " in record.message
+    assert "is to predict 'v_prediction'" in record.message
+
+
 @pytest.mark.parametrize("method", ["int8", "int4", "fp8"])
 def test_an_adapter_is_trained_in_float32_on_a_quantized_base(tiny, method, require):
     require({"int8": "torchao", "int4": "bitsandbytes", "fp8": "torch"}[method], HINT)

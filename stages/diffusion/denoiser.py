@@ -61,7 +61,7 @@ class Denoiser(Protocol):
         are a saved model's folder, a pipeline's or a single file's, copied into the network before
         its adapter is put on, quantized and moved; without them they are drawn from `seed`. Raises
         `UserError` where they are of another architecture, or of a pipeline whose latents are
-        scaled otherwise, naming what differs.
+        scaled otherwise, naming what differs; warns of weights that predict another type.
         """
         ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from stages.publish import publish_file, replace_file
 from stages.quantization import quantize
 from stages.saved_model import OWN_KEY
 from store.schema import Record
+
+logger = logging.getLogger(__name__)
 
 OWN_BASE = "base"
 """Folder, within that of an adapter, of a base which exists nowhere else."""
@@ -136,7 +139,7 @@ class Diffusion:
         are a saved model's folder, a pipeline's or a single file's, copied into the network before
         its adapter is put on, quantized and moved; without them they are drawn from `seed`. Raises
         `UserError` where they are of another architecture, or of a pipeline whose latents are
-        scaled otherwise, naming what differs.
+        scaled otherwise, naming what differs; warns of weights that predict another type.
         """
         kind, settings, own_schedule = _architecture_of(config, facts)
         schedule = own_schedule or schedule
@@ -149,7 +152,9 @@ class Diffusion:
         if weights is None:
             network = networks.fresh(kind, settings, seed=seed)
         else:
-            _check_scaling(Source.find(weights, weights_config), facts)
+            source = Source.find(weights, weights_config)
+            _check_scaling(source, facts)
+            _warn_of_another_type(source, facts, schedule)
             dtype = DTYPES[config.base_precision]
             network = _begun_as(weights, weights_config, kind, settings, seed, dtype)
         if config.adapter is None:
@@ -458,6 +463,20 @@ def _check_scaling(source: Source, facts: ImageFacts) -> None:
             f"of the dataset {facts.scaling} and {facts.shift}: prepare it with this pipeline's "
             "encoder"
         )
+
+
+def _warn_of_another_type(source: Source, facts: ImageFacts, schedule: ScheduleFacts) -> None:
+    """Say it where a student begins with weights that predict something else than it is to."""
+    theirs = source.schedule(_tokens(facts))
+    if theirs is None or theirs.prediction == schedule.prediction:
+        return
+    logger.warning(
+        "%s predicts %r, and the student that begins with its weights is to predict %r: what they "
+        "answer at first is of the wrong type, so the loss begins high, and a part of the training, "
+        "most of it with an adapter, goes into learning the other type. To keep the type leave out "
+        "model.prediction and model.schedule, or set them to it",
+        source.path, theirs.prediction, schedule.prediction,
+    )  # fmt: skip
 
 
 def _tokens(facts: ImageFacts) -> int:
