@@ -472,7 +472,7 @@ def _warn_of_another_type(source: Source, facts: ImageFacts, schedule: ScheduleF
         return
     logger.warning(
         "%s predicts %r, and the student that begins with its weights is to predict %r: what they "
-        "answer at first is of the wrong type, so the loss begins high, and a part of the training, "
+        "answer at first is of the wrong type, so the loss begins high, and part of the training, "
         "most of it with an adapter, goes into learning the other type. To keep the type leave out "
         "model.prediction and model.schedule, or set them to it",
         source.path, theirs.prediction, schedule.prediction,
