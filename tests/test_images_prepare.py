@@ -420,6 +420,7 @@ def test_every_defect_is_rejected_with_its_reason_and_stops_nothing(config, sour
     (source / "folder.png").mkdir()
     Image.fromarray(gradient(32, 32)).save(tmp_path / "secret.png")
     (source / "link.png").symlink_to(tmp_path / "secret.png")
+    (source / "circle.png").symlink_to(source / "circle.png")
     names = {
         "small.png": "image too small: 20×20 would be enlarged 1.60 times to fill 32×32; ",
         "long.png": "aspect ratio outside the buckets: 200×32 is a factor 3.12 from the ",
@@ -433,6 +434,7 @@ def test_every_defect_is_rejected_with_its_reason_and_stops_nothing(config, sour
         "../secret.png": "file outside the folder: ../secret.png",
         "link.png": "file outside the folder: link.png",
         str(tmp_path / "secret.png"): "file outside the folder: ",
+        "circle.png": "unreadable file: circle.png: links lead in a circle",
         "zero\0byte.png": "unreadable file: ",
         "x" * 300: "unreadable file: ",
     }
