@@ -638,6 +638,8 @@ def test_an_image_that_is_gone_when_its_turn_comes_is_rejected(
     assert {row["file"]: row["reason"].split(":")[0] for row in dataset.rejected()} == {
         "2.png": "missing file", "0.png": "changed file",
     }  # fmt: skip
+    texts = [event for event in FakeEncoder.events if isinstance(event, str) and event != "free"]
+    assert texts == ["", *dict.fromkeys(CAPTIONS)], "encoded once, though one is needed no more"
     assert dataset.header.samples == {"train": 2, "dev": 1, "test": 1}
 
 
