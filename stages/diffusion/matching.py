@@ -63,7 +63,7 @@ def require_loss(
                 f"loss.teaches: pairs needs the start of every trajectory, but {store.path} keeps "
                 f"the steps {list(kept)}: record with rows.keep beginning at 0"
             )
-    _require_scale(denoiser, store, loss)
+    _require_scale(denoiser, store, recording, loss)
     if transfers(store.manifest, recording, loss) and denoiser.config.adapter is None:
         raise UserError(
             f"{store.path} holds the difference to another model (contrast: "
@@ -72,8 +72,10 @@ def require_loss(
         )
 
 
-def _require_scale(denoiser: Denoiser, store: PredictionStore, loss: DiffusionLossConfig) -> None:
-    scale = loss.guidance_scale
+def _require_scale(
+    denoiser: Denoiser, store: PredictionStore, recording: Recording, loss: DiffusionLossConfig
+) -> None:
+    scale, told = loss.guidance_scale, recording.embedded_guidance
     if loss.teaches == "prediction":
         require_scale(store.manifest, scale is not None)
     elif scale is not None:
@@ -81,10 +83,18 @@ def _require_scale(denoiser: Denoiser, store: PredictionStore, loss: DiffusionLo
             f"loss.guidance_scale was given with teaches: {loss.teaches}, but the trajectories of "
             f"{store.path} were solved at scale {store.manifest.guidance.scale}: leave it out"
         )
-    if isinstance(scale, tuple) and scale[0] != scale[1] and not denoiser.takes_scale:
+    if not isinstance(scale, tuple) or scale[0] == scale[1]:
+        return
+    drawn = f"loss.guidance_scale={list(scale)} draws a scale per row, but the student is"
+    if told is not None:
         raise UserError(
-            f"loss.guidance_scale={list(scale)} draws a scale per row, but the student is not told "
-            "which and would learn their mean: set model.scale_input: true, or give one number"
+            f"{drawn} told the guidance {told:g} that the teacher of {store.path} was told, and "
+            "would learn their mean: give one number"
+        )
+    if not denoiser.takes_scale:
+        raise UserError(
+            f"{drawn} not told which and would learn their mean: set model.scale_input: true, or "
+            "give one number"
         )
 
 
