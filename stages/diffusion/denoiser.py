@@ -40,6 +40,8 @@ class Denoiser(Protocol):
     """Share of training images whose condition was dropped; None where nobody knows."""
     takes_scale: bool
     """Whether the network is told a guidance scale (`time_cond_proj_dim`, `guidance_embeds`)."""
+    embedded_guidance: float | None
+    """Guidance scale that a teacher with `takes_scale` is told where `predict` is given none."""
     full_precision: tuple[str, ...]
     """Patterns of the names of linear layers that are never quantized."""
 

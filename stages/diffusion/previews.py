@@ -114,7 +114,9 @@ def render(
         told = {**asked.conditions, **asked.sizes}
         tensors |= {f"{CONDITION}/{number}/{name}": told[name][0, ...] for name in told}
     ids = [sample["sample_id"] for sample in samples]
-    facts = {"sample_ids": ids, "steps": config.steps, "scale": ways[GUIDED]}
+    embedded = denoiser.embedded_guidance
+    shown = ways[GUIDED] if embedded is None else embedded
+    facts = {"sample_ids": ids, "steps": config.steps, "scale": shown}
     latents = {way: [tensors[f"{way}/{n}"] for n in range(len(samples))] for way in ways}
     with publish_folder(path) as draft:
         (draft / LATENTS).write_bytes(save(tensors, metadata={FACTS: json.dumps(facts)}))
@@ -131,6 +133,7 @@ class Previews:
     sample_ids: tuple[str, ...]
     steps: int
     scale: float
+    """Of guidance, of the second pass or told as a number; 1 for none."""
     noise: tuple[np.ndarray, ...]
     """[c, h, w] float32 of each image."""
     conditions: tuple[dict[str, np.ndarray], ...]

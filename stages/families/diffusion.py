@@ -117,7 +117,7 @@ class Diffusion:
         self._kind = networks.kind_of(type(network).__name__, "the network")
         self._settings, self.dtype, self._digest = dict(settings), dtype, digest
         self._network_config, self._base = network.config, base
-        self._embedded_guidance = embedded_guidance
+        self.embedded_guidance = embedded_guidance
         self.takes_scale = networks.takes_scale(self._kind, network.config)
         networks.check(self._kind, network.config, facts, f"the {type(network).__name__}")
 
@@ -292,7 +292,7 @@ class Diffusion:
             type(self.module).__name__,
             json.dumps(self._settings, sort_keys=True),
             json.dumps(self.schedule.model_dump(mode="json"), sort_keys=True),
-            self._embedded_guidance,
+            self.embedded_guidance,
             self._digest or self._trained_digest(),
         )
 
@@ -311,7 +311,7 @@ class Diffusion:
         network with `takes_scale` is told, None for 1 or the teacher's `embedded_guidance`.
         """
         if scale is None:
-            told = 1.0 if self._embedded_guidance is None else self._embedded_guidance
+            told = 1.0 if self.embedded_guidance is None else self.embedded_guidance
             scale = torch.full(x.shape[:1], told, device=x.device)
         return networks.predict(
             self._kind, self.network, self._network_config, x.to(self.dtype), t, conditions, scale
