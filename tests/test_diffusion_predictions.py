@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.diffusion.config import ScheduleConfig
-from stages.diffusion.predictions import convert, factor, of_pair, to_noise, to_x0
+from stages.diffusion.predictions import convert, factor, of_pair
 from stages.diffusion.schedule import Schedule, facts_of
 from stages.guidance import guide
 
@@ -85,8 +85,8 @@ def test_x0_and_noise_that_a_prediction_implies_give_x_t_again():
     alpha, sigma = levels("flow")
     x_t, value = pair_of(len(alpha), seed=1)  # a prediction that belongs to no image
     for source in TYPES:
-        x0 = to_x0(value, x_t, alpha, sigma, source)
-        noise = to_noise(value, x_t, alpha, sigma, source)
+        x0 = convert(value, x_t, alpha, sigma, source, "sample")
+        noise = convert(value, x_t, alpha, sigma, source, "epsilon")
         back = noised(x0, noise, alpha, sigma)
         torch.testing.assert_close(back, x_t, rtol=1e-4, atol=3e-5)
         made = of_pair(x0, noise, alpha, sigma, source)
@@ -137,9 +137,11 @@ def test_at_the_ends_nothing_is_infinite_and_the_factor_says_what_to_leave_out()
             assert not none or not got[row].any()
     # At pure noise x_t is the noise and at no noise it is the image, whatever was predicted.
     for source in ("v_prediction", "flow"):
-        torch.testing.assert_close(to_noise(value, x_t, alpha, sigma, source)[0], x_t[0])
-        torch.testing.assert_close(to_x0(value, x_t, alpha, sigma, source)[1], x_t[1])
-    torch.testing.assert_close(to_x0(value, x_t, alpha, sigma, "v_prediction")[0], -value[0])
+        torch.testing.assert_close(convert(value, x_t, alpha, sigma, source, "epsilon")[0], x_t[0])
+        torch.testing.assert_close(convert(value, x_t, alpha, sigma, source, "sample")[1], x_t[1])
+    torch.testing.assert_close(
+        convert(value, x_t, alpha, sigma, "v_prediction", "sample")[0], -value[0]
+    )
 
 
 def test_where_float32_would_be_amplified_to_noise_a_value_says_nothing():

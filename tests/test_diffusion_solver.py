@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stages.diffusion.config import ScheduleConfig
-from stages.diffusion.predictions import of_pair, to_noise
+from stages.diffusion.predictions import convert, of_pair
 from stages.diffusion.schedule import Schedule, facts_of
 from stages.diffusion.solver import State, step, trajectory
 from stages.errors import UserError
@@ -209,6 +209,6 @@ def test_the_end_implies_no_noise_of_its_own():
     states = list(trajectory(model, start(), schedule.solver_times(3), schedule))
     before = states[-2]
     place = [torch.full((2,), each, dtype=torch.float64) for each in (before.alpha, before.sigma)]
-    noise = to_noise(before.prediction, before.x, *place, "v_prediction")
+    noise = convert(before.prediction, before.x, *place, "v_prediction", "epsilon")
     expected = (before.x - before.sigma * noise) / before.alpha
     torch.testing.assert_close(end_of(states), expected, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,9 @@ from store.schema import Record
 NOISE = "philox4x64-boxmuller-f32"
 """Name of the generator of noise (`stages.diffusion.noise`)."""
 
+SIZES = "time_ids"
+"""Tensor of the table `latents` that a network is told beside the condition."""
+
 OK, REPEATED, FAILED, END, NOT_ASKED = range(5)
 """Status of a row: predicted; predicted in float32, as it was not finite before; not finite, zeros
 are stored; end of a trajectory, where nothing is predicted; of a sample that is its own target."""
@@ -49,6 +52,20 @@ class ImageFacts(Record):
     """The negative prompt."""
     classes: tuple[str, ...] = ()
     """Names of the labels in id order; the id after the last one is no label."""
+
+
+MATCHED = {
+    "encoder": "autoencoder and text encoders",
+    "latent_channels": "latent channels",
+    "downsample": "pixels per latent",
+    "scaling": "scaling of latents",
+    "shift": "shift of latents",
+    "conditions": "encoded conditions",
+    "unconditional": "convention for no condition",
+    "unconditional_text": "negative prompt",
+    "classes": "classes",
+}
+"""Fields of `ImageFacts` in words, that models of one image must have alike."""
 
 
 class ScheduleFacts(Record):

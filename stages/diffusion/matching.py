@@ -7,30 +7,17 @@ from typing import Any
 
 from stages.diffusion.config import DiffusionLossConfig
 from stages.diffusion.denoiser import Denoiser
-from stages.diffusion.facts import ImageFacts, Recording
+from stages.diffusion.facts import MATCHED, ImageFacts, Recording
 from stages.diffusion.row_targets import transfers
 from stages.errors import UserError
 from stages.targets import require_scale
 from store import PredictionStore
 
-FACTS = {
-    "encoder": "autoencoder and text encoders",
-    "latent_channels": "latent channels",
-    "downsample": "pixels per latent",
-    "scaling": "scaling of latents",
-    "shift": "shift of latents",
-    "conditions": "encoded conditions",
-    "unconditional": "convention for no condition",
-    "unconditional_text": "negative prompt",
-    "classes": "classes",
-}
-"""Fields of `ImageFacts` that must be equal, in words."""
-
 
 def require_match(denoiser: Denoiser, store: PredictionStore) -> None:
     """Refuse a student that was built for other latents or conditions than the store holds."""
     stored = ImageFacts.model_validate(store.manifest.conditioning)
-    for name, what in FACTS.items():
+    for name, what in MATCHED.items():
         own, theirs = getattr(denoiser.facts, name), getattr(stored, name)
         if own != theirs:
             raise UserError(

@@ -19,8 +19,6 @@ from stages.sampling import keyed_generator
 CHUNK_WORDS = 2**13
 """Words transformed at a time, so that what lies between stays in the cache."""
 STEP = 2.0**-32
-LARGEST = math.sqrt(64 * math.log(2))
-"""Largest size of a draw, 6.66: its logarithm is of at least 2^-32."""
 DEVIATIONS = 8.0
 
 

@@ -40,20 +40,6 @@ def convert(
     return combine(x_t, value, alpha, sigma, source, _pair(wanted, alpha, sigma))
 
 
-def to_x0(
-    value: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, source: PredictionType
-) -> Tensor:
-    """Return the clean latents [b, *shape] float32 that a prediction implies; see `convert`."""
-    return convert(value, x_t, alpha, sigma, source, "sample")
-
-
-def to_noise(
-    value: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, source: PredictionType
-) -> Tensor:
-    """Return the noise [b, *shape] float32 that a prediction implies; see `convert`."""
-    return convert(value, x_t, alpha, sigma, source, "epsilon")
-
-
 def of_pair(
     x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, wanted: PredictionType
 ) -> Tensor:

@@ -22,7 +22,7 @@ from stages.diffusion.config import (
 )
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import DRAWN, Draw, Sample, draws_of
-from stages.diffusion.facts import ImageFacts, Recording
+from stages.diffusion.facts import MATCHED, ImageFacts, Recording
 from stages.diffusion.schedule import Schedule
 from stages.errors import UserError
 from stages.quantization import Quantized
@@ -183,13 +183,10 @@ def _check_facts(model: Denoiser, facts: ImageFacts, name: str) -> None:
     """Refuse a model of other latents or conditions, naming each difference."""
     differing = [
         f"{field}: {ours!r} of {name}, {theirs!r} of the dataset"
-        for field in (
-            "encoder", "latent_channels", "downsample", "scaling", "shift", "conditions",
-            "unconditional", "unconditional_text", "classes",
-        )
+        for field in MATCHED
         for ours, theirs in [(getattr(model.facts, field), getattr(facts, field))]
         if ours != theirs
-    ]  # fmt: skip
+    ]
     if differing:
         raise UserError(
             f"{name} was made for other images than the dataset has ({'; '.join(differing)}): "
