@@ -535,6 +535,10 @@ REFUSED = {
         {"facts": facts_of(conditions={"label": ConditionFacts(dtype="int64", shape=())})},
         "encoded conditions",
     ),
+    "a type that amplifies too much": (
+        "forward", {"guidance_scale": 2.0, "largest_factor": 1.01},
+        {"schedule": schedule_of("sample")}, "no more than loss.largest_factor=1.01;",
+    ),
     "a schedule it cannot learn from": (
         "flow", {"guidance_scale": 2.0}, {"schedule": schedule_of(betas="linear")},
         r"has \d+% of the recorded noise levels",
@@ -571,6 +575,8 @@ def test_a_store_whose_samples_weigh_nothing_is_refused(tmp_path):
     store = write_store(tmp_path / "s", Written(samples=samples))
     with pytest.raises(UserError, match="all of its samples weigh 0"):
         trained(tmp_path / "own", store)
+    samples[0] = SAMPLES[0]
+    assert trained(tmp_path / "two", write_store(tmp_path / "t", Written(samples=samples)))[0]
 
 
 def test_an_image_as_the_target_of_a_trajectory_is_refused(tmp_path):
