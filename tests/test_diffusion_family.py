@@ -270,6 +270,14 @@ def test_the_scale_is_embedded_as_in_the_stock_pipeline():
     for features in (8, 9, 256):
         stock = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scales, features)
         torch.testing.assert_close(scale_embedding(scales, features), stock)
+    # What the stock pipeline is given is w = scale − 1, with which no guidance is 0.
+    student, told = built("UNet2DConditionModel", known=facts(**CAPTIONED), scale_input=True), []
+    student.module.time_embedding.cond_proj.register_forward_pre_hook(
+        lambda _, given: told.append(given[0])
+    )
+    answer(student, scale=scales + 1)
+    stock = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scales, 256)
+    torch.testing.assert_close(told[0], stock)
 
 
 def test_networks_without_an_input_for_the_scale_say_so():

@@ -7,6 +7,7 @@ the stock pipeline's own call, not a second reading of it.
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -476,9 +477,23 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(tiny, tiny_unconditional
         encoder.open(tiny_unconditional.folder, device=CPU)
     with pytest.raises(UserError, match="is not told a guidance number"):
         teach(one.folder, embedded_guidance=2.0)
+    flux = tiny("flux")
+    told = [teach(flux.folder, flux.facts, embedded_guidance=number) for number in (2.0, 3.5, 3.5)]
+    assert len({each.fingerprint() for each in told}) == 2, "what it is told makes another teacher"
     other = one.facts.model_copy(update={"scaling": 0.5})
     with pytest.raises(UserError, match=r"scaling_factor=0\.18215.*0\.5"):
         teach(one.folder, other)
+    silent = tmp_path / "silent"
+    shutil.copytree(one.folder, silent)
+    config = json.loads((silent / "vae" / "config.json").read_text())
+    del config["scaling_factor"]  # as in the first releases; diffusers takes 0.18215 then
+    (silent / "vae" / "config.json").write_text(json.dumps(config))
+    assert teach(silent).fingerprint() == teach(one.folder).fingerprint()
+    with pytest.raises(UserError, match=r"scaling_factor=0\.18215.*0\.5"):
+        teach(silent, other)
+    moved = flux.facts.model_copy(update={"shift": 0.5})
+    with pytest.raises(UserError, match=r"shift_factor=0\.1159.*0\.5"):
+        teach(flux.folder, moved)
     with pytest.raises(UserError, match="cross_attention_dim=64, and the dataset needs 32"):
         teach(tiny("sdxl").folder, one.facts.model_copy(update={"scaling": 0.13025}))
     with pytest.raises(UserError, match="no text encoders"):

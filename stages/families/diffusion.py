@@ -31,7 +31,14 @@ from stages.families import diffusion_adapters as adapters
 from stages.families import diffusion_networks as networks
 from stages.families.diffusion_networks import Kind, Settings
 from stages.families.diffusion_schedules import predicting
-from stages.families.diffusion_sources import CONFIG_FILE, DTYPES, WEIGHTS_FILE, Source, read_json
+from stages.families.diffusion_sources import (
+    CONFIG_FILE,
+    DTYPES,
+    SCALING,
+    WEIGHTS_FILE,
+    Source,
+    read_json,
+)
 from stages.families.weights import check_tensors, digest_tensors
 from stages.publish import publish_file, replace_file
 from stages.quantization import quantize
@@ -456,7 +463,7 @@ def _check_scaling(source: Source, facts: ImageFacts) -> None:
     if source.component is None or not file.is_file():
         return
     found = read_json(file)
-    theirs = found.get("scaling_factor", facts.scaling), found.get("shift_factor") or 0.0
+    theirs = found.get("scaling_factor", SCALING), found.get("shift_factor") or 0.0
     if theirs != (facts.scaling, facts.shift):
         raise UserError(
             f"{file} has scaling_factor={theirs[0]} and shift_factor={theirs[1]}, and the latents "
