@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from stages.diffusion.config import DenoiserConfig, DiffusionTeacher, LoraConfig
 from stages.diffusion.facts import ConditionFacts, ImageFacts
@@ -416,6 +416,9 @@ def test_an_adapter_is_trained_in_float32_on_a_quantized_base(tiny, method, requ
     error = (answer(denoiser, asked).float() - whole).norm() / whole.norm()
     assert 1e-4 < error < 0.5
     assert denoiser.fingerprint() == adapted(one).fingerprint()
+    for name in ("x_embedder", "proj_out", "time_text_embed.guidance_embedder.linear_1"):
+        kept = denoiser.module.get_submodule(name).weight
+        assert (type(kept), kept.dtype) == (torch.nn.Parameter, torch.bfloat16), name
 
 
 def test_a_teacher_is_held_quantized_with_its_adapter_whole(tiny, tmp_path):
@@ -477,6 +480,19 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(tiny, tiny_unconditional
         encoder.open(tiny_unconditional.folder, device=CPU)
     with pytest.raises(UserError, match="is not told a guidance number"):
         teach(one.folder, embedded_guidance=2.0)
+    with pytest.raises(UserError, match="cross_attention_dim=64, and the dataset needs 32"):
+        teach(tiny("sdxl").folder, one.facts.model_copy(update={"scaling": 0.13025}))
+    with pytest.raises(UserError, match="no text encoders"):
+        tiny("dit").encoder.encode_texts(["a"])
+
+
+def test_a_teacher_of_other_latents_numbers_or_tensors_is_another(tiny, tmp_path):
+    one, encoder = tiny("sd15"), load_image_encoder()
+
+    def teach(path, facts=one.facts, **more):
+        settings = DiffusionTeacher(path=path, **more)
+        return load_denoiser().pretrained(settings, facts, device="cpu", dtype=torch.float32)
+
     flux = tiny("flux")
     told = [teach(flux.folder, flux.facts, embedded_guidance=number) for number in (2.0, 3.5, 3.5)]
     assert len({each.fingerprint() for each in told}) == 2, "what it is told makes another teacher"
@@ -491,13 +507,20 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(tiny, tiny_unconditional
     assert teach(silent).fingerprint() == teach(one.folder).fingerprint()
     with pytest.raises(UserError, match=r"scaling_factor=0\.18215.*0\.5"):
         teach(silent, other)
+    for name in ("latents_mean", "latents_std"):
+        (silent / "vae" / "config.json").write_text(json.dumps(config | {name: [0.5] * 4}))
+        with pytest.raises(UserError, match="scales every channel by its own"):
+            encoder.open(silent, device=CPU)
     moved = flux.facts.model_copy(update={"shift": 0.5})
     with pytest.raises(UserError, match=r"shift_factor=0\.1159.*0\.5"):
         teach(flux.folder, moved)
-    with pytest.raises(UserError, match="cross_attention_dim=64, and the dataset needs 32"):
-        teach(tiny("sdxl").folder, one.facts.model_copy(update={"scaling": 0.13025}))
-    with pytest.raises(UserError, match="no text encoders"):
-        tiny("dit").encoder.encode_texts(["a"])
+    shutil.copytree(one.folder / "unet", tmp_path / "more" / "unet")
+    shutil.copy(one.folder / "model_index.json", tmp_path / "more")
+    shutil.copytree(one.folder / "scheduler", tmp_path / "more" / "scheduler")
+    file = tmp_path / "more" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"nose.weight": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match=r"nose\.weight are missing or unknown"):
+        teach(tmp_path / "more")
 
 
 def test_a_tokenizer_without_a_length_is_named(tmp_path):
