@@ -172,7 +172,7 @@ class Student:
         self._denoiser.module.train()
         config = learning(self._denoiser, options.batch_size)
         self._state = TrainingState(self._denoiser.module, config.optimizer, PLACE.device)
-        recording = Recording.of(store.manifest.recording)
+        recording = Recording.of(store.manifest)
         self.learner = RowLearner(self._denoiser, store, recording, config, 0, PLACE)
         self._schedule = Schedule(self._denoiser.schedule)
         self._batch = asked_rows(dataset, options.batch_size)

@@ -88,6 +88,7 @@ class UnitNoise:
     """
 
     name, condition_dropout, takes_scale = "diffusion", 0.1, False
+    embedded_guidance = None
 
     def __init__(self, facts: ImageFacts) -> None:
         self.facts, self.schedule = facts, facts_of(SCHEDULE)
@@ -170,7 +171,7 @@ def taught(
     denoiser: Any, store: PredictionStore, config: DistilConfig, batches: int
 ) -> Iterator[TaughtRows]:
     """Targets as stage two makes them, batch by batch."""
-    recording = Recording.of(store.manifest.recording)
+    recording = Recording.of(store.manifest)
     conversion = Conversion(recording.schedule, denoiser.schedule)
     reading = Reading.of(recording, conversion, config, 0)
     rows = StoreRows(store, config, reading, 0, PLACE)

@@ -122,7 +122,6 @@ class ImageAssembly:
             seed=self._config.seed,
             quantized=quantized,
             other=other,
-            embedded_guidance=self._embedded_guidance,
         )
         shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
         finished = record(teacher, store, dataset, shards, config, stop=self._stop, other=other)
@@ -134,7 +133,6 @@ class ImageAssembly:
                 config.guidance.scale,
                 self._folders.previews,
                 contrast=config.contrast,
-                embedded_guidance=self._embedded_guidance,
             )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished

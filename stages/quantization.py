@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -106,10 +106,31 @@ def _announce(record: Quantization, full: int, held: int) -> None:
     logger.info(
         "quantized %d linear layers to %s with %s %s, %.1f MiB to %.1f MiB: %s",
         len(record.layers), record.method, record.backend, record.backend_version,
-        full / 2**20, held / 2**20, ", ".join(record.layers),
+        full / 2**20, held / 2**20, grouped(record.layers),
     )  # fmt: skip
+    kept: dict[str, list[str]] = {}
     for name, reason in record.kept.items():
-        logger.info("kept %s in %s: %s", name, record.dtype, reason)
+        kept.setdefault(reason, []).append(name)
+    for reason, names in kept.items():
+        logger.info("kept %s in %s: %s", grouped(names), record.dtype, reason)
+
+
+def grouped(names: Iterable[str]) -> str:
+    """Join names of layers, of those that differ in nothing but numbers the pattern and the count.
+
+    Of `a.0.b`, `a.1.b` and `c` that is `a.*.b ×2, c`.
+    """
+    alike: dict[str, list[list[str]]] = {}
+    for name in names:
+        parts = name.split(".")
+        key = ".".join("*" if part.isdecimal() else part for part in parts)
+        alike.setdefault(key, []).append(parts)
+    return ", ".join(_pattern(group) for group in alike.values())
+
+
+def _pattern(group: Sequence[Sequence[str]]) -> str:
+    shared = (parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*group, strict=True))
+    return ".".join(shared) + (f" ×{len(group)}" if len(group) > 1 else "")
 
 
 def _require_whole(module: nn.Module) -> None:
@@ -360,14 +381,19 @@ def quantize_family(
     What the family names in `full_precision` is kept too. Raises UserError where a name in
     `config.keep` is that of no layer.
     """
-    names = [n for n, m in family.module.named_modules() if isinstance(m, nn.Linear)]
-    unknown = [p for p in config.keep if not any(fnmatchcase(name, p) for name in names)]
-    if unknown:
-        raise UserError(
-            f"quantization.keep names {unknown}, but no linear layer of the model is called so: "
-            f"its layers are {', '.join(names)}"
-        )
+    require_layers(family.module, config.keep, "quantization.keep")
     before = family.fingerprint(), family.architecture()
     keep = (*family.full_precision, *config.keep)
     record = quantize(family.module, config.method, device=device, keep=keep)
     return Quantized(record, *before)
+
+
+def require_layers(module: nn.Module, keep: Collection[str], setting: str) -> None:
+    """Raise UserError where a name or pattern in `keep`, which `setting` gave, is no layer's."""
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    unknown = [p for p in keep if not any(fnmatchcase(name, p) for name in names)]
+    if unknown:
+        raise UserError(
+            f"{setting} names {unknown}, but no linear layer of the model is called so: its layers "
+            f"are {grouped(names)}"
+        )

@@ -126,6 +126,8 @@ class Written:
     embedded_guidance: float | None = None
     failed: frozenset[tuple[str, int, int]] = frozenset()
     """Keys of rows whose prediction was not finite."""
+    repeated: frozenset[tuple[str, int, int]] = frozenset()
+    """Keys of rows that were predicted in float32, as their prediction was not finite before."""
     asked: tuple[str, ...] = ()
     """Samples that are their own target, but were asked for."""
     unasked: tuple[str, ...] = ()
@@ -205,9 +207,14 @@ def write_store(path: Path, written: Written | None = None, shards: int | None =
                     "latent": latent_row(sample, image), "condition": condition_row(sample, text),
                 }  # fmt: skip
                 arrays = rollout_arrays(written, store, key, drawn, predicted=bucket < 2)
-                writer.append(*key, arrays, stop_reason="end", weight=1.0, seed=0, drawn=drawn)
+                weight = rollout_weight(key[1])
+                writer.append(*key, arrays, stop_reason="end", weight=weight, seed=0, drawn=drawn)
             writer.commit()
     return PredictionStore.open(path)
+
+
+def rollout_weight(variation: int) -> float:
+    return 0.25 if variation == 2 else 1.0
 
 
 def rollout_arrays(
@@ -253,6 +260,7 @@ def rollout_arrays(
             crc = google_crc32c.extend(crc, part.tobytes())
         sums = checksum(x_t)
         status = 4 if not predicted else 2 if failed else 3 if end else 0
+        status = 1 if (*key, slot) in written.repeated else status
         columns = {
             "t": np.float64(t), "alpha": np.float64(alpha), "sigma": np.float64(sigma),
             "x_t_crc": np.uint32(sums.crc), "x_t_sum": np.float64(sums.sum),

@@ -132,6 +132,7 @@ class FakeDenoiser:
     prediction: str = "v_prediction"
     adapted: bool = False
     takes_scale: bool = False
+    embedded_guidance: float | None = None
     delay_s: float = 0.0
     broken: Callable[[Tensor, torch.dtype], Tensor] | None = None
     """Which times [b] the model is not finite at, in a type."""

@@ -160,6 +160,24 @@ def test_a_student_begins_as_its_teacher_or_says_which_tensors_differ(tmp_path):
         built(weights=tmp_path / "absent")
 
 
+def test_a_student_of_another_type_than_its_first_weights_is_told_of_both(tmp_path, caplog):
+    built(seed=1).save(tmp_path)
+    built(weights=tmp_path)
+    built(prediction="epsilon")
+    assert not caplog.records, "of the same type, or of no weights that could be of another"
+    student = built(weights=tmp_path, prediction="epsilon")
+    student.save(tmp_path / "student")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message.startswith(
+        f"{tmp_path} predicts 'v_prediction', and the student that begins with its weights is to "
+        "predict 'epsilon': "
+    )
+    caplog.clear()
+    built(weights=tmp_path / "student", prediction="epsilon")
+    assert not caplog.records, "it has learned the other type"
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_drops_no_labels_by_itself(network):
     denoiser = built(network)
@@ -252,6 +270,14 @@ def test_the_scale_is_embedded_as_in_the_stock_pipeline():
     for features in (8, 9, 256):
         stock = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scales, features)
         torch.testing.assert_close(scale_embedding(scales, features), stock)
+    # What the stock pipeline is given is w = scale − 1, with which no guidance is 0.
+    student, told = built("UNet2DConditionModel", known=facts(**CAPTIONED), scale_input=True), []
+    student.module.time_embedding.cond_proj.register_forward_pre_hook(
+        lambda _, given: told.append(given[0])
+    )
+    answer(student, scale=scales + 1)
+    stock = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scales, 256)
+    torch.testing.assert_close(told[0], stock)
 
 
 def test_networks_without_an_input_for_the_scale_say_so():
@@ -272,7 +298,7 @@ def adapted(weights, seed=0, **more):
     )  # fmt: skip
 
 
-def test_an_adapter_on_a_base_that_lies_nowhere_takes_it_along(tmp_path):
+def test_an_adapter_on_a_base_that_lies_nowhere_takes_it_along(tmp_path, caplog):
     denoiser = adapted(None)
     disturb(denoiser)
     denoiser.save(tmp_path)
@@ -285,6 +311,9 @@ def test_an_adapter_on_a_base_that_lies_nowhere_takes_it_along(tmp_path):
     )
     # A student of it begins as it is with its adapter: what it learned is part of the new base.
     next_one = adapted(tmp_path)
+    assert not caplog.records
+    adapted(tmp_path, prediction="sample")
+    assert "predicts 'v_prediction', and the student" in caplog.text
     torch.testing.assert_close(answer(next_one), answer(denoiser))
     disturb(next_one)
     next_one.save(tmp_path / "next")

@@ -7,12 +7,13 @@ the stock pipeline's own call, not a second reading of it.
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from stages.diffusion.config import DenoiserConfig, DiffusionTeacher, LoraConfig
 from stages.diffusion.facts import ConditionFacts, ImageFacts
@@ -387,6 +388,16 @@ def test_a_lora_in_kohyas_format_is_the_teachers(tiny, tmp_path):
         pretrained(one, adapter=tmp_path / "absent.safetensors")
 
 
+def test_weights_of_a_pipeline_of_another_type_of_prediction_are_told_of(tiny, caplog):
+    one = tiny("sd15")
+    adapted(one)
+    assert not caplog.records
+    adapted(one, prediction="v_prediction")
+    (record,) = caplog.records
+    assert f"{one.folder} predicts 'epsilon', " in record.message
+    assert "is to predict 'v_prediction'" in record.message
+
+
 @pytest.mark.parametrize("method", ["int8", "int4", "fp8"])
 def test_an_adapter_is_trained_in_float32_on_a_quantized_base(tiny, method, require):
     require({"int8": "torchao", "int4": "bitsandbytes", "fp8": "torch"}[method], HINT)
@@ -405,6 +416,9 @@ def test_an_adapter_is_trained_in_float32_on_a_quantized_base(tiny, method, requ
     error = (answer(denoiser, asked).float() - whole).norm() / whole.norm()
     assert 1e-4 < error < 0.5
     assert denoiser.fingerprint() == adapted(one).fingerprint()
+    for name in ("x_embedder", "proj_out", "time_text_embed.guidance_embedder.linear_1"):
+        kept = denoiser.module.get_submodule(name).weight
+        assert (type(kept), kept.dtype) == (torch.nn.Parameter, torch.bfloat16), name
 
 
 def test_a_teacher_is_held_quantized_with_its_adapter_whole(tiny, tmp_path):
@@ -466,13 +480,47 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(tiny, tiny_unconditional
         encoder.open(tiny_unconditional.folder, device=CPU)
     with pytest.raises(UserError, match="is not told a guidance number"):
         teach(one.folder, embedded_guidance=2.0)
-    other = one.facts.model_copy(update={"scaling": 0.5})
-    with pytest.raises(UserError, match=r"scaling_factor=0\.18215.*0\.5"):
-        teach(one.folder, other)
     with pytest.raises(UserError, match="cross_attention_dim=64, and the dataset needs 32"):
         teach(tiny("sdxl").folder, one.facts.model_copy(update={"scaling": 0.13025}))
     with pytest.raises(UserError, match="no text encoders"):
         tiny("dit").encoder.encode_texts(["a"])
+
+
+def test_a_teacher_of_other_latents_numbers_or_tensors_is_another(tiny, tmp_path):
+    one, encoder = tiny("sd15"), load_image_encoder()
+
+    def teach(path, facts=one.facts, **more):
+        settings = DiffusionTeacher(path=path, **more)
+        return load_denoiser().pretrained(settings, facts, device="cpu", dtype=torch.float32)
+
+    flux = tiny("flux")
+    told = [teach(flux.folder, flux.facts, embedded_guidance=number) for number in (2.0, 3.5, 3.5)]
+    assert len({each.fingerprint() for each in told}) == 2, "what it is told makes another teacher"
+    other = one.facts.model_copy(update={"scaling": 0.5})
+    with pytest.raises(UserError, match=r"scaling_factor=0\.18215.*0\.5"):
+        teach(one.folder, other)
+    silent = tmp_path / "silent"
+    shutil.copytree(one.folder, silent)
+    config = json.loads((silent / "vae" / "config.json").read_text())
+    del config["scaling_factor"]  # as in the first releases; diffusers takes 0.18215 then
+    (silent / "vae" / "config.json").write_text(json.dumps(config))
+    assert teach(silent).fingerprint() == teach(one.folder).fingerprint()
+    with pytest.raises(UserError, match=r"scaling_factor=0\.18215.*0\.5"):
+        teach(silent, other)
+    for name in ("latents_mean", "latents_std"):
+        (silent / "vae" / "config.json").write_text(json.dumps(config | {name: [0.5] * 4}))
+        with pytest.raises(UserError, match="scales every channel by its own"):
+            encoder.open(silent, device=CPU)
+    moved = flux.facts.model_copy(update={"shift": 0.5})
+    with pytest.raises(UserError, match=r"shift_factor=0\.1159.*0\.5"):
+        teach(flux.folder, moved)
+    shutil.copytree(one.folder / "unet", tmp_path / "more" / "unet")
+    shutil.copy(one.folder / "model_index.json", tmp_path / "more")
+    shutil.copytree(one.folder / "scheduler", tmp_path / "more" / "scheduler")
+    file = tmp_path / "more" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"nose.weight": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match=r"nose\.weight are missing or unknown"):
+        teach(tmp_path / "more")
 
 
 def test_a_tokenizer_without_a_length_is_named(tmp_path):

@@ -55,6 +55,7 @@ STORES = {
     "told": Written(branches="guided", embedded_guidance=3.5),
     "trajectory": Written(rows=TRAJECTORY, samples=TEACHERS),
     "adapter": Written(contrast=CONTRAST),
+    "told adapter": Written(contrast=CONTRAST, embedded_guidance=3.5),
     "teachers": Written(samples=TEACHERS),
 }
 
@@ -75,7 +76,7 @@ def stores(tmp_path_factory):
 
 
 def expected(store, batch, denoiser, loss, place: int):
-    """Question x, alpha, sigma, scale and target of a row of a batch."""
+    """Question x, alpha, sigma, scale that is told, and target of a row of a batch."""
     recording = Recording.of(store.manifest)
     sample_id, variation, slot = batch.keys[place]
     rollout, source = store[sample_id, variation], store.sample(sample_id)["target"]
@@ -101,7 +102,8 @@ def expected(store, batch, denoiser, loss, place: int):
         target = as_type(own, *implied(kind, arrays["dense.guided"], *row), *levels)
     elif recording.contrast.kind == "adapter":
         with torch.no_grad(), denoiser.adapter_off():
-            base = asked(denoiser, batch, place, x_t / norm, scale)
+            told = told_of(recording, scale, source)
+            base = asked(denoiser, batch, place, x_t / norm, told)
         delta = arrays["dense.delta"]
         one, two = (as_type(own, *implied(kind, d, *row), *levels) for d in (delta, 0 * delta))
         target = base + scale * (one - two)
@@ -111,7 +113,7 @@ def expected(store, batch, denoiser, loss, place: int):
     if source == "teacher" and loss.get("data_share"):
         share = loss["data_share"]
         target = (1 - share) * target + share * as_type(own, x0, noise, *levels)
-    return x_t / norm, *levels, scale, target
+    return x_t / norm, *levels, told_of(recording, scale, source), target
 
 
 def state_of(store, batch, recording, loss, place: int):
@@ -133,11 +135,17 @@ def state_of(store, batch, recording, loss, place: int):
 
 
 def scale_of(recording, batch, loss, source: str, place: int) -> float:
-    scale = loss.get("guidance_scale", recording.embedded_guidance or SCALE)
+    scale = loss.get("guidance_scale", SCALE)
     if isinstance(scale, tuple):
         scale = float(read_scales(scale, 5, [batch.keys[place]], [batch.epochs[place]])[0])
     off = 1.0 if recording.contrast.kind == "unconditional" else 0.0
     return {"teacher": scale, "prior": off, "data": 1.0}[source]
+
+
+def told_of(recording, scale: float, source: str) -> float:
+    """What a student is told: that at which its target was predicted, and of data no guidance."""
+    embedded = recording.embedded_guidance
+    return scale if embedded is None else {"data": 1.0}.get(source, embedded)
 
 
 def as_type(own: str, x0, noise, alpha: float, sigma: float) -> np.ndarray:
@@ -190,6 +198,9 @@ CASES = {
     "ends as flow": ("trajectory", {"teaches": "end"}, {"schedule": FLOW}),
     "pairs": ("trajectory", {"teaches": "pairs"}, {"schedule": FLOW}),
     "transfer": ("adapter", {"guidance_scale": 0.7}, {"adapter": True}),
+    "transfer to what is told": ("told adapter", {"guidance_scale": 0.7}, {
+        "adapter": True, "takes_scale": True,
+    }),
     "transfer to v": ("adapter", {"guidance_scale": 1.0}, {
         "adapter": True, "schedule": V,
     }),
@@ -208,18 +219,21 @@ def test_the_loss_is_that_of_the_formulas(stores, case, weighting_name):
         for position in range(0, 64, 8):
             for batch in learner.batches(position):
                 objective = learner.objective(0, batch)
+                told = learner._targets.of(batch, learner._base).question.scale
                 total, error = 0.0, 0.0
                 for place in range(len(batch.keys)):
                     weight = float(batch.arrays["weight"][place])
                     if not weight:
                         continue
                     x, alpha, sigma, scale, target = expected(store, batch, denoiser, loss, place)
+                    assert told is None or float(told[place]) == pytest.approx(scale)
                     square = np.square(asked(denoiser, batch, place, x, scale) - target).mean()
                     levels = (torch.tensor([float(each)]) for each in (alpha, sigma))
                     of_level = weighting(*levels, denoiser.schedule.prediction, weighting_name, 5.0)
                     total += weight * float(of_level) * square
                     error += square
                     seen.add(SOURCES[batch.arrays["source"][place]])
+                assert (told is not None) == denoiser.takes_scale
                 assert float(objective.total.detach()) == pytest.approx(total, rel=1e-4, abs=1e-6)
                 assert float(objective.terms["mse"].detach()) == pytest.approx(
                     error, rel=1e-4, abs=1e-6
@@ -495,6 +509,10 @@ REFUSED = {
     "a range that is not told": (
         "forward", {"guidance_scale": (1.0, 5.0)}, {}, "set model.scale_input: true",
     ),
+    "a range that is told as one number": (
+        "told adapter", {"guidance_scale": (0.5, 1.0)}, {"adapter": True, "takes_scale": True},
+        "told the guidance 3.5 that the teacher",
+    ),
     "ends of noised images": ("guided", {"teaches": "end"}, {}, "no trajectories"),
     "data of trajectories": (
         "trajectory", {"guidance_scale": 2.0, "data_share": 0.5}, {}, "loss.data_share is set",
@@ -516,6 +534,10 @@ REFUSED = {
         "guided", {},
         {"facts": facts_of(conditions={"label": ConditionFacts(dtype="int64", shape=())})},
         "encoded conditions",
+    ),
+    "a type that amplifies too much": (
+        "forward", {"guidance_scale": 2.0, "largest_factor": 1.01},
+        {"schedule": schedule_of("sample")}, "no more than loss.largest_factor=1.01;",
     ),
     "a schedule it cannot learn from": (
         "flow", {"guidance_scale": 2.0}, {"schedule": schedule_of(betas="linear")},
@@ -553,6 +575,8 @@ def test_a_store_whose_samples_weigh_nothing_is_refused(tmp_path):
     store = write_store(tmp_path / "s", Written(samples=samples))
     with pytest.raises(UserError, match="all of its samples weigh 0"):
         trained(tmp_path / "own", store)
+    samples[0] = SAMPLES[0]
+    assert trained(tmp_path / "two", write_store(tmp_path / "t", Written(samples=samples)))[0]
 
 
 def test_an_image_as_the_target_of_a_trajectory_is_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -420,6 +421,7 @@ def test_every_defect_is_rejected_with_its_reason_and_stops_nothing(config, sour
     (source / "folder.png").mkdir()
     Image.fromarray(gradient(32, 32)).save(tmp_path / "secret.png")
     (source / "link.png").symlink_to(tmp_path / "secret.png")
+    (source / "circle.png").symlink_to(source / "circle.png")
     names = {
         "small.png": "image too small: 20×20 would be enlarged 1.60 times to fill 32×32; ",
         "long.png": "aspect ratio outside the buckets: 200×32 is a factor 3.12 from the ",
@@ -433,6 +435,7 @@ def test_every_defect_is_rejected_with_its_reason_and_stops_nothing(config, sour
         "../secret.png": "file outside the folder: ../secret.png",
         "link.png": "file outside the folder: link.png",
         str(tmp_path / "secret.png"): "file outside the folder: ",
+        "circle.png": "unreadable file: circle.png: links lead in a circle",
         "zero\0byte.png": "unreadable file: ",
         "x" * 300: "unreadable file: ",
     }
@@ -537,10 +540,22 @@ def test_a_source_without_a_sound_table_is_refused(config, tmp_path, files, mess
 def test_nothing_left_to_train_on_says_why(config, source, tmp_path):
     with pytest.raises(UserError, match="none is no folder"):
         prepare_images(config(source=source / "none"), tmp_path / "dataset")
-    lines = (source / "metadata.jsonl").read_text().replace(', "split": "train"', "")
-    (source / "metadata.jsonl").write_text(lines)
-    with pytest.raises(UserError, match=r"left for the train split; rejected none; 6 accepted.*=9"):
-        prepare_images(config(test_images=9), tmp_path / "dataset")
+    table = source / "metadata.jsonl"
+    lines = re.sub(r', "split": "\w+"', "", table.read_text())
+    drawn = "by prepare.test_images=9: leave some for training"
+    named = "by the splits that the table names for {} of them"
+    held_out = {
+        lines: (drawn, {"test_images": 9}),
+        lines.replace("}", ', "split": "dev"}'): (named.format(6) + ": leave some", {}),
+        lines.replace("}", ', "split": "test"}', 2): (
+            f"{named.format(2)} and by prepare.dev_images=4: leave some", {"dev_images": 4},
+        ),
+    }  # fmt: skip
+    for rows, (why, settings) in held_out.items():
+        table.write_text(rows)
+        said = f"left for the train split; rejected none; 6 accepted, all held out {why}"
+        with pytest.raises(UserError, match=said):
+            prepare_images(config(**settings), tmp_path / "dataset")
     assert not (tmp_path / "dataset").exists()
 
 
@@ -624,6 +639,8 @@ def test_an_image_that_is_gone_when_its_turn_comes_is_rejected(
     assert {row["file"]: row["reason"].split(":")[0] for row in dataset.rejected()} == {
         "2.png": "missing file", "0.png": "changed file",
     }  # fmt: skip
+    texts = [event for event in FakeEncoder.events if isinstance(event, str) and event != "free"]
+    assert texts == ["", *dict.fromkeys(CAPTIONS)], "encoded once, though one is needed no more"
     assert dataset.header.samples == {"train": 2, "dev": 1, "test": 1}
 
 

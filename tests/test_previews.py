@@ -125,8 +125,8 @@ def test_of_two_models_the_teacher_alone_makes_previews(tmp_path):
 
 def test_a_student_is_told_what_its_teacher_was(tmp_path):
     dataset = WithTables(tmp_path / "images")
-    teacher = FakeDenoiser(dataset.facts, takes_scale=True)
-    render(teacher, dataset, CONFIG, 1.0, tmp_path / "previews", embedded_guidance=3.5)
+    teacher = FakeDenoiser(dataset.facts, takes_scale=True, embedded_guidance=3.5)
+    render(teacher, dataset, CONFIG, 1.0, tmp_path / "previews")
     previews = Previews.read(tmp_path / "previews")
     gallery = StudentGallery(previews, StudentPreviews(every=1), tmp_path / "student")
     student = Told(dataset.facts, takes_scale=True)
@@ -169,15 +169,16 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("why", ["scale", "told", "unconditional"])
+@pytest.mark.parametrize("why", ["scale", "told", "told nothing", "unconditional"])
 def test_where_there_is_no_second_pass_there_is_one_way(tmp_path, why):
     facts = facts_of_images(unconditional="none") if why == "unconditional" else facts_of_images()
     dataset = WithTables(tmp_path / "images", facts=facts)
-    denoiser = FakeDenoiser(facts, takes_scale=why == "told")
+    number = 3.5 if why == "told" else None
+    denoiser = FakeDenoiser(facts, takes_scale="told" in why, embedded_guidance=number)
     render(denoiser, dataset, CONFIG, 1.0 if why == "scale" else 3.0, tmp_path / "previews")
     previews = Previews.read(tmp_path / "previews")
     assert list(previews.latents) == ["guided"]
-    assert previews.scale == 1.0
+    assert previews.scale == (1.0 if number is None else number), "what a student is told"
     assert denoiser.batches == [1] * 4 * 3
 
 

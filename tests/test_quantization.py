@@ -25,7 +25,14 @@ from stages.config import QuantizationConfig, RolloutConfig
 from stages.errors import UserError
 from stages.family import Scores
 from stages.interruption import StopRequest
-from stages.quantization import BACKENDS, Backend, quantize, quantize_family, weight_bytes
+from stages.quantization import (
+    BACKENDS,
+    Backend,
+    quantize,
+    quantize_family,
+    require_layers,
+    weight_bytes,
+)
 from stages.rollout import rollout
 from stages.rollout_plan import create_store
 from store import PredictionStore, StoreError, verify
@@ -227,6 +234,26 @@ def test_the_layers_are_said(caplog):
     assert said[0].startswith("quantized 2 linear layers to int8 with torchao ")
     assert said[0].endswith(": up, down")
     assert said[1] == "kept head in float32: shares its weight with an embedding"
+
+
+def test_layers_that_differ_in_numbers_alone_are_said_as_one_and_recorded_each(caplog):
+    caplog.set_level(logging.INFO)
+    blocks = [nn.ModuleDict({"up": nn.Linear(8, 8), "out": nn.ModuleList([nn.Linear(8, 8)])})
+              for _ in range(12)]  # fmt: skip
+    module = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "in1": nn.Linear(8, 8)})
+    module["in2"] = nn.Linear(8, 8)
+    record = quantize(module, "fp8", device="cpu", keep=("blocks.1*.up", "blocks.7.up"))
+    assert len(record.layers) == 8 + 12 + 2
+    assert "blocks.11.out.0" in record.layers
+    assert list(record.kept) == ["blocks.1.up", "blocks.7.up", "blocks.10.up", "blocks.11.up"]
+    said = [record.message for record in caplog.records if record.name == "stages.quantization"]
+    assert said[0].endswith("MiB: blocks.*.up ×8, blocks.*.out.0 ×12, in1, in2")
+    assert said[1:] == [
+        "kept blocks.*.up ×3 in float32: named by 'blocks.1*.up'",
+        "kept blocks.7.up in float32: named by 'blocks.7.up'",
+    ]
+    with pytest.raises(UserError, match=r"keep names \['nose'\].* are blocks\.\*\.up ×12, blocks"):
+        require_layers(module, ("nose", "in1"), "keep")
 
 
 # LoRA on a quantized base

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.diffusion.config import ForwardRows, TrajectoryRows
+from stages.diffusion.config import ForwardRows, TimestepsConfig, TrajectoryRows
 from stages.diffusion.conversion import Conversion
 from stages.diffusion.facts import Recording
 from stages.diffusion.rows import Reading, RowBatch, RowReader, StoreRows, row_order
@@ -29,6 +29,7 @@ from tests.diffusion_stores import (
     TEXTS,
     Written,
     config_of,
+    rollout_weight,
     schedule_of,
     write_store,
 )
@@ -111,7 +112,8 @@ def test_a_row_holds_what_was_recorded_of_it(tmp_path, written):
                 )
             for name, ours in {"t": "t", "alpha": "own_alpha", "sigma": "own_sigma"}.items():
                 assert arrays[ours][place] == rollout.arrays[f"row.{name}"][slot]
-            assert arrays["weight"][place] == np.float32(sample["weight"])
+            weight = sample["weight"] * rollout_weight(variation)
+            assert arrays["weight"][place] == np.float32(weight)
             assert SOURCES[arrays["source"][place]] == sample["target"]
             for name in ("dense.cond", "dense.delta"):
                 assert (name in arrays) == (name in rollout.arrays) == (sample["target"] != "data")
@@ -256,7 +258,8 @@ def test_pairs_are_mixed_at_another_level_in_every_epoch_and_at_each_stratum(tra
 
 def test_a_row_without_a_prediction_weighs_nothing_and_is_counted(tmp_path):
     failed = frozenset({("a", 0, 1), ("d", 1, 2), ("b", 2, 0)})
-    store = write_store(tmp_path / "s", Written(failed=failed))
+    repeated = frozenset({("a", 0, 2), ("f", 1, 0)})  # which have one after all
+    store = write_store(tmp_path / "s", Written(failed=failed, repeated=repeated))
     batches = walked(store, config_of(), range(0, ROWS, 8))
     weights = {
         k: w for b in batches for k, w in zip(b.keys, b.arrays["weight"].tolist(), strict=True)
@@ -295,6 +298,36 @@ def test_rows_that_conversion_would_amplify_are_left_out_and_data_are_not(store)
             assert (arrays["weight"][place] > 0) == (data or factor <= 3.0)
         left_out += batch.counts["left_out"]
     assert left_out == sum(int((b.arrays["weight"] == 0).sum()) for b in batches) > 0
+
+
+def test_an_end_is_left_out_where_the_noise_that_it_implies_would_be_amplified(trajectories):
+    """The end is x0, whatever the teacher predicts; an error of it is in the noise alpha/sigma."""
+    loss = {"teaches": "end", "largest_factor": 1.5}
+    counted = 0
+    for batch in walked(trajectories, config_of(loss), range(0, 120, 8)):
+        arrays = content(batch)
+        np.testing.assert_array_equal(
+            arrays["weight"] > 0, arrays["alpha"] / arrays["sigma"] <= 1.5
+        )
+        counted += batch.counts["left_out"]
+    assert 0 < counted < 120
+
+
+def test_rows_of_less_noise_than_the_first_step_of_the_student_are_left_out(tmp_path):
+    """Between the clean image and its first step a table can tell a time, but no network that."""
+    timesteps = TimestepsConfig(low=0.0, high=0.1)
+    rows = ForwardRows(slots=3, timesteps=timesteps)
+    store = write_store(tmp_path / "s", Written(schedule=schedule_of("flow", "flow"), rows=rows))
+    own = schedule_of()
+    alpha, sigma = Schedule(own).at(np.array(0.0))
+    found = set()
+    for batch in walked(store, config_of({"guidance_scale": 2.0}), range(0, ROWS, 8), own=own):
+        arrays = content(batch)
+        known = arrays["sigma"] / arrays["alpha"] >= sigma / alpha
+        data = np.array([SOURCES[source] == "data" for source in arrays["source"]])
+        np.testing.assert_array_equal(arrays["weight"] > 0, known)
+        found |= set(zip(known.tolist(), data.tolist(), strict=True))
+    assert found == {(False, False), (False, True), (True, False), (True, True)}
 
 
 def test_rows_of_more_noise_than_the_student_knows_are_left_out(tmp_path):

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from stages.diffusion.config import Contrast
 from stages.diffusion.draws import UNCONDITIONAL_ROW, Draw
+from stages.diffusion.facts import SIZES
 from stages.diffusion.parts import Asked, scale_of
 
-SIZES = ("time_ids",)
-"""Tensors of the table `latents` that a network is told beside the condition."""
 CACHED_ROWS = 64
 """Rows of a side table that are kept: those of one sample follow on each other."""
 
@@ -105,7 +104,7 @@ class ConditionRows:
         wanted = numbers + [UNCONDITIONAL_ROW] * unconditional
         table = self._conditions
         rows = [] if table is None else [table(number) for number in wanted]
-        sizes = [{n: v for n, v in self.latent(d.latent).items() if n in SIZES} for d in draws]
+        sizes = [{n: v for n, v in self.latent(d.latent).items() if n == SIZES} for d in draws]
         return HostAsked(
             x=x,
             t=t,

@@ -6,7 +6,7 @@ written after them, of the captions that are still needed then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -34,14 +34,16 @@ class CaptionsPass:
         asked = config.unconditional
         self._unconditional = {"zeros": None, "empty": "", "negative": asked.text}[asked.kind]
         """The text whose encoding stands for no condition; None for zeros."""
+        self._asked: list[str] = []
+        """All texts that were encoded; in their batches they are found again."""
 
     def encode(self, screened: ScreenedImages) -> None:
         """Encode all captions, let go of the text encoders, and reject what is not finite.
 
         Raises UserError where what stands for no condition is not.
         """
-        lost = set()
-        for text, tensors in self._encoded(self._texts(screened)):
+        self._asked, lost = self._texts(screened), set()
+        for text, tensors in self._encoded():
             if not all(np.isfinite(each).all() for each in tensors.values()):
                 lost.add(text)
         self._encoder.free()
@@ -60,14 +62,18 @@ class CaptionsPass:
         )
 
     def write(self, screened: ScreenedImages, folder: Path) -> tuple[Rows, TableFacts]:
-        """Write what stands for no condition as row 0, and then every caption that is used."""
+        """Write what stands for no condition as row 0, and then every caption that is used.
+
+        They were given to `encode`; those of images that were dropped since are left out.
+        """
+        used = set(self._texts(screened))
         writer = table_writer(
             folder,
             {n: (np.dtype(f.dtype), f.shape) for n, f in self._encoder.conditions.items()},
         )
         if self._unconditional is None:
             writer.append(self._encoder.zeros())
-        rows = {text: writer.append(each) for text, each in self._encoded(self._texts(screened))}
+        rows = {text: writer.append(each) for text, each in self._encoded() if text in used}
         self._encoder.free()
         of_images = {i.sample_id: [rows[text] for text in i.captions] for i in screened.images}
         return of_images, writer.finish()
@@ -78,9 +84,9 @@ class CaptionsPass:
         texts += [text for image in screened.images for text in image.captions]
         return list(dict.fromkeys(texts))
 
-    def _encoded(self, texts: Sequence[str]) -> Iterator[tuple[str, Tensors]]:
+    def _encoded(self) -> Iterator[tuple[str, Tensors]]:
         """Texts in order with their tensors, read where they are known."""
-        batches = list(batches_of(iter(texts), self._config.batch_size))
+        batches = list(batches_of(iter(self._asked), self._config.batch_size))
         for batch in tqdm(batches, desc="encoding captions", unit="batch", disable=None):
             content = [b"texts", *(text.encode() for text in batch)]
             rows = self._kept.get(content, partial(self._encoder.encode_texts, batch))

@@ -40,6 +40,8 @@ class Denoiser(Protocol):
     """Share of training images whose condition was dropped; None where nobody knows."""
     takes_scale: bool
     """Whether the network is told a guidance scale (`time_cond_proj_dim`, `guidance_embeds`)."""
+    embedded_guidance: float | None
+    """Guidance scale that a teacher with `takes_scale` is told where `predict` is given none."""
     full_precision: tuple[str, ...]
     """Patterns of the names of linear layers that are never quantized."""
 
@@ -61,7 +63,7 @@ class Denoiser(Protocol):
         are a saved model's folder, a pipeline's or a single file's, copied into the network before
         its adapter is put on, quantized and moved; without them they are drawn from `seed`. Raises
         `UserError` where they are of another architecture, or of a pipeline whose latents are
-        scaled otherwise, naming what differs.
+        scaled otherwise, naming what differs; warns of weights that predict another type.
         """
         ...
 

@@ -18,6 +18,9 @@ MOST_FAULTS = 5
 NOISE = "philox4x64-boxmuller-f32"
 """Name of the generator of noise (`stages.diffusion.noise`)."""
 
+SIZES = "time_ids"
+"""Tensor of the table `latents` that a network is told beside the condition."""
+
 OK, REPEATED, FAILED, END, NOT_ASKED = range(5)
 """Status of a row: predicted; predicted in float32, as it was not finite before; not finite, zeros
 are stored; end of a trajectory, where nothing is predicted; of a sample that is its own target."""
@@ -60,6 +63,20 @@ class ImageFacts(Record):
     def of(cls, manifest: Manifest) -> Self:
         """Read what a manifest holds; raises `UserError` where that is of no images."""
         return _read(cls, manifest.conditioning, "conditioning")
+
+
+MATCHED = {
+    "encoder": "autoencoder and text encoders",
+    "latent_channels": "latent channels",
+    "downsample": "pixels per latent",
+    "scaling": "scaling of latents",
+    "shift": "shift of latents",
+    "conditions": "encoded conditions",
+    "unconditional": "convention for no condition",
+    "unconditional_text": "negative prompt",
+    "classes": "classes",
+}
+"""Fields of `ImageFacts` in words, that models of one image must have alike."""
 
 
 class ScheduleFacts(Record):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
 
 from stages.diffusion.config import StorageMethod
 from stages.diffusion.denoiser import Denoiser
-from stages.errors import UserError
-from stages.quantization import quantize
+from stages.quantization import quantize, require_layers
 from store.schema import Quantization
 
 
@@ -28,11 +25,5 @@ def quantize_denoiser(
     matches; what became of each layer is returned and logged. Raises `UserError` where a name in
     `keep` is that of no layer, or the method is not to be had on the device.
     """
-    names = [n for n, m in denoiser.module.named_modules() if isinstance(m, nn.Linear)]
-    unknown = [p for p in keep if not any(fnmatchcase(name, p) for name in names)]
-    if unknown:
-        raise UserError(
-            f"rollout.keep names {unknown}, but no linear layer of the model is called so: its "
-            f"layers are {', '.join(names)}"
-        )
+    require_layers(denoiser.module, keep, "rollout.keep")
     return quantize(denoiser.module, method, device=device, keep=(*denoiser.full_precision, *keep))

@@ -116,6 +116,8 @@ class ImageFolder:
             raise Rejection(f"unreadable file: {file}: {error.strerror}") from error
         except ValueError as error:  # a zero byte in the path
             raise Rejection(f"unreadable file: {file!r}: {error}") from error
+        except RuntimeError as error:  # from `resolve`, before Python 3.13
+            raise Rejection(f"unreadable file: {file}: links lead in a circle") from error
 
 
 @dataclass

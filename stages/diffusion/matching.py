@@ -7,30 +7,17 @@ from typing import Any
 
 from stages.diffusion.config import DiffusionLossConfig
 from stages.diffusion.denoiser import Denoiser
-from stages.diffusion.facts import ImageFacts, Recording
+from stages.diffusion.facts import MATCHED, ImageFacts, Recording
 from stages.diffusion.row_targets import transfers
 from stages.errors import UserError
 from stages.targets import require_scale
 from store import PredictionStore
 
-FACTS = {
-    "encoder": "autoencoder and text encoders",
-    "latent_channels": "latent channels",
-    "downsample": "pixels per latent",
-    "scaling": "scaling of latents",
-    "shift": "shift of latents",
-    "conditions": "encoded conditions",
-    "unconditional": "convention for no condition",
-    "unconditional_text": "negative prompt",
-    "classes": "classes",
-}
-"""Fields of `ImageFacts` that must be equal, in words."""
-
 
 def require_match(denoiser: Denoiser, store: PredictionStore) -> None:
     """Refuse a student that was built for other latents or conditions than the store holds."""
     stored = ImageFacts.of(store.manifest)
-    for name, what in FACTS.items():
+    for name, what in MATCHED.items():
         own, theirs = getattr(denoiser.facts, name), getattr(stored, name)
         if own != theirs:
             raise UserError(
@@ -63,7 +50,7 @@ def require_loss(
                 f"loss.teaches: pairs needs the start of every trajectory, but {store.path} keeps "
                 f"the steps {list(kept)}: record with rows.keep beginning at 0"
             )
-    _require_scale(denoiser, store, loss)
+    _require_scale(denoiser, store, recording, loss)
     if transfers(store.manifest, recording, loss) and denoiser.config.adapter is None:
         raise UserError(
             f"{store.path} holds the difference to another model (contrast: "
@@ -72,8 +59,10 @@ def require_loss(
         )
 
 
-def _require_scale(denoiser: Denoiser, store: PredictionStore, loss: DiffusionLossConfig) -> None:
-    scale = loss.guidance_scale
+def _require_scale(
+    denoiser: Denoiser, store: PredictionStore, recording: Recording, loss: DiffusionLossConfig
+) -> None:
+    scale, told = loss.guidance_scale, recording.embedded_guidance
     if loss.teaches == "prediction":
         require_scale(store.manifest, scale is not None)
     elif scale is not None:
@@ -81,10 +70,18 @@ def _require_scale(denoiser: Denoiser, store: PredictionStore, loss: DiffusionLo
             f"loss.guidance_scale was given with teaches: {loss.teaches}, but the trajectories of "
             f"{store.path} were solved at scale {store.manifest.guidance.scale}: leave it out"
         )
-    if isinstance(scale, tuple) and scale[0] != scale[1] and not denoiser.takes_scale:
+    if not isinstance(scale, tuple) or scale[0] == scale[1]:
+        return
+    drawn = f"loss.guidance_scale={list(scale)} draws a scale per row, but the student is"
+    if told is not None:
         raise UserError(
-            f"loss.guidance_scale={list(scale)} draws a scale per row, but the student is not told "
-            "which and would learn their mean: set model.scale_input: true, or give one number"
+            f"{drawn} told the guidance {told:g} that the teacher of {store.path} was told, and "
+            "would learn their mean: give one number"
+        )
+    if not denoiser.takes_scale:
+        raise UserError(
+            f"{drawn} not told which and would learn their mean: set model.scale_input: true, or "
+            "give one number"
         )
 
 

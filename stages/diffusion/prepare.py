@@ -212,9 +212,19 @@ class _Preparation:
         name = "the digits" if self.config.source is None else self.config.source
         raise UserError(
             f"no image of {name} is left for the train split; rejected {kinds}; "
-            f"{len(screened.images)} accepted, with prepare.test_images={self.config.test_images} "
-            f"and prepare.dev_images={self.config.dev_images} held out"
+            f"{self._held_out(screened.images)}"
         )
+
+    def _held_out(self, accepted: Sequence[AcceptedImage]) -> str:
+        """Why none of the accepted images is for training."""
+        if not accepted:
+            return "0 accepted"
+        named, config = sum(image.row.split is not None for image in accepted), self.config
+        by = [f"by the splits that the table names for {named} of them"] if named else []
+        if named < len(accepted):
+            settings = {"test_images": config.test_images, "dev_images": config.dev_images}
+            by += [f"by prepare.{name}={count}" for name, count in settings.items() if count]
+        return f"{len(accepted)} accepted, all held out {' and '.join(by)}: leave some for training"
 
     def _header(
         self,

@@ -91,16 +91,15 @@ def render(
     path: Path,
     *,
     contrast: Contrast = UNCONDITIONAL,
-    embedded_guidance: float | None = None,
 ) -> None:
     """Render the teacher's previews into the folder `path`, whole or not at all, and once.
 
     Of the first samples of `config.split`, each in its first variation, there are the final latents
     guided at `scale` and, where that takes a second pass, unguided, from start noise that depends
     on the seed and the sample alone. The second pass is that of `contrast`; a model without one,
-    or of which the difference is to another model, is what it is. `embedded_guidance` is the number
-    that the model is told itself. With a decoder, on the denoiser's device, there is a picture of
-    them, a row for each way. Raises `UserError` for a split without samples.
+    or of which the difference is to another model, is what it is. With a decoder, on the denoiser's
+    device, there is a picture of them, a row for each way. Raises `UserError` for a split without
+    samples.
     """
     if path.exists():
         return
@@ -132,8 +131,9 @@ def render(
         told = {**asked.conditions, **asked.sizes}
         tensors |= {f"{CONDITION}/{number}/{name}": told[name][0, ...] for name in told}
     ids = [sample["sample_id"] for sample in samples]
-    scale_told = ways[GUIDED] if embedded_guidance is None else embedded_guidance
-    facts = {"sample_ids": ids, "steps": config.steps, "scale": scale_told}
+    embedded = denoiser.embedded_guidance
+    shown = ways[GUIDED] if embedded is None else embedded
+    facts = {"sample_ids": ids, "steps": config.steps, "scale": shown}
     latents = {way: [tensors[f"{way}/{n}"] for n in range(len(samples))] for way in ways}
     with publish_folder(path) as draft:
         (draft / LATENTS).write_bytes(save(tensors, metadata={FACTS: json.dumps(facts)}))
@@ -150,7 +150,7 @@ class Previews:
     sample_ids: tuple[str, ...]
     steps: int
     scale: float
-    """That they were guided at, or that the teacher was told."""
+    """Of guidance, by the second pass or told as a number; 1 for none."""
     noise: tuple[np.ndarray, ...]
     """[c, h, w] float32 of each image."""
     conditions: tuple[dict[str, np.ndarray], ...]

@@ -22,7 +22,7 @@ from stages.diffusion.config import (
 )
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import DRAWN, Draw, Sample, draws_of
-from stages.diffusion.facts import ImageFacts, Recording
+from stages.diffusion.facts import MATCHED, ImageFacts, Recording
 from stages.diffusion.schedule import Schedule
 from stages.errors import UserError
 from stages.quantization import Quantized
@@ -115,17 +115,15 @@ def create_record_store(
     *,
     seed: int,
     other: Denoiser | None = None,
-    embedded_guidance: float | None = None,
     quantized: Quantized | None = None,
 ) -> PredictionStore:
     """Create the store that a configuration describes, or open the one that is there.
 
     The samples of `config.split` are planned with all variations that the dataset drew of them.
-    `other` is the second model of a contrast between two; `embedded_guidance` the number that the
-    teacher is told; `quantized` what it was before it was quantized, and the record of that.
-    Raises `StoreError` when `path` holds a store of other settings, another teacher or another
-    dataset, naming what differs, and `UserError` for an empty split, a dataset that does not fit
-    the model, and settings that ask it for what it cannot give.
+    `other` is the second model of a contrast between two; `quantized` what the teacher was before
+    it was quantized, and the record of that. Raises `StoreError` when `path` holds a store of other
+    settings, another teacher or another dataset, naming what differs, and `UserError` for an empty
+    split, a dataset that does not fit the model, and settings that ask it for what it cannot give.
     """
     _check_facts(denoiser, dataset.facts, "the teacher")
     _check_second_pass(config, denoiser, dataset.facts)
@@ -166,7 +164,7 @@ def create_record_store(
             drawn=DRAWN,
             buckets=buckets,
             tables=dict(dataset.header.tables),
-            recording=_recording(config, denoiser, other, embedded_guidance),
+            recording=_recording(config, denoiser, other),
         )
     except ValidationError as error:
         raise misfit(error) from None
@@ -183,13 +181,10 @@ def _check_facts(model: Denoiser, facts: ImageFacts, name: str) -> None:
     """Refuse a model of other latents or conditions, naming each difference."""
     differing = [
         f"{field}: {ours!r} of {name}, {theirs!r} of the dataset"
-        for field in (
-            "encoder", "latent_channels", "downsample", "scaling", "shift", "conditions",
-            "unconditional", "unconditional_text", "classes",
-        )
+        for field in MATCHED
         for ours, theirs in [(getattr(model.facts, field), getattr(facts, field))]
         if ours != theirs
-    ]  # fmt: skip
+    ]
     if differing:
         raise UserError(
             f"{name} was made for other images than the dataset has ({'; '.join(differing)}): "
@@ -303,14 +298,13 @@ def _recording(
     config: RecordConfig,
     denoiser: Denoiser,
     other: Denoiser | None,
-    embedded_guidance: float | None,
 ) -> dict[str, object]:
     recording = Recording(
         schedule=denoiser.schedule,
         rows=config.rows,
         contrast=_without_paths(config.contrast),
         contrast_fingerprint="" if other is None else other.fingerprint(),
-        embedded_guidance=embedded_guidance,
+        embedded_guidance=denoiser.embedded_guidance,
         precision=config.precision,
         versions=_versions(),
     )

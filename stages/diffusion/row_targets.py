@@ -79,8 +79,8 @@ class RowTargets:
         self.transfers = transfers(manifest, recording, loss)
         """Whether what is stored is added to what the student predicts without its adapter."""
         self._off = 1.0 if recording.contrast.kind == "unconditional" else 0.0
-        told = recording.embedded_guidance
-        self._recorded_scale = manifest.guidance.scale if told is None else told
+        self._recorded_scale = manifest.guidance.scale
+        self._embedded = recording.embedded_guidance
 
     def of(self, batch: RowBatch, base: Base) -> TaughtRows:
         """Move a micro-batch to the device and make its targets; `base` is asked for transfers."""
@@ -97,7 +97,7 @@ class RowTargets:
         )
 
     def _scales(self, batch: RowBatch, arrays: Packed) -> Tensor:
-        """[b] float32: the guidance scale of every row's target; data are without guidance."""
+        """[b] float32: the scale at which every row's parts are mixed; data are without any."""
         drawn = read_scales(self._loss.guidance_scale, self._seed, batch.keys, batch.epochs)
         if drawn is None:
             drawn = torch.full((len(batch.keys),), self._recorded_scale)
@@ -115,8 +115,18 @@ class RowTargets:
                 for name in arrays.fields
                 if name.startswith(CONDITION)
             },
-            scale=scale if self._takes_scale else None,
+            scale=self._told(arrays, scale) if self._takes_scale else None,
         )
+
+    def _told(self, arrays: Packed, scale: Tensor) -> Tensor:
+        """[b] float32: the number of a teacher that was told one, whatever its parts are mixed at.
+
+        Data are without guidance.
+        """
+        if self._embedded is None:
+            return scale
+        told = torch.full_like(scale, self._embedded)
+        return torch.where(arrays["source"] == DATA, 1.0, told)
 
     def _target(self, arrays: Packed, scale: Tensor, question: Question, base: Base) -> Tensor:
         match self._loss.teaches:

@@ -20,7 +20,7 @@ from stages.diffusion.config import (
     TimestepsConfig,
 )
 from stages.diffusion.conversion import Conversion, Placed
-from stages.diffusion.facts import Recording
+from stages.diffusion.facts import SIZES, Recording
 from stages.diffusion.noise import matches, noised, row_noise
 from stages.diffusion.stored_row import DATA, SOURCES, RowKey, StoredRow
 from stages.distributed import Place
@@ -33,8 +33,6 @@ from store.order import Array, Order, rank_share
 from store.plan import Plan
 from store.schema import Manifest
 
-SIZES = "time_ids"
-"""Tensor of the table `latents` that a network is told beside the condition."""
 CONDITION = "condition."
 """What arrays of conditions have before their names in a batch."""
 Taught = Literal["prediction", "end", "pairs"]

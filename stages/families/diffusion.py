@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,12 +31,21 @@ from stages.families import diffusion_adapters as adapters
 from stages.families import diffusion_networks as networks
 from stages.families.diffusion_networks import Kind, Settings
 from stages.families.diffusion_schedules import predicting
-from stages.families.diffusion_sources import CONFIG_FILE, DTYPES, WEIGHTS_FILE, Source, read_json
+from stages.families.diffusion_sources import (
+    CONFIG_FILE,
+    DTYPES,
+    SCALING,
+    WEIGHTS_FILE,
+    Source,
+    read_json,
+)
 from stages.families.weights import check_tensors, digest_tensors
 from stages.publish import publish_file, replace_file
 from stages.quantization import quantize
 from stages.saved_model import OWN_KEY
 from store.schema import Record
+
+logger = logging.getLogger(__name__)
 
 OWN_BASE = "base"
 """Folder, within that of an adapter, of a base which exists nowhere else."""
@@ -114,7 +124,7 @@ class Diffusion:
         self._kind = networks.kind_of(type(network).__name__, "the network")
         self._settings, self.dtype, self._digest = dict(settings), dtype, digest
         self._network_config, self._base = network.config, base
-        self._embedded_guidance = embedded_guidance
+        self.embedded_guidance = embedded_guidance
         self.takes_scale = networks.takes_scale(self._kind, network.config)
         networks.check(self._kind, network.config, facts, f"the {type(network).__name__}")
 
@@ -136,7 +146,7 @@ class Diffusion:
         are a saved model's folder, a pipeline's or a single file's, copied into the network before
         its adapter is put on, quantized and moved; without them they are drawn from `seed`. Raises
         `UserError` where they are of another architecture, or of a pipeline whose latents are
-        scaled otherwise, naming what differs.
+        scaled otherwise, naming what differs; warns of weights that predict another type.
         """
         kind, settings, own_schedule = _architecture_of(config, facts)
         schedule = own_schedule or schedule
@@ -149,7 +159,9 @@ class Diffusion:
         if weights is None:
             network = networks.fresh(kind, settings, seed=seed)
         else:
-            _check_scaling(Source.find(weights, weights_config), facts)
+            source = Source.find(weights, weights_config)
+            _check_scaling(source, facts)
+            _warn_of_another_type(source, facts, schedule)
             dtype = DTYPES[config.base_precision]
             network = _begun_as(weights, weights_config, kind, settings, seed, dtype)
         if config.adapter is None:
@@ -287,7 +299,7 @@ class Diffusion:
             type(self.module).__name__,
             json.dumps(self._settings, sort_keys=True),
             json.dumps(self.schedule.model_dump(mode="json"), sort_keys=True),
-            self._embedded_guidance,
+            self.embedded_guidance,
             self._digest or self._trained_digest(),
         )
 
@@ -306,7 +318,7 @@ class Diffusion:
         network with `takes_scale` is told, None for 1 or the teacher's `embedded_guidance`.
         """
         if scale is None:
-            told = 1.0 if self._embedded_guidance is None else self._embedded_guidance
+            told = 1.0 if self.embedded_guidance is None else self.embedded_guidance
             scale = torch.full(x.shape[:1], told, device=x.device)
         return networks.predict(
             self._kind, self.network, self._network_config, x.to(self.dtype), t, conditions, scale
@@ -451,13 +463,27 @@ def _check_scaling(source: Source, facts: ImageFacts) -> None:
     if source.component is None or not file.is_file():
         return
     found = read_json(file)
-    theirs = found.get("scaling_factor", facts.scaling), found.get("shift_factor") or 0.0
+    theirs = found.get("scaling_factor", SCALING), found.get("shift_factor") or 0.0
     if theirs != (facts.scaling, facts.shift):
         raise UserError(
             f"{file} has scaling_factor={theirs[0]} and shift_factor={theirs[1]}, and the latents "
             f"of the dataset {facts.scaling} and {facts.shift}: prepare it with this pipeline's "
             "encoder"
         )
+
+
+def _warn_of_another_type(source: Source, facts: ImageFacts, schedule: ScheduleFacts) -> None:
+    """Say it where a student begins with weights that predict something else than it is to."""
+    theirs = source.schedule(_tokens(facts))
+    if theirs is None or theirs.prediction == schedule.prediction:
+        return
+    logger.warning(
+        "%s predicts %r, and the student that begins with its weights is to predict %r: what they "
+        "answer at first is of the wrong type, so the loss begins high, and part of the training, "
+        "most of it with an adapter, goes into learning the other type. To keep the type leave out "
+        "model.prediction and model.schedule, or set them to it",
+        source.path, theirs.prediction, schedule.prediction,
+    )  # fmt: skip
 
 
 def _tokens(facts: ImageFacts) -> int:

@@ -32,6 +32,7 @@ from stages.families.diffusion_library import (
 from stages.families.diffusion_sources import (
     CONFIG_FILE,
     DTYPES,
+    SCALING,
     read_json,
     require_there,
     safetensors_in,
@@ -298,7 +299,7 @@ def _autoencoder_config(folder: Path) -> dict[str, Any]:
             f"{file} scales every channel by its own latents_mean and latents_std, which is not "
             "supported: use an autoencoder with one scaling_factor"
         )
-    return {"force_upcast": True, "scaling_factor": 0.18215} | config
+    return {"force_upcast": True, "scaling_factor": SCALING} | config
 
 
 def _text_side(folder: Path) -> _TextSide | None:

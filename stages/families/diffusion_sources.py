@@ -29,6 +29,8 @@ COMPONENTS = ("unet", "transformer")
 WEIGHTS_NAME = re.compile(
     r"(diffusion_pytorch_model|model)(\.(?P<variant>[^.-]+))?(-\d{5}-of-\d{5})?\.safetensors"
 )
+SCALING = 0.18215
+"""Scaling factor of an AutoencoderKL whose configuration has none, as diffusers takes it."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types by their names in configurations."""
 
