@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ from stages.interruption import StopRequest
 from stages.measure import Contender
 from stages.prepare import prepare
 from stages.replay import Replay, open_replay
-from stages.rollout import rollout
+from stages.rollout import GivenCodes, rollout
 from stages.rollout_plan import create_store
+from stages.sharing import Share
 from stages.train import require_same_dataset, train
 from store import PredictionStore
 from store.plan import Key
@@ -55,9 +57,8 @@ from store.schema import Fast, Manifest, changed_fields
 class Assembly:
     """The stages of one run, as one process does its part of them."""
 
-    def __init__(self, config: RunConfig, stop: StopRequest, task: int = 0, tasks: int = 1) -> None:
-        self._config, self._stop = config, stop
-        self._task, self._tasks = task, tasks
+    def __init__(self, config: RunConfig, stop: StopRequest, share: Share = Share()) -> None:
+        self._config, self._stop, self._share = config, stop, share
         self._folders = RunFolders(config)
         self._started = time.monotonic()
         self.peak_device_bytes = 0
@@ -123,7 +124,7 @@ class Assembly:
         student = load_model(given(config.student, "rollout.student"), device, config.precision)
         finished = draw_codes(
             student, dataset.samples(config.split), config, self._folders.draws_of(round_name),
-            seed=self._config.seed, task=self._task, tasks=self._tasks, stop=self._stop,
+            seed=self._config.seed, task=self._share.task, tasks=self._share.tasks, stop=self._stop,
         )  # fmt: skip
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
@@ -159,17 +160,23 @@ class Assembly:
                 quantized=quantized,
                 quantization=teachers.audited(config, teacher, quantized, full),
             )
-        shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
-        wanted = (key for shard in shards for key in store.plan[shard])
-        finished = rollout(
+        share = self._share
+        codes: Mapping[Key, GivenCodes] | None = replay
+        if origin:
+            # Of what the student draws a process has its own part; others may not be ready yet.
+            share = replace(share, static=True)
+            wanted = (key for shard in share.own(store.missing()) for key in store.plan[shard])
+            codes = read_draws(draws, wanted, drawn, origin)
+        write = partial(
+            rollout,
             teacher,
             store,
             {sample["sample_id"]: sample for sample in samples},
-            shards,
             batch_size=config.batch_size,
             stop=self._stop,
-            draws=read_draws(draws, wanted, drawn, origin) if origin else replay,
+            draws=codes,
         )
+        finished = share.write(store, write, self._stop)
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,8 +26,11 @@ from pipeline.listening import (
     tally_answers,
     tally_text,
 )
-from pipeline.progress import progress, stages_of
-from pipeline.run import do_stage, run, under_torchrun
+from pipeline.progress import stages_of
+from pipeline.run import do_stage, do_stage_among_peers, run, under_torchrun
+from pipeline.slurm import requeue_if_asked
+from pipeline.status import run_status, status_text
+from pipeline.submission import Submitted, held_jobs, resubmit, submission_text, submit
 from stages.errors import UserError
 from stages.interruption import stop_request
 from stages.listening import Kind
@@ -50,6 +53,9 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. rollout.batch_size=8."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Write the scripts, say what would be submitted.")
+]
 StorePath = Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)]
 
 
@@ -62,10 +68,18 @@ def main() -> None:
         sys.exit(USAGE_ERROR)
 
 
-def _stage(stage: str, config: Path, overrides: list[str] | None, task: str | None = None) -> None:
+def _stage(
+    stage: str,
+    config: Path,
+    overrides: list[str] | None,
+    task: str | None = None,
+    *,
+    static: bool = False,
+) -> None:
     settings = load_config(config, overrides or [])
     with stop_request() as stop:
-        code = do_stage(stage, config, overrides or [], settings, stop, task)
+        code = do_stage(stage, config, overrides or [], settings, stop, task, static=static)
+    requeue_if_asked(code, stop)
     raise typer.Exit(code)
 
 
@@ -86,6 +100,9 @@ def rollout(
     config: Config,
     task: Annotated[int | None, typer.Option(help="Number of this job, from 0.", min=0)] = None,
     tasks: Annotated[int | None, typer.Option(help="Jobs that share the work.", min=1)] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Write the job's own shards only, and claim none.")
+    ] = False,
     replay: Annotated[
         Path | None,
         typer.Option(metavar="STORE", help="Score the codes of this store; generate nothing."),
@@ -104,7 +121,8 @@ def rollout(
     section = "rollout" if round_ is None else f"rounds.{round_}.rollout"
     overrides = [*(set_ or []), *(_replaying(section, replay) if replay is not None else [])]
     stage = "rollout" if round_ is None else f"rollout:{round_}"
-    _stage(stage, config, overrides, None if task is None else f"{task}/{tasks}")
+    share = None if task is None else f"{task}/{tasks}"
+    _stage(stage, config, overrides, share, static=static)
 
 
 def _replaying(section: str, store: Path) -> list[str]:
@@ -127,12 +145,11 @@ def train(
     students = [stage for stage in stages_of(settings) if stage.startswith("train:")]
     for stage in students if student is None else [f"train:{student}"]:
         if under_torchrun():
-            from pipeline.worker import main as worker  # noqa: PLC0415
-
-            code = worker([stage, str(config), *(f"--set={s}" for s in set_ or [])])
+            code = do_stage_among_peers(stage, config, set_ or [], settings)
         else:
             with stop_request() as stop:
                 code = do_stage(stage, config, set_ or [], settings, stop)
+            requeue_if_asked(code, stop)
         if code != FINISHED:
             raise typer.Exit(code)
 
@@ -193,12 +210,46 @@ def run_command(config: Config, set_: Set = None) -> None:
 @app.command()
 def status(config: Config, set_: Set = None, as_json: Json = False) -> None:
     """Show how far a run is; exit code 0 only when all is done."""
+    found = run_status(load_config(config, set_ or []))
+    _print(found.model_dump(mode="json"), as_json, lambda: status_text(found))
+    complete = all(stage.state == "done" for stage in found.stages.values())
+    raise typer.Exit(FINISHED if complete else FAILED)
+
+
+@app.command(name="submit")
+def submit_command(
+    config: Config,
+    tasks: Annotated[
+        int | None, typer.Option(help="Jobs that share a rollout; cluster.tasks.", min=1)
+    ] = None,
+    max_running: Annotated[
+        int | None, typer.Option(help="Most of them at a time; cluster.max_running.", min=1)
+    ] = None,
+    dry_run: DryRun = False,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write the Slurm jobs of every stage that is not done, and submit them."""
     settings = load_config(config, set_ or [])
-    stages = {stage: progress(settings, stage) for stage in stages_of(settings)}
-    document = {"stages": {name: stage.model_dump() for name, stage in stages.items()}}
-    lines = [f"{name:<20}{s.done:>8} of {s.planned:<8}{s.state}" for name, s in stages.items()]
-    _print(document, as_json, lambda: "\n".join(lines))
-    raise typer.Exit(FINISHED if all(s.state == "done" for s in stages.values()) else FAILED)
+    done = submit(
+        config, set_ or [], settings, tasks=tasks, max_running=max_running, dry_run=dry_run
+    )
+    _print(_dumped(done), as_json, lambda: submission_text(done))
+
+
+@app.command(name="resubmit")
+def resubmit_command(
+    config: Config, dry_run: DryRun = False, set_: Set = None, as_json: Json = False
+) -> None:
+    """Submit again what is missing and not in the queue; name what only a person can release."""
+    settings = load_config(config, set_ or [])
+    done, held = resubmit(config, set_ or [], settings, dry_run=dry_run), held_jobs(settings)
+    document = _dumped(done) | {"held": [entry.label for entry in held]}
+    _print(document, as_json, lambda: submission_text(done, held))
+
+
+def _dumped(done: Mapping[str, Submitted]) -> dict[str, Any]:
+    return {"jobs": {stage: job.model_dump(mode="json") for stage, job in done.items()}}
 
 
 @app.command()

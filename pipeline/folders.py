@@ -73,6 +73,16 @@ class RunFolders:
         """One record of cost and completion per stage."""
         return self.root / "stages"
 
+    @property
+    def jobs(self) -> Path:
+        """Scripts of the jobs on a cluster, and which were submitted."""
+        return self.root / "jobs"
+
+    @property
+    def logs(self) -> Path:
+        """What these jobs say."""
+        return self.root / "logs"
+
     def student(self, name: str) -> Path:
         """A student's weights, log and checkpoints."""
         return self.root / system_name(name)

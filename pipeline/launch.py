@@ -68,7 +68,7 @@ def _start(
 @contextmanager
 def _passing_on(workers: list[subprocess.Popen[bytes]], stop: StopRequest) -> Iterator[None]:
     def forward(number: int, _frame: FrameType | None) -> None:
-        stop.requested = True
+        stop.request(number)
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)

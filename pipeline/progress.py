@@ -10,7 +10,7 @@ from pipeline.config import Run
 from pipeline.folders import RunFolders
 from pipeline.identity import identity
 from pipeline.inputs import contents
-from pipeline.record import read_record
+from pipeline.record import read_records
 from stages.config import RolloutConfig
 from stages.diffusion.config import RecordConfig
 from stages.errors import UserError
@@ -42,7 +42,7 @@ def stages_of(config: Run) -> list[str]:
     stages = [name for name in ("prepare", "fit", "rollout") if getattr(config, name) is not None]
     for student in config.students:
         stages += _until_trained(config, student)
-    stages += [f"rollout:{name}" for name in config.rounds]
+    stages += [_rollout_of(name) for name in config.rounds]
     stages += [] if config.evaluate is None else ["evaluate"]
     return list(dict.fromkeys(stages))
 
@@ -53,7 +53,24 @@ def _until_trained(config: Run, student: str) -> list[str]:
     if name is None:
         return [f"train:{student}"]
     teacher = config.rounds[name].teacher
-    return [*_until_trained(config, teacher), f"rollout:{name}", f"train:{student}"]
+    return [*_until_trained(config, teacher), _rollout_of(name), f"train:{student}"]
+
+
+def needs(config: Run, stage: str) -> list[str]:
+    """Return the stages of the configuration without which a stage cannot begin."""
+    name, _, part = stage.partition(":")
+    earlier = {
+        "prepare": [],
+        "fit": ["prepare"],
+        "rollout": [f"train:{config.rounds[part].teacher}"] if part else ["prepare", "fit"],
+        "train": [_rollout_of(config.round_of(part))] if name == "train" else [],
+        "evaluate": ["prepare", "fit", "rollout", *(f"train:{s}" for s in config.students)],
+    }[name]
+    return [other for other in stages_of(config) if other in earlier]
+
+
+def _rollout_of(round_name: str | None) -> str:
+    return "rollout" if round_name is None else f"rollout:{round_name}"
 
 
 def progress(config: Run, stage: str) -> Progress:
@@ -64,9 +81,9 @@ def progress(config: Run, stage: str) -> Progress:
     """
     folders = RunFolders(config)
     planned, done = _units(config, folders, stage)
-    record = read_record(folders.stages, stage)
-    if done == planned and record is not None and record.finished:
-        current = record.identity == stage_identity(config, stage)
+    finished = [record for record in read_records(folders.stages, stage) if record.finished]
+    if done == planned and finished:
+        current = stage_identity(config, stage) in {record.identity for record in finished}
         return Progress(
             planned=planned, done=planned, missing=0, state="done" if current else "stale"
         )

@@ -54,9 +54,25 @@ class StageRecord(Record):
         )
 
 
-def read_record(folder: Path, stage: str) -> StageRecord | None:
-    """Read a stage's record; None before its first attempt."""
-    path = folder / f"{stage}.json"
+def read_record(folder: Path, stage: str, task: str | None = None) -> StageRecord | None:
+    """Read a stage's record, or that of one `task` of it ("I/N"); None before its first attempt."""
+    return _read(folder / _file_name(stage, task))
+
+
+def read_records(folder: Path, stage: str) -> list[StageRecord]:
+    """Read the records of a stage and of its tasks, none of them before the first attempt.
+
+    Tasks that run at once have one each: none overwrites what another has noted.
+    """
+    paths = [folder / _file_name(stage, None), *sorted(folder.glob(_file_name(stage, "*/*")))]
+    return [record for record in map(_read, paths) if record is not None]
+
+
+def _file_name(stage: str, task: str | None) -> str:
+    return f"{stage}.json" if task is None else f"{stage}@{task.replace('/', 'of')}.json"
+
+
+def _read(path: Path) -> StageRecord | None:
     try:
         return StageRecord.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -68,10 +84,10 @@ def read_record(folder: Path, stage: str) -> StageRecord | None:
         ) from None
 
 
-def write_record(folder: Path, record: StageRecord) -> None:
-    """Write a stage's record in one step."""
+def write_record(folder: Path, record: StageRecord, task: str | None = None) -> None:
+    """Write a stage's record, or that of one `task` of it, in one step."""
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / f"{record.stage}.json", record.model_dump_json(indent=1).encode())
+    replace_file(folder / _file_name(record.stage, task), record.model_dump_json(indent=1).encode())
 
 
 def own_usage(peak_device_bytes: int) -> Usage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from pipeline import report as page
 from pipeline.config import Run
 from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stages_of
-from pipeline.record import StageRecord, Usage, read_record
+from pipeline.record import StageRecord, Usage, read_records
 from stages.diffusion.evaluate import ImageEvaluation
 from stages.evaluate import Evaluation
 from stages.report_schema import Report, StageCost, read_losses
@@ -92,18 +92,19 @@ def _publish(config: Run, report: Report) -> None:
 
 def stage_costs(config: Run, wall_s: float, usage: Usage) -> dict[str, StageCost]:
     """Return what every stage of a run took so far, in their order."""
-    records = {s: read_record(RunFolders(config).stages, s) for s in stages_of(config)}
-    so_far = records["evaluate"] or StageRecord(stage="evaluate", identity="")
-    records["evaluate"] = so_far.after(wall_s, [usage], finished=True)
-    return {
-        stage: StageCost(
-            wall_s=record.wall_s,
-            peak_rss_bytes=record.peak_rss_bytes,
-            peak_device_bytes=record.peak_device_bytes,
-        )
-        for stage, record in records.items()
-        if record is not None
-    }
+    records = {s: read_records(RunFolders(config).stages, s) for s in stages_of(config)}
+    this = StageRecord(stage="evaluate", identity="").after(wall_s, [usage], finished=True)
+    records["evaluate"].append(this)
+    return {stage: _cost(attempts) for stage, attempts in records.items() if attempts}
+
+
+def _cost(records: Sequence[StageRecord]) -> StageCost:
+    """Return what a stage took: time over all its tasks, memory of the one that needed most."""
+    return StageCost(
+        wall_s=sum(record.wall_s for record in records),
+        peak_rss_bytes=max(record.peak_rss_bytes for record in records),
+        peak_device_bytes=max(record.peak_device_bytes for record in records),
+    )
 
 
 def _losses(config: Run) -> Mapping[str, object]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from pipeline.config import Run
 from pipeline.folders import RunFolders
 from pipeline.launch import FINISHED, MORE_TO_DO, launch
 from pipeline.progress import progress, stage_identity, stages_of
-from pipeline.record import StageRecord, read_record, write_record
+from pipeline.record import StageRecord, Usage, read_record, write_record
 from stages.config import RolloutConfig
 from stages.errors import UserError
 from stages.interruption import StopRequest, stop_request
@@ -36,32 +38,67 @@ def do_stage(
     config: Run,
     stop: StopRequest,
     task: str | None = None,
+    *,
+    static: bool = False,
 ) -> int:
     """Do one stage in its own processes, unless it is done; return the exit code.
 
-    Nothing is begun once `stop` is requested. `task` is "I/N" for one job of an array. Raises
-    `UserError` for a stage that was finished with other settings: nothing is overwritten.
+    Nothing is begun once `stop` is requested. `task` is "I/N" for one job of an array, which
+    writes its own shards alone where the split is `static`. Raises `UserError` for a stage that was
+    finished with other settings: nothing is overwritten.
+    """
+    if not is_left(stage, path, config):
+        say(f"{stage}: done")
+        return FINISHED
+    if not stop.requested:
+        say(f"{stage}: started")
+    code = FINISHED
+    arguments = [str(path), *(f"--set={override}" for override in overrides)]
+    arguments += [f"--task={task}"] if task is not None else []
+    arguments += ["--static"] if static else []
+    for part in _parts(config, stage):
+        if code == FINISHED:
+            code = _attempt(part, arguments, config, stop, task)
+    if code == MORE_TO_DO:
+        say(f"{stage}: stopped; nothing is lost. To go on: foretell run {path}")
+    return code
+
+
+def do_stage_among_peers(stage: str, path: Path, overrides: Sequence[str], config: Run) -> int:
+    """Do one stage as one of the processes that torchrun or srun started; return the exit code.
+
+    The first of them notes that it is done, and what it needed itself.
+    """
+    from pipeline.worker import main as work  # noqa: PLC0415 - it imports torch
+
+    if not is_left(stage, path, config):
+        return FINISHED
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="foretell-") as scratch:
+        noted = Path(scratch) / "usage"
+        os.environ["FORETELL_USAGE"] = str(noted)
+        code = work([stage, str(path), *(f"--set={override}" for override in overrides)])
+        usages = [Usage.model_validate_json(noted.read_bytes())] if noted.exists() else []
+    if os.environ["RANK"] == "0":
+        _note(config, stage, code, time.monotonic() - started, usages)
+    return code
+
+
+def is_left(stage: str, path: Path, config: Run) -> bool:
+    """Return whether a stage is yet to be done.
+
+    Raises `UserError` for one that the configuration does not name, and for one that was finished
+    with other settings.
     """
     if stage not in stages_of(config):
         raise UserError(f"{path} has no section for the stage {stage!r}")
     state = progress(config, stage).state
-    if state == "done":
-        say(f"{stage}: done")
-        return FINISHED
     if state == "stale":
         raise UserError(
             f"{stage} of run {config.name!r} was finished with other settings or inputs than "
             f"{path} has now: change `name`, or move {RunFolders(config).root} away"
         )
-    if not stop.requested:
-        say(f"{stage}: started")
-    code = FINISHED
-    for part in _parts(config, stage):
-        if code == FINISHED:
-            code = _attempt(part, path, overrides, config, stop, task)
-    if code == MORE_TO_DO:
-        say(f"{stage}: stopped; nothing is lost. To go on: foretell run {path}")
-    return code
+    return state != "done"
 
 
 def _parts(config: Run, stage: str) -> tuple[str, ...]:
@@ -74,31 +111,34 @@ def _parts(config: Run, stage: str) -> tuple[str, ...]:
 
 
 def _attempt(
-    stage: str,
-    path: Path,
-    overrides: Sequence[str],
-    config: Run,
-    stop: StopRequest,
-    task: str | None,
+    stage: str, arguments: Sequence[str], config: Run, stop: StopRequest, task: str | None
 ) -> int:
     if stop.requested:
         return MORE_TO_DO
-    folders = RunFolders(config)
-    arguments = [stage, str(path), *(f"--set={override}" for override in overrides)]
-    if task is not None:
-        arguments.append(f"--task={task}")
-    processes = 1 if task is not None else _processes(config, stage)
-    code, wall_s, usages = launch(arguments, processes, stop)
-    identity = stage_identity(config, re.sub("^draw", "rollout", stage))
-    record = read_record(folders.stages, stage)
-    if record is None or record.identity != identity:
-        record = StageRecord(stage=stage, identity=identity)
-    finished = code == FINISHED
-    write_record(folders.stages, record.after(wall_s, usages, finished=finished))
+    processes = 1 if task is not None else processes_of(config, stage)
+    code, wall_s, usages = launch([stage, *arguments], processes, stop)
+    _note(config, stage, code, wall_s, usages, task)
     return code
 
 
-def _processes(config: Run, stage: str) -> int:
+def _note(
+    config: Run,
+    stage: str,
+    code: int,
+    wall_s: float,
+    usages: list[Usage],
+    task: str | None = None,
+) -> None:
+    folder = RunFolders(config).stages
+    identity = stage_identity(config, re.sub("^draw", "rollout", stage))
+    record = read_record(folder, stage, task)
+    if record is None or record.identity != identity:
+        record = StageRecord(stage=stage, identity=identity)
+    write_record(folder, record.after(wall_s, usages, finished=code == FINISHED), task)
+
+
+def processes_of(config: Run, stage: str) -> int:
+    """Return the processes that a stage starts on one machine."""
     name, _, part = stage.partition(":")
     match name:
         case "fit":

@@ -8,6 +8,7 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from pipeline.cluster_config import ClusterConfig
 from stages.config import EvaluateConfig, FitConfig, RolloutConfig, TrainConfig
 from stages.errors import UserError
 from stages.model_config import ModelConfig, PretrainedConfig
@@ -76,6 +77,8 @@ class CommonRun(Record):
     """Folder of a prepared dataset; by default the run's own."""
     store: Path | None = None
     """Folder of an existing store to train from; by default the run's own."""
+    cluster: ClusterConfig | None = None
+    """How `submit` gives the run to Slurm; it changes nothing that the run produces."""
 
     @field_validator("name")
     @classmethod

@@ -14,13 +14,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.assembly import Assembly
+from pipeline.cluster_config import ClusterConfig
 from pipeline.config import load_config
 from pipeline.image_assembly import ImageAssembly
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
 from pipeline.record import own_usage
 from pipeline.run_config import RunConfig
+from pipeline.slurm import requeue_if_asked
 from stages.errors import UserError
 from stages.interruption import stop_request
+from stages.sharing import Share
 from store import StoreError
 
 WHOLE = ("prepare", "evaluate")
@@ -38,11 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task, tasks = map(int, options.task.split("/"))
             assembly: Assembly | ImageAssembly
             if isinstance(config, RunConfig):
-                assembly = Assembly(config, stop, task, tasks)
+                cluster = config.cluster or ClusterConfig()
+                share = Share(task, tasks, options.static, cluster.heartbeat_s)
+                assembly = Assembly(config, stop, share)
             else:
                 assembly = ImageAssembly(config, stop, task, tasks)
-            finished = assembly.run(options.stage)
+            code = FINISHED if assembly.run(options.stage) else MORE_TO_DO
             _note_usage(assembly.peak_device_bytes)
+        requeue_if_asked(code, stop)
     except (UserError, StoreError) as error:
         sys.stderr.write(f"{options.stage}: {error}\n")
         return USAGE_ERROR
@@ -57,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return MORE_TO_DO
-    return FINISHED if finished else MORE_TO_DO
+    return code
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -67,6 +73,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     place = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
     parser.add_argument("--task", default=place, metavar="I/N", help="share of the work")
+    parser.add_argument("--static", action="store_true", help="write no shard but the own ones")
     return parser.parse_args(arguments)
 
 

@@ -19,12 +19,19 @@ class StopRequest:
 
     def __init__(self, at_once: bool = False) -> None:
         self.requested = False
+        self.signals: set[int] = set()
+        """What asked for it."""
         self._at_once = at_once
+
+    def request(self, signum: int) -> None:
+        """Ask for a stop, as a signal does."""
+        self.requested = True
+        self.signals.add(signum)
 
     def note(self, signum: int, _frame: FrameType | None) -> None:
         """Remember the signal; a second Ctrl-C stops at once, for a person in a hurry."""
         impatient = self.requested and signum == signal.SIGINT
-        self.requested = True
+        self.request(signum)
         if impatient or self._at_once:
             raise KeyboardInterrupt
 
@@ -36,11 +43,16 @@ def held_back() -> Iterator[None]:
     A process that is begun in the block lets them wait too, until its own `stop_request`, however
     long its imports take.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    hold_back()
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def hold_back() -> None:
+    """Let signals that ask for a stop wait until the next `stop_request`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 @contextmanager

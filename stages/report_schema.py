@@ -140,7 +140,7 @@ class StageCost(Record):
     """What a stage took; every stage is a process of its own."""
 
     wall_s: float = Field(ge=0)
-    """Seconds from start to end, over all attempts."""
+    """Seconds from start to end, over all attempts and the jobs of an array."""
     peak_rss_bytes: int = Field(ge=0)
     """Most resident memory, in bytes, summed over processes that ran together."""
     peak_device_bytes: int = Field(0, ge=0)

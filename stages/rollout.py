@@ -65,7 +65,7 @@ def rollout(
     family: Family,
     store: PredictionStore,
     samples: Mapping[str, Sample],
-    shards: Sequence[int],
+    shards: Iterable[int],
     *,
     batch_size: int,
     stop: StopRequest,
@@ -74,7 +74,7 @@ def rollout(
     """Write the given shards of a store; return False when `stop` was requested first.
 
     `samples` are the dataset's rows by sample_id. What is drawn, how, and what is kept follows
-    from the store's manifest. With source `student` or `replay`, `draws` holds the codes to be
+    from the store's manifest; `shards` may be claimed one by one. With source `student` or `replay`, `draws` holds the codes to be
     scored, by key. A shard is encoded and committed in a thread of its own while the next one is
     generated; the thread has ended when this returns, and a shard that was generated whole is
     committed. A shard that another worker commits first is left to it. A rollout of the teacher's
@@ -83,9 +83,8 @@ def rollout(
     """
     manifest = store.manifest
     family.module.eval()
-    rollouts = sum(len(store.plan[shard]) for shard in shards)
     with (
-        tqdm(total=rollouts, unit="rollout", desc="rollout", disable=None) as bar,
+        tqdm(total=_rollouts(store, shards), unit="rollout", desc="rollout", disable=None) as bar,
         BackgroundWriter(store) as writer,
     ):
         for shard in shards:
@@ -104,6 +103,13 @@ def rollout(
                 bar.update(len(keys))
             writer.commit(shard)
     return True
+
+
+def _rollouts(store: PredictionStore, shards: Iterable[int]) -> int | None:
+    """Count the rollouts of shards; None where it is yet to be seen which these are."""
+    if not isinstance(shards, Sequence):
+        return None
+    return sum(len(store.plan[shard]) for shard in shards)
 
 
 def _counted(collect: Collect, reasons: list[str], planned: int) -> list[Drawn]:

@@ -69,6 +69,11 @@ class Layout:
         """Folder of unpublished work: garbage by definition."""
         return self.root / "tmp"
 
+    @property
+    def claims(self) -> Path:
+        """Folder of what says who writes which shard (`store.claims`)."""
+        return self.tmp / "claims"
+
     def shard(self, shard: int) -> Path:
         """Folder of a shard; it exists exactly when the shard is committed."""
         return self.shards / shard_name(shard)
