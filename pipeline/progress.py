@@ -58,15 +58,23 @@ def _until_trained(config: Run, student: str) -> list[str]:
 
 def needs(config: Run, stage: str) -> list[str]:
     """Return the stages of the configuration without which a stage cannot begin."""
-    name, _, part = stage.partition(":")
-    earlier = {
-        "prepare": [],
-        "fit": ["prepare"],
-        "rollout": [f"train:{config.rounds[part].teacher}"] if part else ["prepare", "fit"],
-        "train": [_rollout_of(config.round_of(part))] if name == "train" else [],
-        "evaluate": ["prepare", "fit", "rollout", *(f"train:{s}" for s in config.students)],
-    }[name]
+    earlier = _earlier(config, stage)
     return [other for other in stages_of(config) if other in earlier]
+
+
+def _earlier(config: Run, stage: str) -> list[str]:
+    name, _, part = stage.partition(":")
+    match name:
+        case "prepare":
+            return []
+        case "fit":
+            return ["prepare"]
+        case "rollout":
+            return [f"train:{config.rounds[part].teacher}"] if part else ["prepare", "fit"]
+        case "train":
+            return [_rollout_of(config.round_of(part))]
+        case _:
+            return ["prepare", "fit", "rollout", *(f"train:{name}" for name in config.students)]
 
 
 def _rollout_of(round_name: str | None) -> str:

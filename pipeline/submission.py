@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,7 @@ class Submission:
             job_id=job_id,
             tasks=tuple(tasks),
             after=tuple(after),
-            command=" ".join(sbatch_words(script, ids or [f"<{s}>" for s in after])),
+            command=shlex.join(sbatch_words(script, ids or [f"<{s}>" for s in after])),
         )
 
     def _ids(self, stages: Sequence[str]) -> list[int]:
@@ -251,10 +252,12 @@ def submission_text(done: Mapping[str, Submitted], held: Sequence[QueueEntry] = 
     """Return what was submitted, a line for each job, and what a person has to release."""
     lines = []
     for stage, job in done.items():
+        if job.job_id is None:
+            lines.append(f"{stage}: {job.command}")
+            continue
         array = f", tasks {ranges(job.tasks)}" if job.tasks else ""
         after = f", after {', '.join(job.after)}" if job.after else ""
-        number = job.command if job.job_id is None else f"job {job.job_id}"
-        lines.append(f"{stage}: {number}{array}{after}")
+        lines.append(f"{stage}: job {job.job_id}{array}{after}")
     lines += [f"held: {e.label} ({e.reason}): scontrol release {e.label}" for e in held]
     return "\n".join(lines or ["nothing to submit: all that is missing runs or is in line"])
 
