@@ -6,17 +6,16 @@ Every case ends with a store whose files are those of an undisturbed run in one 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.progress import progress
 from pipeline.slurm import QueueEntry, queue
 from pipeline.status import RunStatus, run_status
 from pipeline.submission import read_jobs, resubmit, submit
@@ -140,28 +139,144 @@ def foretell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def test_a_run_goes_from_submit_to_an_evaluated_student(whole_run, cluster, tmp_path):
+def test_a_run_goes_from_submit_to_an_evaluated_student(run_of, tiny_run, tmp_path, cluster):
     folder = tmp_path / "a folder, 100% \"odd\" #1"
-    folder.mkdir()
-    run = whole_run(folder, cluster=CLUSTER)
+    sections = {"runs": str(folder), "evaluate": tiny_run.document["evaluate"]}
+    run = run_of(fitted=True, cluster=CLUSTER, **sections)
     done = foretell("submit", run.path, "--tasks", "3", "--max-running", "2")
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split(": job ")[0] for line in lines] == [
-        "prepare", "fit", "rollout", "train:student", "evaluate",
-    ]  # fmt: skip
-    assert lines[2].endswith(", tasks 0-2, after prepare, fit")
+    rollout, train, evaluate = done.stdout.splitlines()
+    assert rollout.startswith("rollout: job ")
+    assert rollout.endswith(", tasks 0-2")
+    assert train.endswith(", after rollout")
+    assert evaluate.endswith(", after rollout, train:student")
     again = foretell("submit", run.path)
     assert again.returncode == 2
-    assert "run 'tiny' has jobs in the queue: prepare (" in again.stderr
+    assert "run 'own' has jobs in the queue: rollout (" in again.stderr
     status = foretell("status", run.path)
     assert status.returncode == 1
-    assert "1 pending" in status.stdout or "1 running" in status.stdout
-    finish_all = lambda: all(  # noqa: E731
-        e.condition == "completed" for stage in read_jobs(run.load()).jobs for e in entries(run, stage)
+    assert "pending" in status.stdout
+    wait_until(
+        lambda: entries(run, "evaluate")[0].condition == "completed", "it was evaluated", told(run)
     )
-    wait_until(finish_all, "all jobs have completed", told(run), 120)
     assert foretell("status", run.path).returncode == 0
     assert (run.root / "report" / "report.html").exists()
     assert verify(run.root / "store").ok
-    assert {p.name for p in (run.root / "logs").iterdir()} >= {"prepare_1.out", "rollout_3_2.out"}
+    array = entries(run)[0].job_id
+    logs = {path.name for path in (run.root / "logs").iterdir()}
+    assert {f"rollout_{array}_{task}.out" for task in range(3)} <= logs
+    assert resubmit(run.path, (), run.load()) == {}
+
+
+def test_requeued_tasks_and_those_whose_time_ends_go_on_where_they_were(
+    long_run, cluster, undisturbed
+):
+    run = long_run()
+    job = begin(run)
+    cluster.do("scontrol", "requeue", f"{job}_0")
+    cluster.do("scancel", "--signal=USR1", "--batch", f"{job}_1")
+    wait_until(lambda: requeues(run) == {0: 1, 1: 1, 2: 0, 3: 0}, "both are requeued", told(run))
+    finish(run)
+    require_equal(run, undisturbed)
+    assert status_of(run).jobs["rollout"].requeues == 2
+    log = (run.root / "logs" / f"rollout_{job}_1.out").read_text()
+    assert "rollout: stopped; nothing is lost" in log
+    assert log.count("rollout: ") >= 3, "the second attempt is told of in the same file"
+
+
+def requeues(run: Any) -> dict[int | None, int]:
+    return {entry.task: entry.requeues for entry in entries(run)}
+
+
+def test_a_signal_before_python_listens_is_heeded_once_it_does(run_of, tiny_run, cluster):
+    slow = CLUSTER | {"preamble": [*CLUSTER["preamble"], "touch $SLURM_JOB_ID.began", "sleep 2"]}
+    run = run_of("early", fitted=True, students=None, cluster=slow)
+    job = submit(run.path, (), run.load(), tasks=1)["rollout"].job_id
+    wait_until(lambda: entries(run)[0].condition == "running", "it runs", told(run))
+    cluster.do("scancel", "--signal=USR1", "--batch", f"{job}_0")
+    wait_until(lambda: requeues(run) == {0: 1}, "it is requeued", told(run))
+    assert committed(run) == 0
+    finish(run)
+    assert verify(run.root / "store").ok
+
+
+def test_preempted_tasks_come_back(long_run, cluster, undisturbed):
+    run = long_run()
+    begin(run)
+    urgent = cluster.root / "urgent.sh"
+    urgent.write_text("#!/bin/bash\nsleep 1\n")
+    cluster.do(
+        "sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", str(urgent)
+    )
+    wait_until(lambda: sum(requeues(run).values()) >= 1, "tasks are preempted", told(run))
+    finish(run)
+    require_equal(run, undisturbed)
+
+
+def test_a_lost_node_costs_nothing_but_time(long_run, cluster, undisturbed):
+    run = long_run()
+    job = begin(run)
+    node = cluster.do("squeue", "--noheader", f"--jobs={job}_2", "--format=%N").strip()
+    cluster.lose_node(node)
+    try:
+        finish(run)
+    finally:
+        cluster.start_node(int(node.removeprefix("n")))
+    require_equal(run, undisturbed)
+
+
+def test_workers_outlive_the_controller_and_what_it_holds_then_is_named(
+    long_run, cluster, undisturbed
+):
+    run = long_run()
+    begin(run, shards=1)
+    cluster.kill("slurmctld")
+    wait_until(lambda: committed(run) >= 6, "they work on", told(run))
+    cluster.start_controller()
+    wait_until(lambda: progress(run.load(), "rollout").state == "done", "all is stored", told(run))
+    finish(run)
+    require_equal(run, undisturbed)
+
+
+def test_what_was_lost_is_submitted_again_and_nothing_else(long_run, tiny_run, cluster, undisturbed):
+    run = long_run(students=tiny_run.document["students"])
+    job = begin(run, shards=3)
+    cluster.do("scancel", str(job))  # in the middle, and for good
+    wait_until(lambda: not any(e.is_active for e in entries(run)), "it ended", told(run))
+    wait_until(
+        lambda: entries(run, "train:student")[0].condition == "failed", "training said no", told(run)
+    )
+    said = "".join(path.read_text() for path in (run.root / "logs").glob("train-student_*.out"))
+    assert "so stage one is not finished" in said
+    missing = PredictionStore.open(run.root / "store").missing()
+    done = resubmit(run.path, (), run.load())
+    assert list(done) == ["rollout", "train:student"]
+    assert done["rollout"].tasks == tuple(sorted({shard % 4 for shard in missing}))
+    assert done["train:student"].after == ("rollout",)
+    wait_until(
+        lambda: [e.condition for e in entries(run, "train:student")] == ["failed", "completed"],
+        "it is trained", told(run),
+    )  # fmt: skip
+    require_equal(run, undisturbed)
+    assert {s.state for s in status_of(run).stages.values()} == {"done"}
+
+
+def test_a_held_task_is_named_and_left_to_a_person(run_of, cluster):
+    run = run_of("held", fitted=True, students=None, cluster=CLUSTER)
+    for name in ("a", "b"):
+        assert submit(run.path, (), run.load(), tasks=2, dry_run=True).keys() == {"rollout"}, name
+    job = submit(run.path, (), run.load(), tasks=2)["rollout"].job_id
+    cluster.do("scontrol", "requeuehold", f"{job}_1")
+    wait_until(lambda: entries_held(run) == [f"{job}_1"], "it is held", told(run))
+    done = foretell("resubmit", run.path)
+    assert done.returncode == 0, done.stderr
+    assert f"scontrol release {job}_1" in done.stdout
+    with pytest.raises(UserError, match="jobs in the queue"):
+        submit(run.path, (), run.load())
+    assert f"scontrol release {job}_1" in foretell("status", run.path).stdout
+    cluster.do("scontrol", "release", f"{job}_1")
+    finish(run)
+
+
+def entries_held(run: Any) -> list[str]:
+    return [entry.label for entry in entries(run) if entry.condition == "held"]
