@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.config import Run
 from pipeline.folders import RunFolders
+from pipeline.job_environment import IN_JOB
 from pipeline.launch import FINISHED, MORE_TO_DO, launch
 from pipeline.progress import progress, stage_identity, stages_of
 from pipeline.record import StageRecord, Usage, read_record, write_record
@@ -60,7 +61,8 @@ def do_stage(
         if code == FINISHED:
             code = _attempt(part, arguments, config, stop, task)
     if code == MORE_TO_DO:
-        say(f"{stage}: stopped; nothing is lost. To go on: foretell run {path}")
+        command = "resubmit" if IN_JOB in os.environ else "run"
+        say(f"{stage}: stopped; nothing is lost. To go on: foretell {command} {path}")
     return code
 
 

@@ -21,7 +21,10 @@ WEIGHED = 200
 
 
 class JobsOfStage(Record):
-    """Jobs of a stage, or tasks of its arrays, by what the queue shows of them."""
+    """Jobs of a stage, or tasks of its arrays, by what the queue shows of them.
+
+    Of what was submitted again, the latest counts.
+    """
 
     job_ids: tuple[int, ...]
     """What was submitted, oldest first."""
@@ -81,7 +84,9 @@ def run_status(config: Run) -> RunStatus:
     return RunStatus(stages=stages, jobs=jobs, stores=stores)
 
 
-def _jobs_of(jobs: Sequence[Job], entries: Sequence[QueueEntry]) -> JobsOfStage:
+def _jobs_of(jobs: Sequence[Job], listed: Sequence[QueueEntry]) -> JobsOfStage:
+    latest = {task: job.job_id for job in jobs for task in job.tasks or (None,)}
+    entries = [entry for entry in listed if latest.get(entry.task) == entry.job_id]
     by_condition: dict[str, list[str]] = {}
     for entry in entries:
         by_condition.setdefault(entry.condition, []).append(entry.label)
@@ -93,8 +98,8 @@ def _jobs_of(jobs: Sequence[Job], entries: Sequence[QueueEntry]) -> JobsOfStage:
         held=tuple(by_condition.get("held", ())),
         failed=tuple(by_condition.get("failed", ())),
         finished=len(by_condition.get("completed", ())),
-        unknown=sum(max(len(job.tasks), 1) for job in jobs) - len(entries),
-        requeues=sum(entry.requeues for entry in entries),
+        unknown=len(latest) - len(entries),
+        requeues=sum(entry.requeues for entry in listed),
         reasons=tuple(dict.fromkeys(_reason(entry) for entry in troubled)),
     )
 

@@ -176,7 +176,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_until(
-    ready: Callable[[], object], what: str, told: Callable[[], str], seconds: float = 60
+    ready: Callable[[], object], what: str, told: Callable[[], str], seconds: float = 180
 ) -> None:
     deadline = time.monotonic() + seconds
     while not ready():

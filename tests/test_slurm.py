@@ -47,7 +47,7 @@ def long_run(run_of, tiny_run, cluster) -> Callable[..., Any]:
 
     def make(**sections: Any) -> Any:
         rollout = tiny_run.document["rollout"] | {
-            "variations": 30, "rollouts_per_shard": 8, "batch_size": 2
+            "variations": 20, "rollouts_per_shard": 8, "batch_size": 2
         }  # fmt: skip
         default = {"rollout": rollout, "students": None, "cluster": CLUSTER}
         return run_of("long", fitted=True, **(default | sections))
@@ -61,7 +61,7 @@ def undisturbed(tiny_run, tmp_path_factory) -> Path:
     from tests.conftest import write_run
 
     rollout = tiny_run.document["rollout"] | {
-        "variations": 30, "rollouts_per_shard": 8, "batch_size": 2
+        "variations": 20, "rollouts_per_shard": 8, "batch_size": 2
     }  # fmt: skip
     kept = {k: v for k, v in tiny_run.document.items() if k == "seed"}
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -101,7 +101,7 @@ def committed(run: Any) -> int:
     return len(list(shards.iterdir())) if shards.exists() else 0
 
 
-def begin(run: Any, tasks: int = 4, shards: int = 3) -> int:
+def begin(run: Any, tasks: int = 3, shards: int = 3) -> int:
     """Submit a run and wait until it has committed a few shards; return the id of its rollout."""
     job = submit(run.path, (), run.load(), tasks=tasks)["rollout"]
     assert job.job_id is not None
@@ -109,7 +109,7 @@ def begin(run: Any, tasks: int = 4, shards: int = 3) -> int:
     return job.job_id
 
 
-def finish(run: Any, seconds: float = 120) -> None:
+def finish(run: Any, seconds: float = 240) -> None:
     """Wait until nothing of a run is in the queue, with everything done."""
     wait_until(
         lambda: not any(e.condition in ("running", "pending") for e in entries(run)),
@@ -140,7 +140,7 @@ def foretell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_run_goes_from_submit_to_an_evaluated_student(run_of, tiny_run, tmp_path, cluster):
-    folder = tmp_path / "a folder, 100% \"odd\" #1"
+    folder = tmp_path / 'a folder, 100% "odd" #1'
     sections = {"runs": str(folder), "evaluate": tiny_run.document["evaluate"]}
     run = run_of(fitted=True, cluster=CLUSTER, **sections)
     done = foretell("submit", run.path, "--tasks", "3", "--max-running", "2")
@@ -175,7 +175,7 @@ def test_requeued_tasks_and_those_whose_time_ends_go_on_where_they_were(
     job = begin(run)
     cluster.do("scontrol", "requeue", f"{job}_0")
     cluster.do("scancel", "--signal=USR1", "--batch", f"{job}_1")
-    wait_until(lambda: requeues(run) == {0: 1, 1: 1, 2: 0, 3: 0}, "both are requeued", told(run))
+    wait_until(lambda: requeues(run) == {0: 1, 1: 1, 2: 0}, "both are requeued", told(run))
     finish(run)
     require_equal(run, undisturbed)
     assert status_of(run).jobs["rollout"].requeues == 2
@@ -188,14 +188,25 @@ def requeues(run: Any) -> dict[int | None, int]:
     return {entry.task: entry.requeues for entry in entries(run)}
 
 
-def test_a_signal_before_python_listens_is_heeded_once_it_does(run_of, tiny_run, cluster):
-    slow = CLUSTER | {"preamble": [*CLUSTER["preamble"], "touch $SLURM_JOB_ID.began", "sleep 2"]}
+def test_a_signal_before_python_listens_is_heeded_and_a_held_task_is_left_to_a_person(
+    run_of, cluster
+):
+    slow = CLUSTER | {"preamble": [*CLUSTER["preamble"], "sleep 2"]}
     run = run_of("early", fitted=True, students=None, cluster=slow)
-    job = submit(run.path, (), run.load(), tasks=1)["rollout"].job_id
-    wait_until(lambda: entries(run)[0].condition == "running", "it runs", told(run))
+    job = submit(run.path, (), run.load(), tasks=2)["rollout"].job_id
+    wait_until(lambda: all(e.condition == "running" for e in entries(run)), "it runs", told(run))
     cluster.do("scancel", "--signal=USR1", "--batch", f"{job}_0")
-    wait_until(lambda: requeues(run) == {0: 1}, "it is requeued", told(run))
+    cluster.do("scontrol", "requeuehold", f"{job}_1")
+    wait_until(lambda: requeues(run) == {0: 1, 1: 1}, "both are requeued", told(run))
     assert committed(run) == 0
+    wait_until(lambda: "held" in {e.condition for e in entries(run)}, "one is held", told(run))
+    again = foretell("resubmit", run.path)
+    assert again.returncode == 0, again.stderr
+    assert f"scontrol release {job}_1" in again.stdout
+    with pytest.raises(UserError, match="jobs in the queue"):
+        submit(run.path, (), run.load())
+    assert f"scontrol release {job}_1" in foretell("status", run.path).stdout
+    cluster.do("scontrol", "release", f"{job}_1")
     finish(run)
     assert verify(run.root / "store").ok
 
@@ -238,45 +249,30 @@ def test_workers_outlive_the_controller_and_what_it_holds_then_is_named(
     require_equal(run, undisturbed)
 
 
-def test_what_was_lost_is_submitted_again_and_nothing_else(long_run, tiny_run, cluster, undisturbed):
+def test_what_was_lost_is_submitted_again_and_nothing_else(
+    long_run, tiny_run, cluster, undisturbed
+):
     run = long_run(students=tiny_run.document["students"])
     job = begin(run, shards=3)
     cluster.do("scancel", str(job))  # in the middle, and for good
     wait_until(lambda: not any(e.is_active for e in entries(run)), "it ended", told(run))
     wait_until(
-        lambda: entries(run, "train:student")[0].condition == "failed", "training said no", told(run)
+        lambda: entries(run, "train:student")[0].condition == "failed",
+        "training said no",
+        told(run),
     )
     said = "".join(path.read_text() for path in (run.root / "logs").glob("train-student_*.out"))
     assert "so stage one is not finished" in said
     missing = PredictionStore.open(run.root / "store").missing()
     done = resubmit(run.path, (), run.load())
     assert list(done) == ["rollout", "train:student"]
-    assert done["rollout"].tasks == tuple(sorted({shard % 4 for shard in missing}))
+    assert done["rollout"].tasks == tuple(sorted({shard % 3 for shard in missing}))
     assert done["train:student"].after == ("rollout",)
     wait_until(
-        lambda: [e.condition for e in entries(run, "train:student")] == ["failed", "completed"],
+        lambda: "completed" in [e.condition for e in entries(run, "train:student")],
         "it is trained", told(run),
     )  # fmt: skip
+    jobs = status_of(run).jobs
+    assert (jobs["rollout"].failed, jobs["train:student"].failed) == ((), ()), "made good"
     require_equal(run, undisturbed)
     assert {s.state for s in status_of(run).stages.values()} == {"done"}
-
-
-def test_a_held_task_is_named_and_left_to_a_person(run_of, cluster):
-    run = run_of("held", fitted=True, students=None, cluster=CLUSTER)
-    for name in ("a", "b"):
-        assert submit(run.path, (), run.load(), tasks=2, dry_run=True).keys() == {"rollout"}, name
-    job = submit(run.path, (), run.load(), tasks=2)["rollout"].job_id
-    cluster.do("scontrol", "requeuehold", f"{job}_1")
-    wait_until(lambda: entries_held(run) == [f"{job}_1"], "it is held", told(run))
-    done = foretell("resubmit", run.path)
-    assert done.returncode == 0, done.stderr
-    assert f"scontrol release {job}_1" in done.stdout
-    with pytest.raises(UserError, match="jobs in the queue"):
-        submit(run.path, (), run.load())
-    assert f"scontrol release {job}_1" in foretell("status", run.path).stdout
-    cluster.do("scontrol", "release", f"{job}_1")
-    finish(run)
-
-
-def entries_held(run: Any) -> list[str]:
-    return [entry.label for entry in entries(run) if entry.condition == "held"]
