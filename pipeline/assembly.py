@@ -46,7 +46,7 @@ from stages.prepare import prepare
 from stages.replay import Replay, open_replay
 from stages.rollout import GivenCodes, rollout
 from stages.rollout_plan import create_store
-from stages.sharing import Share
+from stages.sharing import EVERYTHING, Share
 from stages.train import require_same_dataset, train
 from store import PredictionStore
 from store.plan import Key
@@ -57,7 +57,7 @@ from store.schema import Fast, Manifest, changed_fields
 class Assembly:
     """The stages of one run, as one process does its part of them."""
 
-    def __init__(self, config: RunConfig, stop: StopRequest, share: Share = Share()) -> None:
+    def __init__(self, config: RunConfig, stop: StopRequest, share: Share = EVERYTHING) -> None:
         self._config, self._stop, self._share = config, stop, share
         self._folders = RunFolders(config)
         self._started = time.monotonic()

@@ -162,8 +162,8 @@ def _quoted(path: Path, *, pattern: bool = False) -> str:
     text = str(path)
     if not text.isprintable() or "\\" in text:
         raise UserError(
-            f"{text!r} holds a backslash or what cannot be printed, which Slurm takes for something "
-            "else in the name of a folder: choose another folder"
+            f"{text!r} holds a backslash or what cannot be printed, which Slurm refuses in the "
+            "name of a folder: choose another folder"
         )
     if pattern:
         text = text.replace("%", "%%")

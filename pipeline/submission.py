@@ -184,8 +184,8 @@ def resubmit(
             raise UserError(f"nothing of run {config.name!r} was submitted: foretell submit {path}")
         if tuple(overrides) != before.overrides:
             raise UserError(
-                f"run {config.name!r} was submitted with --set {' '.join(before.overrides) or '-'}, "
-                f"not {' '.join(overrides) or '-'}: give the same"
+                f"run {config.name!r} was submitted with --set {' '.join(before.overrides) or '-'},"
+                f" not {' '.join(overrides) or '-'}: give the same"
             )
         entries = _active(before.of(config, queue()))
         submission = Submission(

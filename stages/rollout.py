@@ -74,8 +74,8 @@ def rollout(
     """Write the given shards of a store; return False when `stop` was requested first.
 
     `samples` are the dataset's rows by sample_id. What is drawn, how, and what is kept follows
-    from the store's manifest; `shards` may be claimed one by one. With source `student` or `replay`, `draws` holds the codes to be
-    scored, by key. A shard is encoded and committed in a thread of its own while the next one is
+    from the store's manifest. Each of `shards` is asked for when it is begun. With source `student`
+    or `replay`, `draws` holds the codes to be scored, by key. A shard is encoded and committed in a thread of its own while the next one is
     generated; the thread has ended when this returns, and a shard that was generated whole is
     committed. A shard that another worker commits first is left to it. A rollout of the teacher's
     whose logits become NaN or infinite ends before them, with a weight of 0. Raises NotFinite where

@@ -47,6 +47,10 @@ class Share:
             return in_turns(claims, order, store.is_committed, work, stop)
 
 
+EVERYTHING = Share()
+"""What a process writes that works alone."""
+
+
 def own_first(shards: Sequence[int], task: int, tasks: int) -> list[int]:
     """Return shards in the order in which worker `task` of `tasks` takes them.
 

@@ -35,10 +35,13 @@ CLUSTER = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
-        with slurm_cluster(Path(folder)) as started, pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SLURM_CONF", started.environment["SLURM_CONF"])
-            yield started
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder,
+        slurm_cluster(Path(folder)) as started,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("SLURM_CONF", started.environment["SLURM_CONF"])
+        yield started
 
 
 @pytest.fixture
@@ -276,3 +279,17 @@ def test_what_was_lost_is_submitted_again_and_nothing_else(
     assert (jobs["rollout"].failed, jobs["train:student"].failed) == ((), ()), "made good"
     require_equal(run, undisturbed)
     assert {s.state for s in status_of(run).stages.values()} == {"done"}
+
+
+def test_training_on_two_nodes_is_noted_as_done(run_of, tiny_run, cluster):
+    several = {"stages": {"train": {"nodes": 2}}}
+    meeting = {"preamble": [*CLUSTER["preamble"], "export MASTER_ADDR=127.0.0.1"]}
+    run = run_of(
+        "nodes", fitted=True, rollout=None, store=str(tiny_run.root / "store"),
+        cluster=CLUSTER | several | meeting,
+    )  # fmt: skip
+    submit(run.path, (), run.load())
+    wait_until(lambda: not entries(run, "train:student")[0].is_active, "it is trained", told(run))
+    assert entries(run, "train:student")[0].condition == "completed", told(run)()
+    assert status_of(run).stages["train:student"].state == "done"
+    assert (run.root / "student" / "model.safetensors").exists()
