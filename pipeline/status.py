@@ -158,9 +158,9 @@ def _jobs_text(jobs: JobsOfStage) -> list[str]:
         "requeued": jobs.requeues,
     }  # fmt: skip
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    lines = [f"job {', '.join(map(str, jobs.job_ids))}: {told}"]
+    why = f" ({'; '.join(jobs.reasons)})" if jobs.reasons else ""
+    lines = [f"job {', '.join(map(str, jobs.job_ids))}: {told}{why}"]
     lines += [f"failed: {', '.join(jobs.failed)}"] if jobs.failed else []
-    lines += [f"waits or failed for: {', '.join(jobs.reasons)}"] if jobs.reasons else []
     lines += [f"to let held ones run: scontrol release {','.join(jobs.held)}"] if jobs.held else []
     return lines
 

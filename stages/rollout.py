@@ -75,11 +75,12 @@ def rollout(
 
     `samples` are the dataset's rows by sample_id. What is drawn, how, and what is kept follows
     from the store's manifest. Each of `shards` is asked for when it is begun. With source `student`
-    or `replay`, `draws` holds the codes to be scored, by key. A shard is encoded and committed in a thread of its own while the next one is
-    generated; the thread has ended when this returns, and a shard that was generated whole is
-    committed. A shard that another worker commits first is left to it. A rollout of the teacher's
-    whose logits become NaN or infinite ends before them, with a weight of 0. Raises NotFinite where
-    that happens at once or too often, or to codes that are given, and what the store raises.
+    or `replay`, `draws` holds the codes to be scored, by key. A shard is encoded and committed in a
+    thread of its own while the next one is generated; the thread has ended when this returns, and a
+    shard that was generated whole is committed. A shard that another worker commits first is left
+    to it. A rollout of the teacher's whose logits become NaN or infinite ends before them, with a
+    weight of 0. Raises NotFinite where that happens at once or too often, or to codes that are
+    given, and what the store raises.
     """
     manifest = store.manifest
     family.module.eval()
