@@ -42,9 +42,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
-SlurmdTimeout=10
-KillWait=2
+SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0,batch_sched_delay=1
+SlurmdTimeout=5
+KillWait=1
 MinJobAge=3600
 """
 PARTITIONS = """
@@ -119,11 +119,32 @@ class Cluster:
     def lose_node(self, node: str) -> None:
         """End a node as a power cut does: its daemon, and all of the jobs on it."""
         self.kill(f"slurmd-{node}")
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended meanwhile
-                place = f"SLURMD_NODENAME={node}".encode()
-                if place in (folder / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(folder.name), signal.SIGKILL)
+        place = f"SLURMD_NODENAME={node}".encode()
+        work = [pid for pid in processes() if place in read(pid, "environ").split(b"\0")]
+        parents = {
+            int(stat.rpartition(b")")[2].split()[1]) for pid in work if (stat := read(pid, "stat"))
+        }
+        # First those who would tell the controller of the others' end.
+        steps = [pid for pid in parents if read(pid, "comm") == b"slurmstepd\n"]
+        for pid in [*steps, *work]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def resume(self) -> None:
+        """Cancel what is left in the queue, and take nodes back that Slurm has shut out."""
+        self.do("scancel", "--user=root")
+        for number in nodes():
+            if f"slurmd-n{number}" not in self.daemons:
+                self.start_node(number)
+        wait_until(lambda: not self.do("squeue", "--noheader"), "an empty queue", self.logs)
+        wait_until(self._resumed, "all nodes are idle", self.logs)
+
+    def _resumed(self) -> bool:
+        shut_out = [n for n, state in zip(nodes(), self.states(), strict=True) if state != "idle"]
+        for number in shut_out:
+            update = ["scontrol", "update", f"NodeName=n{number}", "State=RESUME"]
+            subprocess.run(update, env=self.environment, capture_output=True, check=False)
+        return not shut_out
 
     def states(self) -> list[str]:
         return self.do("sinfo", "--noheader", "--Node", "--partition=low", "--format=%t").split()
@@ -150,6 +171,17 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+def processes() -> list[int]:
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+
+
+def read(pid: int, file: str) -> bytes:
+    """Read a file of a process; nothing when it has ended meanwhile."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/{file}").read_bytes()
+    return b""
 
 
 def nodes() -> range:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pipeline.slurm import QueueEntry, queue
-from pipeline.status import RunStatus, run_status
+from pipeline.status import RunStatus, run_status, status_text
 from pipeline.submission import read_jobs, resubmit, submit
 from stages.errors import UserError
 from store import PredictionStore, verify
@@ -30,6 +30,13 @@ CLUSTER = {
     "heartbeat_s": 0.5,
     "partition": "low",
 }
+
+
+@pytest.fixture(autouse=True)
+def _idle(cluster) -> Iterator[None]:
+    """Leave nothing of a test to the next."""
+    yield
+    cluster.resume()
 
 
 PACE = """
@@ -194,7 +201,7 @@ def test_a_run_goes_from_submit_to_an_evaluated_student(run_of, tiny_run, tmp_pa
     assert resubmit(run.path, (), run.load()) == {}
 
 
-def test_requeued_tasks_and_those_whose_time_ends_go_on_where_they_were(
+def test_tasks_that_are_requeued_preempted_or_out_of_time_go_on_where_they_were(
     long_run, cluster, undisturbed
 ):
     run = long_run()
@@ -202,9 +209,15 @@ def test_requeued_tasks_and_those_whose_time_ends_go_on_where_they_were(
     cluster.do("scontrol", "requeue", f"{job}_0")
     cluster.do("scancel", "--signal=USR1", "--batch", f"{job}_1")
     wait_until(lambda: requeues(run) == {0: 1, 1: 1, 2: 0}, "both are requeued", told(run))
+    urgent = cluster.root / "urgent.sh"
+    urgent.write_text("#!/bin/bash\nsleep 1\n")
+    cluster.do(
+        "sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", str(urgent)
+    )
+    wait_until(lambda: requeues(run)[2] == 1, "the third is preempted", told(run))
     finish(run)
     require_equal(run, undisturbed)
-    assert status_of(run).jobs["rollout"].requeues == 2
+    assert status_of(run).jobs["rollout"].requeues >= 3
     log = (run.root / "logs" / f"rollout_{job}_1.out").read_text()
     assert "rollout: stopped; nothing is lost" in log
     assert log.count("rollout: ") >= 3, "the second attempt is told of in the same file"
@@ -237,29 +250,14 @@ def test_a_signal_before_python_listens_is_heeded_and_a_held_task_is_left_to_a_p
     assert verify(run.root / "store").ok
 
 
-def test_preempted_tasks_come_back(long_run, cluster, undisturbed):
-    run = long_run()
-    begin(run)
-    urgent = cluster.root / "urgent.sh"
-    urgent.write_text("#!/bin/bash\nsleep 1\n")
-    cluster.do(
-        "sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", str(urgent)
-    )
-    wait_until(lambda: sum(requeues(run).values()) >= 1, "tasks are preempted", told(run))
-    finish(run)
-    require_equal(run, undisturbed)
-
-
 def test_a_lost_node_costs_nothing_but_time(long_run, cluster, undisturbed):
     run = long_run()
     job = begin(run)
     node = cluster.do("squeue", "--noheader", f"--jobs={job}_2", "--format=%N").strip()
     cluster.lose_node(node)
-    try:
-        finish(run)
-    finally:
-        cluster.start_node(int(node.removeprefix("n")))
+    finish(run)
     require_equal(run, undisturbed)
+    assert requeues(run)[2] == 1, "Slurm saw that the node was gone"
 
 
 def test_workers_outlive_the_controller(long_run, cluster, undisturbed):
@@ -268,7 +266,9 @@ def test_workers_outlive_the_controller(long_run, cluster, undisturbed):
     cluster.kill("slurmctld")
     wait_until(lambda: committed(run) >= 6, "they work on", told(run))
     cluster.start_controller()
-    finish(run)
+    finish(run)  # whether Slurm shows tasks as completed, or holds them: their workers ended well
+    for label in entries_held(run):
+        assert f"scontrol release {label}" in status_text(status_of(run))
     require_equal(run, undisturbed)
 
 
@@ -314,3 +314,7 @@ def test_training_on_two_nodes_is_noted_as_done(run_of, tiny_run, cluster):
     assert entries(run, "train:student")[0].condition == "completed", told(run)()
     assert status_of(run).stages["train:student"].state == "done"
     assert (run.root / "student" / "model.safetensors").exists()
+
+
+def entries_held(run: Any) -> list[str]:
+    return [entry.label for entry in entries(run) if entry.condition == "held"]
