@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from stages.errors import UserError
 from stages.family import load_denoiser
 from stages.interruption import StopRequest
 from stages.quantization import Quantized
+from stages.sharing import EVERYTHING, Share
 from stages.train import require_same_dataset
 from store import PredictionStore
 from store.schema import Manifest
@@ -56,10 +57,9 @@ class ImageAssembly:
     """The stages of one diffusion run, as one process does its part of them."""
 
     def __init__(
-        self, config: DiffusionRunConfig, stop: StopRequest, task: int = 0, tasks: int = 1
+        self, config: DiffusionRunConfig, stop: StopRequest, share: Share = EVERYTHING
     ) -> None:
-        self._config, self._stop = config, stop
-        self._task, self._tasks = task, tasks
+        self._config, self._stop, self._share = config, stop, share
         self._folders = RunFolders(config)
         self._started = time.monotonic()
         self.peak_device_bytes = 0
@@ -123,9 +123,12 @@ class ImageAssembly:
             quantized=quantized,
             other=other,
         )
-        shards = [shard for shard in store.missing() if shard % self._tasks == self._task]
-        finished = record(teacher, store, dataset, shards, config, stop=self._stop, other=other)
-        if finished and config.previews is not None and self._task == 0:
+
+        def write(shards: Iterable[int]) -> bool:
+            return record(teacher, store, dataset, shards, config, stop=self._stop, other=other)
+
+        finished = self._share.write(store, write, self._stop)
+        if finished and config.previews is not None and self._share.task == 0:
             render(
                 teacher,
                 dataset,

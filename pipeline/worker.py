@@ -40,12 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stop_request(at_once=options.stage in WHOLE) as stop:
             task, tasks = map(int, options.task.split("/"))
             assembly: Assembly | ImageAssembly
+            cluster = config.cluster or ClusterConfig()
+            share = Share(task, tasks, options.static, cluster.heartbeat_s)
             if isinstance(config, RunConfig):
-                cluster = config.cluster or ClusterConfig()
-                share = Share(task, tasks, options.static, cluster.heartbeat_s)
                 assembly = Assembly(config, stop, share)
             else:
-                assembly = ImageAssembly(config, stop, task, tasks)
+                assembly = ImageAssembly(config, stop, share)
             code = FINISHED if assembly.run(options.stage) else MORE_TO_DO
             _note_usage(assembly.peak_device_bytes)
         requeue_if_asked(code, stop)

@@ -85,7 +85,9 @@ def rollout(
     manifest = store.manifest
     family.module.eval()
     with (
-        tqdm(total=_rollouts(store, shards), unit="rollout", desc="rollout", disable=None) as bar,
+        tqdm(
+            total=planned_rollouts(store, shards), unit="rollout", desc="rollout", disable=None
+        ) as bar,
         BackgroundWriter(store) as writer,
     ):
         for shard in shards:
@@ -106,7 +108,7 @@ def rollout(
     return True
 
 
-def _rollouts(store: PredictionStore, shards: Iterable[int]) -> int | None:
+def planned_rollouts(store: PredictionStore, shards: Iterable[int]) -> int | None:
     """Count the rollouts of shards; None where it is yet to be seen which these are."""
     if not isinstance(shards, Sequence):
         return None

@@ -41,6 +41,7 @@ from stages.diffusion.trajectories import (
 from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.loader import read_in_a_thread
+from stages.rollout import planned_rollouts
 from store import PredictionStore
 from store.schema import Dense
 
@@ -54,7 +55,7 @@ def record(
     denoiser: Denoiser,
     store: PredictionStore,
     dataset: Samples,
-    shards: Sequence[int],
+    shards: Iterable[int],
     config: RecordConfig,
     *,
     stop: StopRequest,
@@ -62,19 +63,21 @@ def record(
 ) -> bool:
     """Write the given shards of a store; return False when `stop` was requested first.
 
-    `dataset` is the one that the store was planned of. What is asked and kept follows from the
-    manifest; of `config` counts only how many rows make a forward pass, which may move the last
-    bits. `other` is the second model of a contrast between two, of which only the one that is asked
-    is on the device. A shard is encoded and committed in a thread of its own while the next one is
-    asked for; one that was asked for whole is committed. A shard that another worker commits first
-    is left to it. Rows whose prediction is not finite are asked for again in float32, and else
-    stored as failed. Raises NotFinite where a shard has too many of them, and what the store
-    raises.
+    `dataset` is the one that the store was planned of. Each of `shards` is asked for when it is
+    begun, which is while the last batch of the one before is under way. What is asked and kept
+    follows from the manifest; of `config` counts only how many rows make a forward pass, which may
+    move the last bits. `other` is the second model of a contrast between two, of which only the one
+    that is asked is on the device. A shard is encoded and committed in a thread of its own while
+    the next one is asked for; one that was asked for whole is committed. A shard that another
+    worker commits first is left to it. Rows whose prediction is not finite are asked for again in
+    float32, and else stored as failed. Raises NotFinite where a shard has too many of them, and
+    what the store raises.
     """
     recorder = _Recorder(denoiser, other, store, dataset, config.batch_size, stop)
-    rollouts = sum(len(store.plan[shard]) for shard in shards)
     with (
-        tqdm(total=rollouts, unit="rollout", desc="record", disable=None) as bar,
+        tqdm(
+            total=planned_rollouts(store, shards), unit="rollout", desc="record", disable=None
+        ) as bar,
         BackgroundWriter(store) as writer,
     ):
         for piece in recorder.pieces(shards):
@@ -153,13 +156,13 @@ class _Recorder:
             quantized=self._manifest.quantization is not None,
         )
 
-    def pieces(self, shards: Sequence[int]) -> Iterator[Piece]:
+    def pieces(self, shards: Iterable[int]) -> Iterator[Piece]:
         """Yield the answered rows of shards in order, each after the next ones were asked for."""
         if len(self._models) == 2:
             return self._two_models(shards)
         return (finish() for finish in one_behind(self._one_model(shards)))
 
-    def _one_model(self, shards: Sequence[int]) -> Iterator[Callable[[], Piece]]:
+    def _one_model(self, shards: Iterable[int]) -> Iterator[Callable[[], Piece]]:
         for work in self._open(shards):
             if isinstance(work, Piece):
                 yield partial(Piece, *work)
@@ -174,7 +177,7 @@ class _Recorder:
     def _answered(self, work: ShardWork, rows: HostRows, flight: InFlight) -> Piece:
         return work.answered(rows, self._teachers[0].finish(flight))
 
-    def _two_models(self, shards: Sequence[int]) -> Iterator[Piece]:
+    def _two_models(self, shards: Iterable[int]) -> Iterator[Piece]:
         """Ask one model for a whole shard and then the other; the next shard begins with that.
 
         What the first one answers waits in float32 on the host.
@@ -212,7 +215,7 @@ class _Recorder:
             self._models[1 - turn].module.to("cpu")
             self._models[turn].module.to(self._device)
 
-    def _open(self, shards: Sequence[int]) -> Iterator[ShardWork | Piece]:
+    def _open(self, shards: Iterable[int]) -> Iterator[ShardWork | Piece]:
         """Begin shards in order, until a stop is requested; one that is committed is no work."""
         for shard in shards:
             if self.stopped:
