@@ -27,6 +27,7 @@ from pipeline.listening import (
     tally_text,
 )
 from pipeline.progress import stages_of
+from pipeline.repair import repair_text
 from pipeline.run import do_stage, do_stage_among_peers, run, under_torchrun
 from pipeline.slurm import requeue_if_asked
 from pipeline.status import run_status, status_text
@@ -38,6 +39,8 @@ from store import StoreError
 from store import verify as check
 from store.convert import convert as convert_store
 from store.garbage import delete_garbage, find_garbage
+from store.repair import after_repair, repairable
+from store.repair import repair as take_out
 
 app = typer.Typer(
     name="foretell",
@@ -273,11 +276,30 @@ def inspect(
 
 
 @app.command()
-def verify(store: StorePath, as_json: Json = False) -> None:
+def verify(
+    store: StorePath,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Take damaged shards out, to be made again.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Take them out without asking.")] = False,
+    as_json: Json = False,
+) -> None:
     """Check every file and array of a store against its checksums."""
+    if yes and not repair:
+        raise UserError("--yes answers what --repair asks: give both, or neither")
     result = check(store, partial(tqdm, unit="shard", disable=None))
-    _print(result.model_dump(mode="json"), as_json, lambda: verification_text(result))
-    raise typer.Exit(FINISHED if result.ok else FAILED)
+    damaged = repairable(result) if repair else []
+    if not as_json:
+        typer.echo(verification_text(result))
+    if damaged and not yes and not as_json:
+        question = f"Take {len(damaged)} damaged shards out of the store, to be made again?"
+        yes = _confirm(question, "nothing was taken out")
+    repaired = take_out(store, damaged) if damaged and yes else []
+    after = after_repair(result, repaired)
+    document = after.model_dump(mode="json") | {"repaired": [r.model_dump() for r in repaired]}
+    if as_json or repair:
+        _print(document, as_json, lambda: repair_text(result, damaged, repaired))
+    raise typer.Exit(FINISHED if after.ok else FAILED)
 
 
 @app.command()
@@ -311,19 +333,24 @@ def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List what interrupted work left in tmp/, and delete it if you say so."""
+    """List what interrupted work and repairs left in tmp/, and delete it if you say so."""
     found = find_garbage(store)
     if not as_json:
         typer.echo(garbage_text(found))
     if found and not yes and not as_json:
-        if not sys.stdin.isatty():
-            raise UserError("nothing was deleted: there is no terminal to ask; --yes deletes it")
         question = "Delete all of it? A job that writes now has its work there too"
-        yes = typer.confirm(question, default=False)
+        yes = _confirm(question, "nothing was deleted")
     kept = delete_garbage(store, found) if yes else []
     document = {"found": [f.model_dump() for f in found], "kept": [k.model_dump() for k in kept]}
     _print(document | {"deleted": yes}, as_json, lambda: deletion_text(found, kept, yes))
     raise typer.Exit(FAILED if kept else FINISHED)
+
+
+def _confirm(question: str, otherwise: str) -> bool:
+    """Ask a person; raises UserError that begins with `otherwise` where there is no terminal."""
+    if not sys.stdin.isatty():
+        raise UserError(f"{otherwise}: there is no terminal to ask; --yes answers the question")
+    return typer.confirm(question, default=False)
 
 
 def _print(document: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:

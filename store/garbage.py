@@ -1,4 +1,4 @@
-"""What interrupted work left in tmp/: listing it, and deleting what was listed."""
+"""What interrupted work and repairs left in tmp/: listing it, and deleting what was listed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from store.sealed import unseal
 
 
 class Leftover(Record):
-    """One entry of tmp/: unpublished work, of a writer that ended or of one that still works."""
+    """One entry of tmp/: work of a writer that ended or still works, or a damaged shard."""
 
     name: str
     """Below tmp/."""
@@ -45,7 +45,7 @@ def find_garbage(path: str | Path) -> list[Leftover]:
 
     Raises StoreError when there is no store at `path`, or tmp/ is a link, which may lead anywhere.
     """
-    tmp = _tmp_of(path)
+    tmp = tmp_of(path)
     with explain_os_errors(f"list {tmp}"):
         names = sorted(os.listdir(tmp)) if lies_at(tmp) else []
         return [_measured(tmp, name) for name in names]
@@ -57,7 +57,7 @@ def delete_garbage(path: str | Path, found: Sequence[Leftover]) -> list[Kept]:
     Nothing else is touched: no link is followed, and what came into tmp/ since stays. Entries that
     are gone by now are not missed. Raises StoreError as `find_garbage` does.
     """
-    tmp = _tmp_of(path)
+    tmp = tmp_of(path)
     kept = []
     for leftover in found:
         try:
@@ -68,7 +68,11 @@ def delete_garbage(path: str | Path, found: Sequence[Leftover]) -> list[Kept]:
     return kept
 
 
-def _tmp_of(path: str | Path) -> Path:
+def tmp_of(path: str | Path) -> Path:
+    """Path of tmp/ of a store, whether or not it is there.
+
+    Raises StoreError when there is no store at `path`, or tmp/ is a link.
+    """
     layout = Layout.at(path)
     unseal(layout.manifest, Manifest)  # a folder named tmp/ that is not a store's is not ours
     if layout.tmp.is_symlink():

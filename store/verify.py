@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from pydantic import Field
+
 from store.encoding import find_fault
-from store.errors import ShardError, StoreError, explain_os_errors
+from store.errors import (
+    DamagedShard,
+    ShardError,
+    StoreError,
+    SystemFailure,
+    explain_os_errors,
+)
 from store.layout import Layout, parse_shard
 from store.plain_file import lies_at
 from store.reader import PredictionStore
@@ -26,6 +34,8 @@ class Damage(Record):
     """Array that the file belongs to; null for the others."""
     reason: str
     """What is wrong and what to do."""
+    unreadable: bool = Field(False, exclude=True)
+    """Whether the system did not let us look, so that it may well be sound."""
 
 
 class Verification(Record):
@@ -61,7 +71,7 @@ def verify(
     bad = [*_damages_beside(store, layout), *_strangers(layout), *_strange_tables(store, layout)]
     shards = rollouts = timesteps = 0
     for shard in progress(store.committed):
-        damages = list(_shard_damages(store, store.folder(shard)))
+        damages = list(damages_of(store, shard))
         bad.extend(damages)
         if not damages:
             shards += 1
@@ -90,7 +100,8 @@ def _damage_of_store(layout: Layout, error: StoreError) -> Damage:
     )  # fmt: skip
     path = next((path for path in paths if str(path) in str(error)), layout.manifest)
     file = str(path.relative_to(layout.root))
-    return Damage(shard=None, file=file, array=None, reason=str(error))
+    unreadable = isinstance(error, SystemFailure)
+    return Damage(shard=None, file=file, array=None, reason=str(error), unreadable=unreadable)
 
 
 def _damages_beside(store: PredictionStore, layout: Layout) -> Iterator[Damage]:
@@ -143,14 +154,20 @@ def _shown(file: str) -> str:
     return file.encode(errors="backslashreplace").decode()
 
 
-def _shard_damages(store: PredictionStore, folder: ShardFolder) -> Iterator[Damage]:
+def damages_of(store: PredictionStore, shard: int) -> Iterator[Damage]:
     """Everything wrong with one shard: files first, and what they mean if they are sound."""
+    folder = store.folder(shard)
     damages = list(_file_damages(folder))
     if not damages:
         damages = list(_content_damages(store, folder))
     for error in damages:
-        reason = f"{error.rollouts}: {error.reason}"
-        yield Damage(shard=error.shard, file=error.file, array=error.array, reason=reason)
+        yield Damage(
+            shard=error.shard,
+            file=error.file,
+            array=error.array,
+            reason=f"{error.rollouts}: {error.reason}",
+            unreadable=not isinstance(error, DamagedShard),
+        )
 
 
 def _file_damages(folder: ShardFolder) -> Iterator[ShardError]:

@@ -140,7 +140,7 @@ def test_nothing_is_deleted_before_someone_says_so(path: Path) -> None:
         assert "nothing was deleted" in done.out
         assert len(os.listdir(path / "tmp")) == 2
     silent = foretell("gc", path)
-    assert (silent.code, "--yes deletes it" in silent.err) == (2, True)
+    assert (silent.code, "nothing was deleted: there is no terminal" in silent.err) == (2, True)
     listed = foretell("gc", path, "--json")
     assert (listed.code, json.loads(listed.out)["deleted"]) == (0, False)
     assert len(os.listdir(path / "tmp")) == 2
