@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -37,15 +37,17 @@ from stages.draw import (
     read_refused,
 )
 from stages.errors import UserError
+from stages.estimate import Estimate, estimated, missing_of, time_batches
 from stages.evaluate import evaluate
 from stages.family import Family, Sample, load_family
 from stages.fit import fit
+from stages.free_space import Lengths, refuse_small_disk
 from stages.interruption import StopRequest
 from stages.measure import Contender
 from stages.prepare import prepare
 from stages.replay import Replay, open_replay
 from stages.rollout import GivenCodes, rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from stages.sharing import EVERYTHING, Share
 from stages.train import require_same_dataset, train
 from store import PredictionStore
@@ -160,6 +162,8 @@ class Assembly:
                 quantized=quantized,
                 quantization=teachers.audited(config, teacher, quantized, full),
             )
+        if config.disk_check:
+            refuse_small_disk(store, _lengths(config, teacher, samples, replay), config.free_floor)
         share = self._share
         codes: Mapping[Key, GivenCodes] | None = replay
         if origin:
@@ -175,10 +179,63 @@ class Assembly:
             batch_size=config.batch_size,
             stop=self._stop,
             draws=codes,
+            free_floor=config.free_floor,
         )
         finished = share.write(store, write, self._stop)
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
+
+    def estimate(self, round_name: str | None) -> Estimate:
+        """Say what a round of stage one will take, by a few batches; nothing is written.
+
+        What a student has not drawn yet is timed on the recordings' own codes, which take the
+        teacher as long to score.
+        """
+        config, device, dataset = self._rollout_inputs(round_name)
+        path = self._folders.store_of(round_name)
+        teachers = Teachers(self._config, dataset, device)
+        teacher, quantized = teachers.for_rollout(config, round_name)
+        replay = self._replay(config, teacher, dataset, path)
+        samples = dataset.samples(config.split if replay is None else replay.manifest.split)
+        laid = lay_out(
+            config,
+            teacher,
+            samples,
+            facts=dataset.facts,
+            dataset_fingerprint=dataset.header.fingerprint,
+            seed=self._config.seed,
+            replay=replay,
+            quantized=quantized,
+            quantization=teachers.audited(config, teacher, quantized, None),
+        )
+        manifest, missing = laid.manifest, missing_of(path, laid.plan)
+        if manifest.source == "student":
+            manifest = manifest.model_copy(update={"source": "dataset"})
+        by_id = {sample["sample_id"]: sample for sample in samples}
+        lengths = _lengths(config, teacher, samples, replay)
+        teacher.module.eval()
+        timed = None
+        if missing:
+            with torch.inference_mode():
+                timed = time_batches(
+                    manifest,
+                    laid.plan,
+                    missing,
+                    lengths,
+                    lambda keys: predict(teacher, manifest, keys, by_id, replay),
+                    config.batch_size,
+                )
+        return estimated(
+            manifest,
+            laid.plan,
+            missing,
+            lengths,
+            timed,
+            rejected=len(laid.rejected),
+            processes=config.processes,
+            path=path,
+            free_floor=config.free_floor,
+        )
 
     def _replay(
         self, config: RolloutConfig, teacher: Family, dataset: Dataset, path: Path
@@ -319,6 +376,7 @@ class Assembly:
             store.missing(),
             batch_size=settings.batch_size,
             stop=self._stop,
+            free_floor=settings.free_floor,
         )
         return PredictionStore.open(path) if finished else None
 
@@ -342,6 +400,21 @@ class Assembly:
             load = partial(load_model, self._folders.student(name), device, "fp32")
             systems.append(Contender(system_name(name), load, 1.0))
         return systems
+
+
+def _lengths(
+    config: RolloutConfig, teacher: Family, samples: Sequence[Sample], replay: Replay | None
+) -> Lengths:
+    """Return how long rollouts are expected to become: as the recordings, or as given codes."""
+    if replay is not None:
+        longest = replay.longest()
+    else:
+        most = config.sampler.max_timesteps if config.source in ("teacher", "student") else None
+        longest = {
+            sample["sample_id"]: min(filter(None, (teacher.timesteps(sample), most)))
+            for sample in samples
+        }
+    return lambda key: longest[key[0]]
 
 
 def _differences(fields: Mapping[str, tuple[Any, Any]]) -> str:

@@ -114,7 +114,11 @@ def rollout(
         str | None,
         typer.Option("--round", help="Roll out this round, whose teacher is a student."),
     ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Time a few batches and say what all will take.")
+    ] = False,
     set_: Set = None,
+    as_json: Json = False,
 ) -> None:
     """Stage one: store what the guided teacher predicts; alone it does all that is missing."""
     if (task is None) != (tasks is None) or (
@@ -124,6 +128,14 @@ def rollout(
     section = "rollout" if round_ is None else f"rounds.{round_}.rollout"
     overrides = [*(set_ or []), *(_replaying(section, replay) if replay is not None else [])]
     stage = "rollout" if round_ is None else f"rollout:{round_}"
+    if estimate:
+        from pipeline.estimation import estimate_of, estimate_text  # noqa: PLC0415, it needs torch
+
+        found = estimate_of(load_config(config, overrides), round_)
+        _print(found.model_dump(mode="json"), as_json, lambda: estimate_text(found))
+        return
+    if as_json:
+        raise UserError("rollout reports nothing but with --estimate: leave out --json")
     share = None if task is None else f"{task}/{tasks}"
     _stage(stage, config, overrides, share, static=static)
 

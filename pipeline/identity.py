@@ -6,11 +6,14 @@ import hashlib
 import json
 from typing import Any
 
-from stages.config import OptimizerConfig, TrainConfig
+from stages.config import OptimizerConfig, RolloutConfig, TrainConfig
 from store.schema import Record
 
-VOLATILE = {"processes", "device", "log_every", "checkpoint_every", "micro_batch_size", "loader"}
-"""Settings that change how fast a stage works, and nothing that it produces."""
+VOLATILE = {
+    "processes", "device", "log_every", "checkpoint_every", "micro_batch_size", "loader",
+    "disk_check", "free_floor",
+}  # fmt: skip
+"""Settings that change how fast a stage works, or when it stops, and nothing that it produces."""
 
 
 def identity(*parts: Record | dict[str, Any] | str | int | None) -> str:
@@ -26,4 +29,5 @@ def _lasting(value: Any) -> Any:
     return [_lasting(inner) for inner in value] if isinstance(value, list) else value
 
 
-assert {*OptimizerConfig.model_fields, *TrainConfig.model_fields} >= VOLATILE
+RECORDS = (OptimizerConfig, TrainConfig, RolloutConfig)
+assert {name for record in RECORDS for name in record.model_fields} >= VOLATILE

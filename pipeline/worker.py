@@ -25,6 +25,7 @@ from stages.errors import UserError
 from stages.interruption import stop_request
 from stages.sharing import Share
 from store import StoreError
+from store.errors import SystemFailure
 
 WHOLE = ("prepare", "evaluate")
 """Stages whose parts appear whole or not at all, so that they may be stopped anywhere."""
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = FINISHED if assembly.run(options.stage) else MORE_TO_DO
             _note_usage(assembly.peak_device_bytes)
         requeue_if_asked(code, stop)
+    except SystemFailure as error:
+        sys.stderr.write(f"{options.stage}: {error}\n")
+        return FAILED
     except (UserError, StoreError) as error:
         sys.stderr.write(f"{options.stage}: {error}\n")
         return USAGE_ERROR

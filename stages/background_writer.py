@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
+from stages.free_space import require_floor
 from store import PredictionStore
 from store.commit import ShardWriter
 
@@ -45,8 +46,9 @@ class BackgroundWriter:
     call after it and on leaving; nothing that was given later is done.
     """
 
-    def __init__(self, store: PredictionStore) -> None:
-        self._store = store
+    def __init__(self, store: PredictionStore, free_floor: int = 0) -> None:
+        """With less than `free_floor` bytes free no shard is begun: FloorReached is raised."""
+        self._store, self._free_floor = store, free_floor
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         self._in_hand: list[Future[Any]] = []
         """What was given since the last commit."""
@@ -122,6 +124,7 @@ class BackgroundWriter:
 
     def _append(self, shard: int, collect: Callable[[], Iterable[Drawn]]) -> None:
         if self._writer is None:
+            require_floor(self._store.path, self._free_floor)
             self._writer = self._store.writer(shard)
         for drawn in collect():
             self._writer.append(

@@ -34,6 +34,9 @@ from store.schema import (
 AUDIT_SAMPLES = 8
 """Recordings on which a quantized teacher is compared with itself, unless told otherwise."""
 
+FREE_FLOOR = 2**30
+"""Bytes that stage one leaves free, unless told otherwise."""
+
 JudgeName = Literal["whisper", "pocketsphinx", "distillmos", "resemblyzer"]
 
 
@@ -168,6 +171,10 @@ class RolloutConfig(Record):
     """Holds its linear layers in fewer bits; arithmetic stays that of `precision`."""
     audit_samples: int | None = Field(None, ge=0)
     """Recordings on which the teacher is compared with itself in fp32; null: 8 if quantized."""
+    disk_check: bool = True
+    """Refuse to begin where the disk will not hold what is missing; false begins nevertheless."""
+    free_floor: int = Field(FREE_FLOOR, ge=0)
+    """Bytes that stay free on the store's disk: with less no shard is begun, and stage one ends."""
     processes: Positive = 1
     """Processes that `run` starts on this machine."""
     device: str = "auto"

@@ -70,6 +70,7 @@ def rollout(
     batch_size: int,
     stop: StopRequest,
     draws: Mapping[Key, GivenCodes] | None = None,
+    free_floor: int = 0,
 ) -> bool:
     """Write the given shards of a store; return False when `stop` was requested first.
 
@@ -80,7 +81,8 @@ def rollout(
     shard that was generated whole is committed. A shard that another worker commits first is left
     to it. A rollout of the teacher's whose logits become NaN or infinite ends before them, with a
     weight of 0. Raises NotFinite where that happens at once or too often, or to codes that are
-    given, and what the store raises.
+    given, FloorReached where less than `free_floor` bytes are free when a shard is begun, and what
+    the store raises.
     """
     manifest = store.manifest
     family.module.eval()
@@ -88,7 +90,7 @@ def rollout(
         tqdm(
             total=planned_rollouts(store, shards), unit="rollout", desc="rollout", disable=None
         ) as bar,
-        BackgroundWriter(store) as writer,
+        BackgroundWriter(store, free_floor) as writer,
     ):
         for shard in shards:
             if store.is_committed(shard):

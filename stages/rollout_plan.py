@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 from pydantic import ValidationError
@@ -27,6 +28,15 @@ logger = logging.getLogger(__name__)
 Key = tuple[str, int]
 
 
+class LaidOut(NamedTuple):
+    """A store before it is made, but for its heads."""
+
+    manifest: Manifest
+    plan: Plan
+    samples: pa.Table
+    rejected: Rejected
+
+
 def create_store(
     path: Path,
     config: RolloutConfig,
@@ -44,13 +54,54 @@ def create_store(
 ) -> PredictionStore:
     """Create the store that a rollout configuration describes, or open the one that is there.
 
+    Raises `StoreError` when `path` holds a store of other settings, another teacher or another
+    dataset, naming what differs, and what `lay_out` raises, which says what is given.
+    """
+    laid = lay_out(
+        config,
+        family,
+        samples,
+        facts=facts,
+        dataset_fingerprint=dataset_fingerprint,
+        seed=seed,
+        student_fingerprint=student_fingerprint,
+        replay=replay,
+        refused=refused,
+        quantized=quantized,
+        quantization=quantization,
+    )
+    return PredictionStore.create(
+        path,
+        laid.manifest,
+        laid.plan,
+        laid.samples,
+        heads=family.head_weights() if isinstance(config.target, Hidden) else None,
+        rejected=laid.rejected,
+    )
+
+
+def lay_out(
+    config: RolloutConfig,
+    family: Family,
+    samples: Sequence[Sample],
+    *,
+    facts: DatasetFacts,
+    dataset_fingerprint: str,
+    seed: int,
+    student_fingerprint: str = "",
+    replay: Replay | None = None,
+    refused: Rejected = (),
+    quantized: Quantized | None = None,
+    quantization: Quantization | None = None,
+) -> LaidOut:
+    """Lay out the store that a rollout configuration describes; nothing is written.
+
     `samples` are the rows of the split to roll out; those that the family refuses are left out of
     the plan and named in the store with their reasons, and so are those that `refused` names. With
     `replay` the keys, seed and sampler are those of its store, whatever `config` says. Raises
-    `StoreError` when `path` holds a store of other settings, another teacher or another dataset,
-    naming what differs, and `UserError` for a teacher of another audio codec or without linear
-    heads for a `hidden` target, settings with which no sample can be drawn, too small a
-    `k`, an empty split, and one of which no sample is left.
+    `UserError` for a teacher of another audio codec or without linear heads for a `hidden` target,
+    settings with which no sample can be drawn, too small a `k`, an empty split, and one of which
+    no sample is left.
     `student_fingerprint` names the student that drew the codes, where the source is one;
     `quantized` is what the teacher was before it was quantized, and `quantization` the record of
     its precision.
@@ -90,13 +141,11 @@ def create_store(
         manifest = _manifest(config, family, facts, fingerprints, seed, architecture, quantization)
     except ValidationError as error:
         raise misfit(error) from None
-    return PredictionStore.create(
-        path,
+    return LaidOut(
         manifest,
         Plan.of(_shards(keys, family, chosen, seed, config.rollouts_per_shard)),
         conditions_table(family, chosen),
-        heads=family.head_weights() if isinstance(config.target, Hidden) else None,
-        rejected=rejected,
+        rejected,
     )
 
 

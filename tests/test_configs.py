@@ -322,6 +322,8 @@ DEPENDS = {
     "fit.optimizer.log_every": (3, set()),
     "fit.optimizer.device": ("cpu", set()),
     "rollout.processes": (3, set()),
+    "rollout.disk_check": (False, set()),
+    "rollout.free_floor": (5, set()),
     "students.student.optimizer.micro_batch_size": (1, set()),
     "students.student.loader": ({"workers": 2}, set()),
     "students.student.variations": ("one", {"train:student", "evaluate"}),
@@ -338,9 +340,9 @@ def test_a_stage_is_stale_exactly_when_something_it_depends_on_has_changed(load,
     assert stale == expected
 
 
-def test_what_never_makes_a_stage_stale_is_what_changes_only_its_speed():
+def test_what_never_makes_a_stage_stale_is_what_changes_only_its_speed_or_its_stop():
     fast = {"processes", "device", "log_every", "checkpoint_every", "micro_batch_size", "loader"}
-    assert fast == VOLATILE
+    assert fast | {"disk_check", "free_floor"} == VOLATILE
 
 
 def test_the_configuration_of_published_models_keeps_the_capitals_that_their_tokenizers_know():

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from stages.config import LoaderConfig, OptimizerConfig
+from stages.config import FREE_FLOOR, LoaderConfig, OptimizerConfig
 from stages.ranges import GuidanceScale, Positive, Share
 from store.schema import Dense, Fast, Guidance, Profile, QuantizationMethod, Record
 
@@ -403,6 +403,10 @@ class RecordConfig(Record):
     """Layers that are not quantized, by name or pattern."""
     previews: PreviewConfig | None = None
     """Images that are rendered once."""
+    disk_check: bool = True
+    """Refuse to begin where the disk will not hold what is missing; false begins nevertheless."""
+    free_floor: int = Field(FREE_FLOOR, ge=0)
+    """Bytes that stay free on the store's disk: with less no shard is begun, and stage one ends."""
     processes: Positive = 1
     """Processes that `run` starts on this machine."""
     device: str = "auto"

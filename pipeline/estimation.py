@@ -1,0 +1,51 @@
+"""What `foretell rollout --estimate` does and says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.assembly import Assembly
+from pipeline.config import Run
+from pipeline.run_config import RunConfig
+from stages.errors import UserError
+from stages.estimate import Estimate
+from stages.interruption import StopRequest
+
+
+def estimate_of(config: Run, round_name: str | None) -> Estimate:
+    """Estimate stage one of a run, or a round of it; raises UserError where it has none."""
+    if round_name is not None and round_name not in config.rounds:
+        raise UserError(f"run {config.name!r} has no round {round_name!r}: {list(config.rounds)}")
+    assembly: Any
+    if isinstance(config, RunConfig):
+        assembly = Assembly(config, StopRequest())
+    else:
+        from pipeline.image_assembly import ImageAssembly  # noqa: PLC0415
+
+        assembly = ImageAssembly(config, StopRequest())
+    found: Estimate = assembly.estimate(round_name)
+    return found
+
+
+def estimate_text(found: Estimate) -> str:
+    """Return an estimate, a line for each array."""
+    width = max(map(len, (*found.bytes, "in all")))
+    lines = [
+        f"{found.rollouts:,} rollouts of {found.samples:,} samples in {found.shards:,} shards, "
+        f"about {found.timesteps:,} timesteps; {found.rejected:,} samples are left out",
+        *(f"  {name:<{width}}  {size:>20,} bytes" for name, size in found.bytes.items()),
+        f"  {'in all':<{width}}  {found.bytes_in_all:>20,} bytes",
+        f"{found.missing_shards:,} shards are missing: {found.missing_bytes:,} bytes",
+    ]
+    if found.timesteps_per_s is not None:
+        lines.append(
+            f"about {found.hours:.2f} hours for {found.processes} processes of "
+            f"{found.timesteps_per_s:,.1f} timesteps/s each, as {found.timed_rollouts} rollouts "
+            "took that were not stored"
+        )
+    verdict = "it fits" if found.fits else "IT DOES NOT FIT"
+    lines.append(
+        f"{found.free_bytes:,} bytes are free, of which rollout.free_floor keeps "
+        f"{found.free_floor:,}: {verdict}"
+    )
+    return "\n".join(lines)

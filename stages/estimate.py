@@ -1,0 +1,190 @@
+"""What stage one will write and how long it will take, from a few batches that are really timed."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from stages.background_writer import Drawn
+from stages.errors import UserError
+from stages.free_space import Lengths, expected_timesteps, free_bytes, plain_bytes
+from store import Plan, PredictionStore
+from store.encoding import array_specs
+from store.plan import Key
+from store.schema import Compact, Manifest, Record
+from store.zarr_files import ArrayFiles
+
+TIMED_BATCHES = 3
+"""Batches that are timed, after one that is not: the first one waits for memory and caches."""
+
+
+class Estimate(Record):
+    """What stage one will write, and how long it will take."""
+
+    samples: int
+    """Samples of the plan."""
+    rejected: int
+    """Samples that the teacher refuses, which are left out."""
+    rollouts: int
+    """Rollouts of the plan."""
+    shards: int
+    """Shards of the plan."""
+    timesteps: int
+    """Timesteps that all rollouts will have, as far as the timed batches can tell."""
+    bytes: dict[str, int]
+    """Of every array, all shards together."""
+    targets: dict[str, int]
+    """The same, by what comes before the first dot of the name of an array."""
+    bytes_in_all: int
+    """Of all arrays."""
+    missing_shards: int
+    """Shards that are not committed."""
+    missing_bytes: int
+    """What their arrays will take."""
+    timed_rollouts: int
+    """Rollouts that were predicted to measure the rate; none was stored."""
+    timesteps_per_s: float | None
+    """Rate of one process; null when nothing is missing."""
+    processes: int
+    """Processes that share the work (rollout.processes)."""
+    hours: float
+    """How long the missing shards take all processes together, if the rate is theirs."""
+    free_bytes: int
+    """Free where the store lies."""
+    free_floor: int
+    """Least that must stay free (rollout.free_floor)."""
+    fits: bool
+    """Whether the missing shards leave the floor free."""
+
+
+class Timed(NamedTuple):
+    """Some batches that were predicted and timed."""
+
+    rollouts: int
+    timesteps: int
+    expected: int
+    """Timesteps that the same rollouts were expected to have."""
+    seconds: float
+    share: dict[str, float]
+    """Bytes of every array on disk per plain byte; an array that is not in it takes as many."""
+
+
+def missing_of(path: Path, plan: Plan) -> list[int]:
+    """Shards of a plan that the store at `path` lacks: all of them where there is no store.
+
+    Raises UserError for a store of another plan, StoreError.
+    """
+    if not (path / "manifest.json").exists():
+        return list(range(len(plan)))
+    store = PredictionStore.open(path)
+    if store.plan != plan:
+        raise UserError(
+            f"the store {path} was planned with other settings than the configuration has now, so "
+            "`foretell rollout` would refuse it: choose another folder, or give its configuration"
+        )
+    return store.missing()
+
+
+def time_batches(
+    manifest: Manifest,
+    plan: Plan,
+    missing: Sequence[int],
+    lengths: Lengths,
+    predict: Callable[[Sequence[Key]], Sequence[Drawn]],
+    batch_size: int,
+) -> Timed:
+    """Predict some batches of missing shards, spread over the plan, and time all but the first."""
+    batches = _spread(plan, missing, batch_size)
+    predict(batches[0])
+    started = time.perf_counter()
+    drawn = [rollout for keys in batches for rollout in predict(keys)]
+    seconds = time.perf_counter() - started
+    name = next(iter(drawn[0].arrays))
+    return Timed(
+        rollouts=len(drawn),
+        timesteps=sum(len(rollout.arrays[name]) for rollout in drawn),
+        expected=sum(lengths(rollout.key) for rollout in drawn),
+        seconds=seconds,
+        share=_encoded_share(manifest, drawn),
+    )
+
+
+def _spread(plan: Plan, missing: Sequence[int], batch_size: int) -> list[Sequence[Key]]:
+    """A batch from the midst of a few shards, whose rollouts are laid out by length."""
+    places = {missing[len(missing) * at // TIMED_BATCHES] for at in range(TIMED_BATCHES)}
+    batches: list[Sequence[Key]] = []
+    for shard in sorted(places):
+        keys = plan[shard]
+        start = max(0, (len(keys) - batch_size) // 2)
+        batches.append(keys[start : start + batch_size])
+    return batches
+
+
+def _encoded_share(manifest: Manifest, drawn: Sequence[Drawn]) -> dict[str, float]:
+    if not isinstance(manifest.profile, Compact):
+        return {}
+    share = {}
+    for name, spec in array_specs(manifest).items():
+        parts = [rollout.arrays[name] for rollout in drawn]
+        files = ArrayFiles.of(spec, manifest.profile)
+        share[name] = sum(map(len, files.encode(parts))) / sum(part.nbytes for part in parts)
+    return share
+
+
+def estimated(
+    manifest: Manifest,
+    plan: Plan,
+    missing: Sequence[int],
+    lengths: Lengths,
+    timed: Timed | None,
+    *,
+    rejected: int,
+    processes: int,
+    path: Path,
+    free_floor: int,
+) -> Estimate:
+    """Put together what a plan takes; `timed` is None exactly when no shard is missing.
+
+    Expected lengths are scaled by how long the timed rollouts became; a store lies at `path` or
+    will lie there.
+    """
+    longer = 1.0 if timed is None else timed.timesteps / timed.expected
+    every = range(len(plan))
+    counts = [round(longer * count) for count in expected_timesteps(plan, every, lengths)]
+    sizes = _sizes(manifest, plan, dict(zip(every, counts, strict=True)), timed)
+    missing_sizes = _sizes(manifest, plan, {shard: counts[shard] for shard in missing}, timed)
+    targets: Counter[str] = Counter()
+    for name, size in sizes.items():
+        targets[name.partition(".")[0]] += size
+    rate = None if timed is None else timed.timesteps / timed.seconds
+    left, free = sum(counts[shard] for shard in missing), free_bytes(path)
+    return Estimate(
+        samples=len(plan.sample_ids),
+        rejected=rejected,
+        rollouts=plan.rollouts,
+        shards=len(plan),
+        timesteps=sum(counts),
+        bytes=sizes,
+        targets=dict(targets),
+        bytes_in_all=sum(sizes.values()),
+        missing_shards=len(missing),
+        missing_bytes=sum(missing_sizes.values()),
+        timed_rollouts=0 if timed is None else timed.rollouts,
+        timesteps_per_s=rate,
+        processes=processes,
+        hours=0.0 if rate is None else left / rate / processes / 3600,
+        free_bytes=free,
+        free_floor=free_floor,
+        fits=sum(missing_sizes.values()) + free_floor <= free,
+    )
+
+
+def _sizes(
+    manifest: Manifest, plan: Plan, timesteps: dict[int, int], timed: Timed | None
+) -> dict[str, int]:
+    share = {} if timed is None else timed.share
+    plain = plain_bytes(manifest, plan, timesteps)
+    return {name: round(size * share.get(name, 1)) for name, size in plain.items()}
