@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -17,6 +18,12 @@ from stages.errors import UserError
 from stages.loss_config import LOSS_FORMS
 
 LARGEST_FILE_BYTES = 2**20
+MOST_VALUES = 100_000
+"""Values of a configuration, those that its aliases repeat counted again."""
+MOST_SHOWN = 200
+"""Letters of a value in a message."""
+REPR = reprlib.Repr()
+REPR.maxstring = REPR.maxother = MOST_SHOWN
 
 Run = RunConfig | DiffusionRunConfig
 KINDS: dict[str, type[Run]] = {"speech": RunConfig, "diffusion": DiffusionRunConfig}
@@ -32,8 +39,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
     for override in overrides:
         _apply(document, override)
     kind = document.get("kind", "speech")
-    if kind not in KINDS:
-        raise UserError(f"{path}: kind is {kind!r}, but must be one of {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"{path}: kind is {_shown(kind)}, but must be one of {', '.join(KINDS)}")
     try:
         return KINDS[kind].model_validate(document)
     except ValidationError as error:
@@ -49,14 +56,63 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} is larger than {LARGEST_FILE_BYTES} bytes: not a configuration"
             )
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold a mapping of sections, not {type(document).__name__}")
     return document
+
+
+def _parse(text: str) -> Any:
+    """Value of a YAML document.
+
+    Raises yaml.YAMLError for what yaml.safe_load takes and nobody means, a key that stands twice in
+    a mapping among it, ValueError for a date or number that is none, RecursionError.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, counted: dict[yaml.Node, int]) -> int:
+    """Count the values of a node as if every alias were written out; raises yaml.YAMLError."""
+    if node not in counted:
+        counted[node] = MOST_VALUES  # until it is known: who holds itself has no end
+        counted[node] = 1 + sum(_count(inner, counted) for inner in _inner(node))
+    if counted[node] > MOST_VALUES:
+        message = f"its aliases stand for more than {MOST_VALUES} values"
+        raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+    return counted[node]
+
+
+def _inner(node: yaml.Node) -> Iterator[yaml.Node]:
+    """Yield what a node holds; raises yaml.YAMLError for a key that stands there twice."""
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, value in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
+            if name in keys:
+                message = f"the key {key.value!r} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+            keys.add(name)
+            yield from (key, value)
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message: long ones, and those within others, are cut."""
+    shown = REPR.repr(value)
+    return shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}…"
 
 
 def _apply(document: dict[str, Any], override: str) -> None:
@@ -64,8 +120,8 @@ def _apply(document: dict[str, Any], override: str) -> None:
     if not separator or not all(key.split(".")):
         raise UserError(f"--set {override!r} is not of the form section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = _parse(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
     *sections, last = key.split(".")
     place = document
@@ -103,7 +159,7 @@ def _problems(error: ValidationError, document: Mapping[str, Any], run: type[Run
             case _:
                 message = problem["msg"].removeprefix("Value error, ")
                 given = problem["input"]
-                shown = "" if isinstance(given, Mapping) else f" (given: {given!r})"
+                shown = "" if isinstance(given, Mapping) else f" (given: {_shown(given)})"
                 yield f"{where}: {message}{shown}"
 
 

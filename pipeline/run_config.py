@@ -71,7 +71,7 @@ class CommonRun(Record):
     """Name of the run; everything is written below `<runs>/<name>/`."""
     runs: Path = Path("runs")
     """Folder that holds the runs."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything that is random."""
     dataset: Path | None = None
     """Folder of a prepared dataset; by default the run's own."""

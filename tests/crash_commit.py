@@ -1,25 +1,37 @@
 """Run by the tests of the store in a process of its own, which forks before zarr starts a thread.
 
 `crash STORE` kills a writer of shard 0 at every call that touches the disk, in turn;
-`race STORE` lets four writers commit every shard at the same moment. Both print JSON lines.
+`race STORE` lets four writers commit every shard at the same moment;
+`kill STORE WHOLE ROUNDS` kills a writer at random moments and compares with a complete store;
+`create STORE` kills who makes a store at every such call;
+`repair STORE` kills who takes a damaged shard 0 out at every such call. All print JSON lines.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from store import PredictionStore
-from store.synthetic import synthetic_arrays, write_synthetic_shard
+from store.repair import repair as take_out
+from store.schema import Hidden
+from store.synthetic import (
+    synthetic_arrays,
+    synthetic_manifest,
+    synthetic_store,
+    write_synthetic_shard,
+)
 
-DISK_CALLS = ("mkdir", "open", "write", "fsync", "rename")
+DISK_CALLS = ("mkdir", "open", "write", "fsync", "rename", "link")
 RACERS = 4
 
 
@@ -58,6 +70,89 @@ def crash(path: Path) -> None:
             return
 
 
+def kill(path: Path, whole: Path, rounds: int) -> None:
+    """Compares every shard that is there after a kill, and makes the store anew when complete."""
+    chance = random.Random(rounds)
+    longest_s = 3 * one_commit_s(path)
+    expected = {shard.name: tree(shard) for shard in (whole / "shards").iterdir()}
+    for _ in range(rounds):
+        store = PredictionStore.open(path)
+        child = os.fork()
+        if child == 0:
+            for shard in store.missing():
+                write_synthetic_shard(store, shard, mean_timesteps=8)
+            os._exit(0)
+        time.sleep(chance.uniform(0, longest_s))
+        os.kill(child, signal.SIGKILL)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        found = {shard.name: tree(shard) for shard in (path / "shards").iterdir()}
+        sound = all(content == expected[name] for name, content in found.items())
+        left = len(os.listdir(path / "tmp"))
+        complete = len(found) == len(expected)
+        known = len(PredictionStore.open(path).committed) == len(found)
+        answer = {"killed": killed, "sound": sound and known, "left": left, "complete": complete}
+        print(json.dumps(answer))  # noqa: T201
+        for garbage in (path / "tmp").iterdir():
+            shutil.rmtree(garbage)
+        for shard in (path / "shards").iterdir() if complete else ():
+            shutil.rmtree(shard)
+
+
+def one_commit_s(path: Path) -> float:
+    """How long a process takes on this machine, as busy as it is, to commit a shard."""
+    store, began = PredictionStore.open(path), time.monotonic()
+    child = os.fork()
+    if child == 0:
+        write_synthetic_shard(store, 0, mean_timesteps=8)
+        os._exit(0)
+    os.waitpid(child, 0)
+    return time.monotonic() - began
+
+
+def create(path: Path) -> None:
+    """Prints whether a store was there after the kill, and that one could be made then."""
+    manifest = synthetic_manifest(Hidden())
+    for step in count():
+        child = os.fork()
+        if child == 0:
+            kill_at(step)
+            synthetic_store(path, manifest, 4, 1, 2)
+            os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        there = (path / "manifest.json").exists()
+        opened = there and PredictionStore.open(path).planned_shards == 2
+        synthetic_store(path, manifest, 4, 1, 2)
+        shutil.rmtree(path / "tmp")
+        answer = {"step": step, "killed": killed, "there": there, "opened": opened}
+        print(json.dumps(answer))  # noqa: T201
+        shutil.move(path, path.parent / f"after-{step}")
+        if not killed:
+            return
+
+
+def repair(path: Path) -> None:
+    """Prints where the damaged shard was found after the kill."""
+    damaged = path / "shards/00000"
+    for step in count():
+        child = os.fork()
+        if child == 0:
+            kill_at(step)
+            take_out(path, [0])
+            os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        moved = [name for name in os.listdir(path / "tmp") if name.startswith("damaged-00000-")]
+        answer = {"killed": killed, "there": damaged.exists(), "moved": len(moved)}
+        print(json.dumps(answer))  # noqa: T201
+        for name in moved:
+            os.rename(path / "tmp" / name, damaged)
+        if not killed:
+            return
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
 def race(path: Path) -> None:
     store = PredictionStore.open(path)
     for shard in store.missing():
@@ -87,4 +182,15 @@ def compete(store: PredictionStore, shard: int, ready: int, start: int) -> None:
 
 if __name__ == "__main__":
     PARENT = os.getpid()
-    {"crash": crash, "race": race}[sys.argv[1]](Path(sys.argv[2]))
+    command, store, *more = sys.argv[1:]
+    match command:
+        case "crash":
+            crash(Path(store))
+        case "race":
+            race(Path(store))
+        case "kill":
+            kill(Path(store), Path(more[0]), int(more[1]))
+        case "create":
+            create(Path(store))
+        case "repair":
+            repair(Path(store))

@@ -137,7 +137,7 @@ def test_with_less_than_the_floor_no_shard_is_begun_and_what_was_committed_stays
                 writer.append(shard, lambda s=shard, c=collect: c(s))
                 writer.commit(shard)
 
-    with pytest.raises(FloorReached, match="499 bytes are free at .* less than 500"):
+    with pytest.raises(FloorReached, match=r"499 bytes are free at .* less than 500"):
         write_all()
     found = verify(store.path)
     assert (found.ok, found.not_committed) == (True, (2,))

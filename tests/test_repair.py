@@ -1,4 +1,4 @@
-"""`verify --repair` takes out the damaged shards and nothing else; the next rollout remakes them."""
+"""`verify --repair` takes out damaged shards and nothing else; the next rollout remakes them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,179 @@
+"""kill -9 at any moment of either stage: nothing half is ever data, and the end is the same."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from store import PredictionStore, verify
+from store.schema import Full, Profile
+from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
+from tests.conftest import Worker
+from tests.test_cli_runs import LONG, children, foretell, steps_done
+from tests.test_store_commit import by_profile, run, tree
+
+ROUNDS = 300
+"""Kills per profile."""
+
+
+@pytest.mark.slow
+@by_profile
+def test_writers_killed_at_random_moments_publish_whole_shards_only(
+    tmp_path: Path, profile: Profile
+) -> None:
+    manifest = synthetic_manifest(Full(), streams=1, profile=profile)
+    whole, store = (synthetic_store(tmp_path / name, manifest, 16, 1, 2) for name in "ab")
+    for shard in whole.missing():
+        write_synthetic_shard(whole, shard, 8)
+    rounds = run("kill", str(store.path), str(whole.path), str(ROUNDS))
+
+    assert len(rounds) == ROUNDS
+    assert all(each["sound"] for each in rounds)
+    assert sum(each["killed"] for each in rounds) > ROUNDS // 2
+    assert sum(each["left"] for each in rounds) > 0  # amid a commit
+    assert sum(each["complete"] for each in rounds) > 0  # and the next ones went on from there
+    assert verify(store.path).ok
+    again = PredictionStore.open(store.path)
+    for shard in again.missing():
+        assert write_synthetic_shard(again, shard, 8)
+    assert tree(store.path) == tree(whole.path)
+
+
+@pytest.mark.slow
+def test_who_makes_a_store_may_be_killed_at_any_disk_call(tmp_path: Path) -> None:
+    steps = run("create", str(tmp_path / "store"))
+    there = [step["there"] for step in steps]
+    assert [step["killed"] for step in steps] == [True] * (len(steps) - 1) + [False]
+    assert there == sorted(there)
+    assert 10 < there.index(True) < len(steps) - 1
+    assert all(step["opened"] == step["there"] for step in steps)
+    first = tree(tmp_path / "after-0")
+    assert set(first) >= {"manifest.json", "plan.parquet", "samples.parquet"}
+    assert all(tree(tmp_path / f"after-{step['step']}") == first for step in steps)
+
+
+def test_a_repair_that_is_killed_at_any_disk_call_loses_nothing(tmp_path: Path) -> None:
+    store = synthetic_store(tmp_path / "store", synthetic_manifest(Full()), 4, 1, 2)
+    write_synthetic_shard(store, 0, 8)
+    (store.path / "shards/00000/extra").write_bytes(b"x")
+    steps = run("repair", str(store.path))
+    assert [step["killed"] for step in steps] == [True] * (len(steps) - 1) + [False]
+    moved = [step["moved"] for step in steps]
+    assert moved == sorted(moved)
+    assert {0, 1} == set(moved)
+    assert all(step["there"] == (not step["moved"]) for step in steps)
+
+
+KILLS = 6
+"""Of each stage, end to end."""
+
+
+def kill_again_and_again(start: Callable[[], Worker], done: Callable[[], int], seed: int) -> None:
+    """Kill a stage amid its start, or a moment after it has done one more piece, by turns."""
+    chance = random.Random(seed)
+    for attempt in range(KILLS):
+        worker, before = start(), done()
+        if attempt % 2:
+            moment = time.monotonic() + chance.uniform(0, 0.3)
+            code = worker.kill_when(lambda at=moment: time.monotonic() > at, signal.SIGKILL)
+        else:
+            code = worker.kill_when(lambda count=before: done() > count, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+
+
+def shards_in(store: Path) -> int:
+    return len(os.listdir(store / "shards")) if (store / "shards").exists() else 0
+
+
+def arrays_of(store: Path) -> dict[str, bytes]:
+    return {name: content for name, content in tree(store).items() if name.startswith("shards/")}
+
+
+@pytest.fixture
+def runs(run_of, tiny_run):
+    """Two runs of both stages, whose work is in many small pieces."""
+    section = tiny_run.document["rollout"] | {
+        "variations": 8, "rollouts_per_shard": 2, "batch_size": 2
+    }  # fmt: skip
+    students = {
+        "student": tiny_run.document["students"]["student"] | {"optimizer": LONG | {"steps": 400}}
+    }
+
+    def make(name: str, **sections):
+        return run_of(name, fitted=True, rollout=section, students=students, **sections)
+
+    return make("own"), make("whole")
+
+
+@pytest.mark.slow
+def test_a_rollout_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
+    runs, start_worker
+) -> None:
+    own, whole = runs
+    path = own.root / "store"
+    kill_again_and_again(lambda: start_worker("rollout", own), lambda: shards_in(path), 1)
+    found = verify(path)
+    assert found.ok
+    assert found.not_committed
+    whole.do("rollout")
+    last = start_worker("rollout", own)
+    assert last.wait() == 0, last.stderr.read_text()
+    assert verify(path).ok
+    assert arrays_of(path) == arrays_of(whole.root / "store")
+    manifests = [(r.root / "store/manifest.json").read_bytes() for r in runs]
+    assert manifests[0] == manifests[1]
+
+
+@pytest.mark.slow
+def test_a_training_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(
+    runs, start_worker
+) -> None:
+    own, whole = runs
+    whole.do("rollout")
+    store = f"--set=store={whole.root / 'store'}"
+    assert start_worker("train:student", whole, store).wait() == 0
+    folder = own.root / "student"
+    start = partial(start_worker, "train:student", own, store)
+    kill_again_and_again(start, lambda: steps_done(folder), 2)
+    assert 20 <= steps_done(folder) < 400
+    last = start_worker("train:student", own, store)
+    assert last.wait() == 0, last.stderr.read_text()
+    ours, theirs = (load_file(r.root / "student/model.safetensors") for r in runs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_commands_that_are_killed_with_all_their_workers_go_on_where_they_were(runs) -> None:
+    own, whole = runs
+
+    def kill_when(ready: Callable[[], bool], *arguments: str) -> None:
+        command = [sys.executable, "-m", "pipeline", *arguments]
+        root = str(Path(__file__).parents[2])
+        environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "error"}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        while not ready():
+            assert process.poll() is None, "it ended before it was ready"
+            time.sleep(0.005)
+        for pid in [*children(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+    kill_when(lambda: shards_in(own.root / "store") > 2, "rollout", str(own.path))
+    kill_when(lambda: steps_done(own.root / "student") >= 20, "run", str(own.path))
+    done = foretell("run", own.path)
+    assert done.returncode == 0, done.stderr
+    whole.do("rollout", "train:student")
+    assert arrays_of(own.root / "store") == arrays_of(whole.root / "store")
+    ours, theirs = (load_file(r.root / "student/model.safetensors") for r in runs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
