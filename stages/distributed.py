@@ -84,8 +84,9 @@ def _require_devices(processes: int) -> None:
 def choose_device(name: str) -> torch.device:
     """Return the torch device for a setting; `auto` is CUDA where it is present, else the CPU.
 
-    Processes of one machine take its CUDA devices in turn, by the variable LOCAL_RANK. Raises
-    `UserError` for a device that torch does not know or does not see.
+    Processes of one machine take its CUDA devices in turn, by the variable LOCAL_RANK. From then on
+    float32 is float32 in convolutions there, as it is in products. Raises `UserError` for a device
+    that torch does not know or does not see.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,6 +101,8 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA device "
             "here: set device: auto or cpu, or install a CUDA build and driver"
         )
+    # Left alone cudnn rounds what it multiplies to ten bits, and what fp32 says would not hold.
+    torch.backends.cudnn.allow_tf32 = False
     if device.index is not None:
         return device
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -245,6 +245,8 @@ def _holds_int8_torchao(layer: nn.Linear) -> bool:
 
 
 def _int8_bitsandbytes(package: ModuleType, layer: nn.Linear, device: torch.device) -> nn.Linear:
+    # It would say with every pass of every layer that inputs are rounded by way of float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     made: nn.Linear = package.nn.Linear8bitLt(
         layer.in_features, layer.out_features, bias=layer.bias is not None,
         has_fp16_weights=False, threshold=OUTLIERS, device="meta",
