@@ -77,6 +77,31 @@ def test_a_quantized_layer_is_near_the_full_one_and_not_equal_to_it(method, leas
     assert least < float((found - before).norm() / before.norm()) < most
 
 
+def laid_out(shape: str) -> torch.Tensor:
+    """Rows of 128 numbers that do not lie one behind the other."""
+    if shape == "one row":
+        return torch.randn(1, 128, 3)[..., 0]
+    whole = torch.randn(2, 128, 5, 3)
+    return {
+        "transposed": whole[:1].flatten(2).transpose(1, 2),
+        "many": whole.permute(0, 2, 3, 1),
+        "expanded": whole[:1, :, :1, 0].transpose(1, 2).expand(4, 1, 128),
+    }[shape]
+
+
+@pytest.mark.parametrize("shape", ["one row", "transposed", "many", "expanded"])
+@pytest.mark.parametrize("method", METHODS)
+def test_how_an_input_lies_in_memory_makes_no_difference(method, shape):
+    module = nn.Sequential(Pair().up).to(torch.bfloat16)
+    quantize(module, method, device="cuda")
+    x = laid_out(shape).to("cuda", torch.bfloat16)
+    assert shape == "expanded" or not x.is_contiguous()
+    with torch.no_grad():
+        found, rows = module(x), module(x.reshape(-1, 128).contiguous())
+    assert found.shape == (*x.shape[:-1], 64)
+    torch.testing.assert_close(found.reshape(-1, 64), rows, rtol=0, atol=2e-2)
+
+
 @pytest.mark.parametrize("method", ["fp8", "int4"])
 def test_the_weights_are_those_that_the_cpu_rounds_to(method):
     """Not of int8, which another package holds there."""
