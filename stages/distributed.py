@@ -65,7 +65,9 @@ def place(device: str) -> Iterator[Place]:
     if target.type == "cuda":
         _require_devices(int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
         torch.cuda.set_device(target)
-    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=target)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield Place(int(os.environ.get("RANK", "0")), world_size, target)
     finally:
@@ -103,10 +105,15 @@ def choose_device(name: str) -> torch.device:
         )
     # Left alone cudnn rounds what it multiplies to ten bits, and what fp32 says would not hold.
     torch.backends.cudnn.allow_tf32 = False
-    if device.index is not None:
-        return device
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    present = torch.cuda.device_count()
+    if device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % present)
+    if device.index >= present:
+        raise UserError(
+            f"device {name!r} was asked for, but this machine has {present} CUDA devices, "
+            f"cuda:0 to cuda:{present - 1}: name one of them, or set device: auto"
+        )
+    return device
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -49,6 +49,8 @@ def require() -> Callable[[str, str], None]:
     return check
 
 
+START = "spawn" if torch.cuda.is_available() else "fork"
+"""How a test starts processes: a fork has not the threads with which autograd serves a device."""
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 

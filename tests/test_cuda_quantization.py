@@ -79,9 +79,10 @@ def test_a_quantized_layer_is_near_the_full_one_and_not_equal_to_it(method, leas
 
 def laid_out(shape: str) -> torch.Tensor:
     """Rows of 128 numbers that do not lie one behind the other."""
+    given = {"device": "cuda", "dtype": torch.bfloat16}
     if shape == "one row":
-        return torch.randn(1, 128, 3)[..., 0]
-    whole = torch.randn(2, 128, 5, 3)
+        return torch.randn(1, 128, 3, **given)[..., 0]
+    whole = torch.randn(2, 128, 5, 3, **given)
     return {
         "transposed": whole[:1].flatten(2).transpose(1, 2),
         "many": whole.permute(0, 2, 3, 1),
@@ -94,8 +95,8 @@ def laid_out(shape: str) -> torch.Tensor:
 def test_how_an_input_lies_in_memory_makes_no_difference(method, shape):
     module = nn.Sequential(Pair().up).to(torch.bfloat16)
     quantize(module, method, device="cuda")
-    x = laid_out(shape).to("cuda", torch.bfloat16)
-    assert shape == "expanded" or not x.is_contiguous()
+    x = laid_out(shape)
+    assert not x.is_contiguous()
     with torch.no_grad():
         found, rows = module(x), module(x.reshape(-1, 128).contiguous())
     assert found.shape == (*x.shape[:-1], 64)
@@ -129,9 +130,9 @@ def test_the_device_holds_the_bytes_of_the_bits_and_no_more(method, dtype):
     held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     told = sum(weight_bytes(layer) for layer in module)
     share = BITS[method] / (8 * dtype.itemsize)
-    assert count * full * share <= held <= count * full * (share + 0.03)
+    assert count * full * share <= held <= count * full * (share + 0.035)
     assert held == pytest.approx(told, rel=0.01)
-    assert peak < held + 10 * width * width, "one layer in float32, and what it becomes"
+    assert peak < held + 12 * width * width, "one layer in float32, and what it becomes"
     with torch.no_grad():
         module(torch.randn(4, width, device="cuda", dtype=dtype))
     assert torch.cuda.memory_allocated() - before < 1.1 * held + 40 * 2**20, "after a pass too"
