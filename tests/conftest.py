@@ -231,7 +231,7 @@ def ask(server: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, Any
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[subprocess.Popen[str]]:
     server = subprocess.Popen(
-        [sys.executable, str(TESTS / "fork_server.py")],
+        [sys.executable, str(TESTS / "fork_server.py"), *["late"] * torch.cuda.is_available()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -5,8 +5,8 @@ Imports the worker once, then reads JSON requests, one a line: `{"arguments", "e
 `{"wait": pid}` answers its exit code, negative for a signal. This process runs no stage itself, so
 no thread exists when it forks. With `"observe": PATH` a process notes there which networks it
 built and what it read of which weight files, and of diffusers' and transformers' models which it
-built of what. `"imports": [MODULE]` are imported once, before; where there
-is a CUDA device each process does it, for some open the device, which no fork can take along.
+built of what. `"imports": [MODULE]` are imported once, before; with
+the argument `late` by each process, for some open a CUDA device, which no fork can take along.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import traceback
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipeline import worker
 from stages.families import codec_lm_checkpoint, codec_lm_network
@@ -40,7 +38,7 @@ def wait(pid: int) -> int:
 
 
 def start(request: dict[str, Any]) -> int:
-    if not torch.cuda.is_available():
+    if "late" not in sys.argv:
         load(request)
     pid = os.fork()
     if pid == 0:

@@ -217,7 +217,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, precision):
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # which the compiler advises
+@pytest.mark.filterwarnings("ignore")  # what the compiler advises and deprecates within itself
 def test_a_compiled_student_learns_the_same(tmp_path):
     store = test_train.store_of(tmp_path / "store", "top_k")
     plain = {"precision": "fp32", "steps": 4}
