@@ -5,8 +5,8 @@ Imports the worker once, then reads JSON requests, one a line: `{"arguments", "e
 `{"wait": pid}` answers its exit code, negative for a signal. This process runs no stage itself, so
 no thread exists when it forks. With `"observe": PATH` a process notes there which networks it
 built and what it read of which weight files, and of diffusers' and transformers' models which it
-built of what. `"imports": [MODULE]` are imported once, before; with
-the argument `late` by each process, for some open a CUDA device, which no fork can take along.
+built of what. `"imports": [MODULE]` are imported once, before; with the argument `late` by each
+process, for some open a CUDA device, which no fork can take along.
 """
 
 from __future__ import annotations
