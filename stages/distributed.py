@@ -65,7 +65,9 @@ def place(device: str) -> Iterator[Place]:
     if target.type == "cuda":
         _require_devices(int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
         torch.cuda.set_device(target)
-    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=target)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield Place(int(os.environ.get("RANK", "0")), world_size, target)
     finally:
@@ -84,8 +86,9 @@ def _require_devices(processes: int) -> None:
 def choose_device(name: str) -> torch.device:
     """Return the torch device for a setting; `auto` is CUDA where it is present, else the CPU.
 
-    Processes of one machine take its CUDA devices in turn, by the variable LOCAL_RANK. Raises
-    `UserError` for a device that torch does not know or does not see.
+    Processes of one machine take its CUDA devices in turn, by the variable LOCAL_RANK. From then on
+    float32 is float32 in convolutions there, as it is in products. Raises `UserError` for a device
+    that torch does not know or does not see.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,10 +103,17 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA device "
             "here: set device: auto or cpu, or install a CUDA build and driver"
         )
-    if device.index is not None:
-        return device
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    # Left alone cudnn rounds what it multiplies to ten bits, and what fp32 says would not hold.
+    torch.backends.cudnn.allow_tf32 = False
+    present = torch.cuda.device_count()
+    if device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % present)
+    if device.index >= present:
+        raise UserError(
+            f"device {name!r} was asked for, but this machine has {present} CUDA devices, "
+            f"cuda:0 to cuda:{present - 1}: name one of them, or set device: auto"
+        )
+    return device
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -252,13 +252,15 @@ class TrainingState:
                 "other settings or data: continue with the settings it was started with, give "
                 "this run another name, or move the folder away"
             )
+        # A fused optimizer counts its steps where the weights are, the others on the host.
+        fused = self._optimizer.defaults["fused"]
         for parameter, name in self._names.items():
             parameter.copy_(checkpoint.tensors[f"model.{name}"])
             if name in self._average:
                 self._average[name].copy_(checkpoint.tensors[f"average.{name}"])
             self._optimizer.state[parameter] = {
                 kind: checkpoint.tensors[f"optimizer.{kind}.{name}"].to(
-                    "cpu" if kind == "step" else parameter.device
+                    "cpu" if kind == "step" and not fused else parameter.device
                 )
                 for kind in ("step", "exp_avg", "exp_avg_sq")
                 if f"optimizer.{kind}.{name}" in checkpoint.tensors

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -245,7 +246,9 @@ def _holds_int8_torchao(layer: nn.Linear) -> bool:
 
 
 def _int8_bitsandbytes(package: ModuleType, layer: nn.Linear, device: torch.device) -> nn.Linear:
-    made: nn.Linear = package.nn.Linear8bitLt(
+    # It would say with every pass of every layer that inputs are rounded by way of float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    made: nn.Linear = _int8_class(package)(
         layer.in_features, layer.out_features, bias=layer.bias is not None,
         has_fp16_weights=False, threshold=OUTLIERS, device="meta",
     )  # fmt: skip
@@ -253,6 +256,23 @@ def _int8_bitsandbytes(package: ModuleType, layer: nn.Linear, device: torch.devi
         layer.weight.detach(), requires_grad=False, has_fp16_weights=False
     )
     return _with(made, weight, layer, device)
+
+
+@cache
+def _int8_class(package: ModuleType) -> Callable[..., nn.Linear]:
+    """Return the package's layer, given rows that lie one behind the other.
+
+    Its kernel reads numbers as they lie, so that an input seen transposed, as diffusers' attention
+    sees images, is multiplied in the wrong order without an error; and it knows three dimensions.
+    """
+
+    class Int8Linear(package.nn.Linear8bitLt):  # type: ignore[name-defined,misc]
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            product: Tensor = super().forward(rows)
+            return product.view(*x.shape[:-1], -1)
+
+    return Int8Linear
 
 
 def _holds_int8_bitsandbytes(layer: nn.Linear) -> bool:

@@ -49,6 +49,8 @@ def require() -> Callable[[str, str], None]:
     return check
 
 
+START = "spawn" if torch.cuda.is_available() else "fork"
+"""How a test starts processes: a fork has not the threads with which autograd serves a device."""
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
@@ -229,7 +231,7 @@ def ask(server: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, Any
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[subprocess.Popen[str]]:
     server = subprocess.Popen(
-        [sys.executable, str(TESTS / "fork_server.py")],
+        [sys.executable, str(TESTS / "fork_server.py"), *["late"] * torch.cuda.is_available()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -5,7 +5,8 @@ Imports the worker once, then reads JSON requests, one a line: `{"arguments", "e
 `{"wait": pid}` answers its exit code, negative for a signal. This process runs no stage itself, so
 no thread exists when it forks. With `"observe": PATH` a process notes there which networks it
 built and what it read of which weight files, and of diffusers' and transformers' models which it
-built of what. `"imports": [MODULE]` are imported once, before.
+built of what. `"imports": [MODULE]` are imported once, before; with the argument `late` by each
+process, for some open a CUDA device, which no fork can take along.
 """
 
 from __future__ import annotations
@@ -37,18 +38,24 @@ def wait(pid: int) -> int:
 
 
 def start(request: dict[str, Any]) -> int:
-    for module in request.get("imports", ()):
-        importlib.import_module(module)
+    if "late" not in sys.argv:
+        load(request)
     pid = os.fork()
     if pid == 0:
         os._exit(work(request))
     return pid
 
 
+def load(request: dict[str, Any]) -> None:
+    for module in request.get("imports", ()):
+        importlib.import_module(module)
+
+
 def work(request: dict[str, Any]) -> int:
     os.environ.update(request["environment"])
     os.dup2(os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     os.dup2(2, 1)
+    load(request)
     seen = observed() if "observe" in request else None
     try:
         code = worker.main(request["arguments"])

@@ -232,6 +232,7 @@ def test_one_logit_that_is_not_finite_refuses_the_batch(monkeypatch, values, bad
         captured(manifest, steps)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.kind)
 def test_an_accelerator_reduces_to_the_same_and_is_never_waited_for(target):

@@ -18,6 +18,7 @@ from stages.diffusion.losses import weighting
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.interruption import StopRequest
+from tests.conftest import START
 from tests.diffusion_stores import (
     IMAGES,
     SAMPLES,
@@ -223,8 +224,8 @@ def work(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_take_the_steps_of_one(images, tmp_path):
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=work, args=(rank, tmp_path)) for rank in range(2)]
+    start = multiprocessing.get_context(START)
+    workers = [start.Process(target=work, args=(rank, tmp_path)) for rank in range(2)]
     for worker in workers:
         worker.start()
     config = config_of(optimizer={"batch_size": 3})

@@ -102,6 +102,31 @@ DEPENDS = {
 VALUES = {"fit.condition_dropout": 0.2, "rollout.rows.slots": 4, "rollout.device": "cpu"}
 
 
+HALF = {
+    "rollout": {"guidance": {"scale": 3.0}, "precision": "fp16", "quantization": "fp8"},
+    "students.student.model": {
+        "network": "UNet2DModel", "adapter": {"rank": 2}, "base_precision": "fp16",
+        "base_quantization": "int8",
+    },
+    "prepare.encoder": {
+        "kind": "pipeline", "path": "p", "precision": "fp16",
+        "quantization": {"text_encoder": "fp8"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("section", HALF)
+def test_what_is_quantized_does_not_compute_in_fp16(load, section):
+    """It would be found when the model is quantized: for a teacher, after the dataset is ready."""
+    settings = HALF[section]
+    (name,) = (key for key in settings if key.endswith("precision"))
+    quantized = name.replace("precision", "quantization")
+    with pytest.raises(UserError, match=f"{name} is fp16, but with {quantized}.*set {name}: bf16"):
+        load({section: settings})
+    for rest in (settings | {name: "bf16"}, {k: v for k, v in settings.items() if k != quantized}):
+        assert load({section: rest})
+
+
 @pytest.mark.parametrize("key", DEPENDS)
 def test_a_stage_is_stale_exactly_when_something_it_depends_on_has_changed(load, key):
     before, after = load(), load({key: VALUES.get(key, 3)})

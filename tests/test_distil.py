@@ -25,6 +25,7 @@ from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.targets import read_scales
 from store import PredictionStore
+from tests.conftest import START
 from tests.diffusion_stores import (
     IMAGES,
     SAMPLES,
@@ -474,8 +475,8 @@ def work(rank: int, folder: Path, kind: str, student: dict) -> None:
 )
 def test_two_processes_take_the_steps_of_one(tmp_path, kind, student):
     store = write_store(tmp_path / "store", STORES[kind])
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=work, args=(r, tmp_path, kind, student)) for r in range(2)]
+    start = multiprocessing.get_context(START)
+    workers = [start.Process(target=work, args=(r, tmp_path, kind, student)) for r in range(2)]
     for worker in workers:
         worker.start()
     config = config_of({"guidance_scale": 0.5}, optimizer={"batch_size": 5, "micro_batch_size": 2})

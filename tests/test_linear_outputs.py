@@ -22,6 +22,7 @@ from stages.losses import distillation_loss
 from stages.targets import RestoredTarget
 from stages.train import Networks, TargetLearner
 from store import PredictionStore
+from tests.conftest import START
 from tests.stored_targets import B, C, Scene, T, V, scene
 from tests.test_losses import (
     CATEGORICAL,
@@ -354,8 +355,8 @@ def work(rank: int, folder: Path) -> None:
 def test_processes_share_the_gradients_of_heads_that_lie_outside_of_their_network(tmp_path):
     # At step 0 the local transformer is left alone, and no process may wait for its gradients.
     store = store_of(tmp_path / "store", "top_k", LOCAL)
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=work, args=(rank, tmp_path)) for rank in range(2)]
+    start = multiprocessing.get_context(START)
+    workers = [start.Process(target=work, args=(rank, tmp_path)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:

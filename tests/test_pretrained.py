@@ -46,7 +46,7 @@ def pretrained_run(tiny_run, run_of, tmp_path, monkeypatch):
 def test_stage_one_and_evaluation_load_it_by_its_record_and_the_dataset_s_facts(
     pretrained_run, tiny_run
 ):
-    section = tiny_run.document["rollout"] | {"precision": "bf16"}
+    section = tiny_run.document["rollout"] | {"precision": "bf16", "device": "cpu"}
     run = pretrained_run(
         rollout=section, students=None, evaluate=tiny_run.document["evaluate"] | {"device": "cpu"}
     )

@@ -49,6 +49,19 @@ class PixelsConfig(Record):
     """Grey or RGB."""
 
 
+def require_quantizable(name: str, precision: str, quantization: str) -> None:
+    """Raise ValueError for a type in which quantized layers do not compute, naming both settings.
+
+    Said when a configuration is read: a model says it itself only when it is quantized, hours
+    later.
+    """
+    if precision == "fp16":
+        raise ValueError(
+            f"{name} is fp16, but with {quantization} a model computes in fp32 or bf16: set "
+            f"{name}: bf16, or leave {quantization} out"
+        )
+
+
 class PipelineEncoderConfig(Record):
     """Autoencoder and text encoders of a diffusers pipeline, loaded one after the other."""
 
@@ -65,6 +78,12 @@ class PipelineEncoderConfig(Record):
     """Component name, such as `text_encoder_2` → how its linear layers are held."""
     device: str = "auto"
     """Torch device that encodes; `auto` takes CUDA where it is present."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.quantization:
+            require_quantizable("precision", self.precision, "quantization")
+        return self
 
 
 ImageEncoderConfig = Annotated[PixelsConfig | PipelineEncoderConfig, Field(discriminator="kind")]
@@ -230,6 +249,8 @@ class DenoiserConfig(Record):
                 "base_precision and base_quantization hold frozen weights, but without an adapter "
                 "all weights are trained: give an adapter, or leave them out"
             )
+        if self.base_quantization is not None:
+            require_quantizable("base_precision", self.base_precision, "base_quantization")
         return self
 
 
@@ -411,6 +432,12 @@ class RecordConfig(Record):
     """Processes that `run` starts on this machine."""
     device: str = "auto"
     """Torch device; `auto` takes CUDA where it is present."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.quantization is not None:
+            require_quantizable("precision", self.precision, "quantization")
+        return self
 
 
 # --------------------------------------------------------------------------------------- stage two
