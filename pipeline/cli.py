@@ -28,7 +28,7 @@ from pipeline.listening import (
 )
 from pipeline.progress import stages_of
 from pipeline.repair import repair_text
-from pipeline.run import do_stage, do_stage_among_peers, run, under_torchrun
+from pipeline.run import do_stage, do_stage_among_peers, own_code, run, under_torchrun
 from pipeline.slurm import requeue_if_asked
 from pipeline.status import run_status, status_text
 from pipeline.submission import Submitted, held_jobs, resubmit, submission_text, submit
@@ -159,14 +159,14 @@ def train(
     settings = load_config(config, set_ or [])
     students = [stage for stage in stages_of(settings) if stage.startswith("train:")]
     for stage in students if student is None else [f"train:{student}"]:
-        if under_torchrun():
-            code = do_stage_among_peers(stage, config, set_ or [], settings)
-        else:
-            with stop_request() as stop:
+        with stop_request() as stop:
+            if under_torchrun():
+                code = do_stage_among_peers(stage, config, set_ or [], settings, stop)
+            else:
                 code = do_stage(stage, config, set_ or [], settings, stop)
-            requeue_if_asked(code, stop)
+        requeue_if_asked(code, stop)
         if code != FINISHED:
-            raise typer.Exit(code)
+            raise typer.Exit(own_code(code))
 
 
 @app.command()

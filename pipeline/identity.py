@@ -10,8 +10,8 @@ from stages.config import OptimizerConfig, RolloutConfig, TrainConfig
 from store.schema import Record
 
 VOLATILE = {
-    "processes", "device", "log_every", "checkpoint_every", "micro_batch_size", "loader",
-    "disk_check", "free_floor",
+    "processes", "parallel", "device", "log_every", "checkpoint_every", "keep_checkpoints",
+    "micro_batch_size", "loader", "disk_check", "free_floor",
 }  # fmt: skip
 """Settings that change how fast a stage works, or when it stops, and nothing that it produces."""
 

@@ -40,7 +40,7 @@ def launch(
             workers += [
                 _start(arguments, rank, processes, port, Path(scratch)) for rank in range(processes)
             ]
-        code = _wait(workers)
+        code = _wait(arguments[0], workers)
         usages = [
             Usage.model_validate_json(path.read_bytes()) for path in sorted(Path(scratch).iterdir())
         ]
@@ -81,12 +81,35 @@ def _passing_on(workers: list[subprocess.Popen[bytes]], stop: StopRequest) -> It
             signal.signal(number, handler)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
-    while any(worker.poll() is None for worker in workers):
-        if any(worker.returncode not in (None, FINISHED, MORE_TO_DO) for worker in workers):
-            _stop(workers)
+def _wait(stage: str, workers: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all workers and return the exit code of the stage."""
+    while any(worker.poll() is None for worker in workers) and not _failed(workers):
         time.sleep(0.05)
-    return _common_code([worker.returncode for worker in workers])
+    _explain(stage, workers)
+    by_themselves = [worker.returncode for worker in workers]
+    _stop(workers)
+    # What we ended says nothing; but of those that end together, one may know the cause.
+    later = [max(worker.returncode, FINISHED) for worker in workers]
+    return _common_code(
+        [one if code is None else code for code, one in zip(by_themselves, later, strict=True)]
+    )
+
+
+def _failed(workers: list[subprocess.Popen[bytes]]) -> bool:
+    return any(worker.returncode not in (None, FINISHED, MORE_TO_DO) for worker in workers)
+
+
+def _explain(stage: str, workers: list[subprocess.Popen[bytes]]) -> None:
+    """Tell of workers that were ended by a signal, which could not say so themselves."""
+    for rank, worker in enumerate(workers):
+        if worker.returncode is not None and worker.returncode < 0:
+            name = signal.Signals(-worker.returncode).name
+            others = ", so the others were stopped" if len(workers) > 1 else ""
+            sys.stderr.write(
+                f"{stage}: process {rank} of {len(workers)} (pid {worker.pid}) was ended by "
+                f"{name}{others}. The system kills (SIGKILL) what takes the last memory. What was "
+                "finished or checkpointed before is safe: run the same command again to go on\n"
+            )
 
 
 def _stop(workers: list[subprocess.Popen[bytes]]) -> None:
@@ -102,12 +125,14 @@ def _stop(workers: list[subprocess.Popen[bytes]]) -> None:
             worker.wait()
 
 
-def _common_code(codes: list[int]) -> int:
-    """Return the exit code of a stage from those of its processes: the first real failure wins."""
-    failures = [code for code in codes if code not in (FINISHED, MORE_TO_DO)]
-    if failures:
-        own = [code for code in failures if code in (FAILED, USAGE_ERROR)]
-        return own[0] if own else FAILED
+def _common_code(codes: Sequence[int]) -> int:
+    """Return the exit code of a stage from those of its processes: the gravest of them."""
+    if any(code < 0 for code in codes):
+        return FAILED
+    if USAGE_ERROR in codes:
+        return USAGE_ERROR
+    if set(codes) - {FINISHED, MORE_TO_DO}:
+        return FAILED
     return MORE_TO_DO if MORE_TO_DO in codes else FINISHED
 
 

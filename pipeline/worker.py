@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,9 +21,8 @@ from pipeline.image_assembly import ImageAssembly
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
 from pipeline.record import own_usage
 from pipeline.run_config import RunConfig
-from pipeline.slurm import requeue_if_asked
-from stages.errors import UserError
-from stages.interruption import stop_request
+from stages.errors import PeerLost, UserError
+from stages.interruption import StopRequest, stop_request
 from stages.sharing import Share
 from store import StoreError
 from store.errors import SystemFailure
@@ -31,32 +31,43 @@ WHOLE = ("prepare", "evaluate")
 """Stages whose parts appear whole or not at all, so that they may be stopped anywhere."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage and return its exit code: 0 finished, 75 stopped with more to do, 2, 1."""
+def main(arguments: Sequence[str] | None = None, asked: StopRequest | None = None) -> int:
+    """Run one stage and return its exit code: 0 finished, 75 stopped with more to do, 2, 1.
+
+    It stops when `asked` to; where nothing is given, at a signal.
+    """
     options = _parse(arguments)
     _end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_TqdmHandler()])
     try:
+        at_signals = stop_request(at_once=options.stage in WHOLE)
+        with at_signals if asked is None else nullcontext(asked) as stop:
+            # Inside, so that a signal that comes with an error does not keep it from being said.
+            return _attempt(options, stop)
+    except KeyboardInterrupt:
+        return MORE_TO_DO
+
+
+def _attempt(options: argparse.Namespace, stop: StopRequest) -> int:
+    try:
         config = load_config(options.config, options.set)
-        with stop_request(at_once=options.stage in WHOLE) as stop:
-            task, tasks = map(int, options.task.split("/"))
-            assembly: Assembly | ImageAssembly
-            cluster = config.cluster or ClusterConfig()
-            share = Share(task, tasks, options.static, cluster.heartbeat_s)
-            if isinstance(config, RunConfig):
-                assembly = Assembly(config, stop, share)
-            else:
-                assembly = ImageAssembly(config, stop, share)
-            code = FINISHED if assembly.run(options.stage) else MORE_TO_DO
-            _note_usage(assembly.peak_device_bytes)
-        requeue_if_asked(code, stop)
+        task, tasks = map(int, options.task.split("/"))
+        assembly: Assembly | ImageAssembly
+        cluster = config.cluster or ClusterConfig()
+        share = Share(task, tasks, options.static, cluster.heartbeat_s)
+        if isinstance(config, RunConfig):
+            assembly = Assembly(config, stop, share)
+        else:
+            assembly = ImageAssembly(config, stop, share)
+        code = FINISHED if assembly.run(options.stage) else MORE_TO_DO
+        _note_usage(assembly.peak_device_bytes)
     except SystemFailure as error:
         sys.stderr.write(f"{options.stage}: {error}\n")
         return FAILED
     except (UserError, StoreError) as error:
         sys.stderr.write(f"{options.stage}: {error}\n")
         return USAGE_ERROR
-    except FloatingPointError as error:
+    except (FloatingPointError, PeerLost) as error:
         sys.stderr.write(f"{options.stage}: {error}\n")
         return FAILED
     except OSError as error:
@@ -65,8 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "the cause, then run the same command again\n"
         )
         return FAILED
-    except KeyboardInterrupt:
-        return MORE_TO_DO
     return code
 
 

@@ -102,12 +102,26 @@ class OptimizerConfig(Record):
     """Compile the model with torch.compile."""
     checkpoint_every: Positive = 500
     """Optimizer steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints that are kept; of a single one, damage cannot be made good."""
     log_every: Positive = 20
     """Optimizer steps between lines of the log."""
     processes: Positive = 1
     """Processes that `run` starts on this machine (data parallel)."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What data-parallel processes hold: each the whole model, or each its share of the weights,
+    gradients and moments (FSDP2), for models whose training does not fit on one device."""
     device: str = "auto"
     """Torch device; `auto` takes CUDA where it is present."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError(
+                "compile=True with parallel='fsdp': a compiled pass knows nothing of weights that "
+                "are shared out; set compile: false, or parallel: ddp"
+            )
+        return self
 
 
 class FitConfig(Record):

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from stages.errors import UserError
+from stages.peers import watched
+
+PATIENCE = timedelta(hours=1)
+"""How long processes wait for one that is there but slow: it may compile, validate, draw or save.
+One that has ended is noticed at once (`stages.peers`)."""
+
+_meetings = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,14 @@ class Place:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def most(self, value: int) -> int:
+        """Return the largest of the numbers of all processes."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
     def parallel(self, module: nn.Module) -> nn.Module:
         """Return `module` with gradients averaged over all processes."""
         if self.world_size == 1:
@@ -55,7 +74,8 @@ def place(device: str) -> Iterator[Place]:
     """Join the process group that the environment describes, for the length of the block.
 
     The variables are those that torchrun sets; without them the process is alone. Raises
-    `UserError` when there are fewer accelerators on this machine than processes.
+    `UserError` when there are fewer accelerators on this machine than processes, and `PeerLost`
+    when another process ends by an error.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     target = choose_device(device)
@@ -65,13 +85,30 @@ def place(device: str) -> Iterator[Place]:
     if target.type == "cuda":
         _require_devices(int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
         torch.cuda.set_device(target)
-        dist.init_process_group("nccl", device_id=target)
-    else:
-        dist.init_process_group("gloo")
-    try:
-        yield Place(int(os.environ.get("RANK", "0")), world_size, target)
-    finally:
-        dist.destroy_process_group()
+    rank = int(os.environ["RANK"])
+    # A process may do several stages: what one has left in the store would mislead the next.
+    store = dist.PrefixStore(  # type: ignore[attr-defined] # torch exports it unseen
+        f"foretell/{next(_meetings)}", _store()
+    )
+    with watched(rank, world_size, store):
+        dist.init_process_group(
+            "nccl" if target.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=PATIENCE,
+            device_id=target if target.type == "cuda" else None,
+        )
+        try:
+            yield Place(rank, world_size, target)
+        finally:
+            dist.destroy_process_group()
+
+
+@cache
+def _store() -> Any:
+    """Return the store in which processes find each other: rank 0 or torchrun serves it."""
+    return next(iter(rendezvous("env://")))[0]
 
 
 def _require_devices(processes: int) -> None:

@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class PeerLost(Exception):
+    """Another process of the stage has ended, so that this one cannot go on; says who it was."""
+
+
 class Refused(UserError):
     """What is wrong with one sample, and need not be with another: a stage may leave it out.
 

@@ -179,6 +179,10 @@ class Family(Protocol):
     full_precision: tuple[str, ...]
     """Patterns of the names of linear layers in `module` that are never quantized: output heads,
     and layers whose weight is read by other than their own forward."""
+    blocks: tuple[str, ...]
+    """Patterns of the names of parts of `module` that a training pass calls as modules, each whole:
+    processes that share out the weights gather them block by block. None where only the network
+    itself is called."""
 
     @property
     def predicted(self) -> Predicted | None:

@@ -126,7 +126,8 @@ class CodeLearner:
         sums: dict[str, float] = {"ce": 0.0, "accuracy": 0.0}
         weight = 0.0
         self._family.module.eval()
-        with torch.inference_mode():
+        # Not inference_mode: weights that were shared out are gathered here, and learn later.
+        with torch.no_grad():
             for index in range(self._config.dev_batches):
                 for batch in self._dev.batches(index * self._config.optimizer.batch_size):
                     scores = self._family.score(batch.samples, batch.codes, batch.lengths)

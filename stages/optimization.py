@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stages.checkpoint import Checkpoint, load_latest, save_checkpoint
+from stages.checkpoint import Checkpoint, load_checkpoint, newest_whole, save_checkpoint
 from stages.config import OptimizerConfig
 from stages.distributed import Place, computes_bf16
 from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.sampling import keyed_seed
+from stages.sharded import gather, is_sharded, like, reshard, shard, whole
 from stages.training_log import TrainingLog
 
 
@@ -55,7 +56,11 @@ class Learner(Protocol[Batch]):
         """Return the loss of one micro-batch at optimizer step `step`."""
 
     def validate(self) -> Mapping[str, float]:
-        """Return what is reported at every checkpoint; called on the leading process only."""
+        """Return what is reported at every checkpoint.
+
+        Called on the leading process only, or, where weights are shared out, on all at once; they
+        then must all do the same.
+        """
 
 
 class Model(Protocol):
@@ -67,11 +72,21 @@ class Model(Protocol):
 
     network: nn.Module
     """What it calls: the module, or its compiled or data-parallel form."""
+    blocks: tuple[str, ...]
+    """Patterns of the names of parts that a pass calls as modules, each whole."""
 
 
 def attach(family: Model, config: OptimizerConfig, place: Place) -> nn.Module:
-    """Let `family` call a compiled or data-parallel form of its module, and return it."""
+    """Let `family` call a compiled or data-parallel form of its module, and return it.
+
+    Where weights are shared out, the parameters of the module itself become others, once and for
+    all; raises `UserError` for a module that cannot have that.
+    """
     network: nn.Module = family.module
+    if config.parallel == "fsdp" and place.world_size > 1:
+        if not is_sharded(network):
+            shard(network, family.blocks, place.world_size, place.device)
+        return network
     if config.compile:
         network = torch.compile(network)  # type: ignore[assignment]
     network = place.parallel(network)
@@ -100,15 +115,18 @@ def optimize(
     place: Place,
     stop: StopRequest,
     prepare: Callable[[int], nn.Module] | None = None,
+    store: str = "",
 ) -> bool:
-    """Train `module` to the configured step, from the newest checkpoint in `folder` if any.
+    """Train `module` to the configured step, from the newest whole checkpoint in `folder` if any.
 
     `network` is what `learner` calls: `module` itself or its data-parallel form; `prepare`, called
     before every step with its number, may return another from then on. `identity` names
-    everything that a checkpoint depends on; another one is refused with `UserError`, and so are
-    more processes than sequences of a batch, which would wait for each other. The random state of
-    a step is keyed by (seed, step, rank), so that a resumed run ends with the same weights.
-    Returns False when `stop` was requested first; a checkpoint then holds the state.
+    everything that a checkpoint depends on, and `store` is the hash of the manifest of what is
+    learned from; others are refused with `UserError`, and so are more processes than sequences of
+    a batch, which would wait for each other. The random state of a step is keyed by (seed, step,
+    rank), so that a resumed run ends with the same weights. Returns False when `stop` was
+    requested first; a checkpoint then holds the state. Once it is finished the leading process
+    has all weights, also where they were shared out.
     """
     if place.world_size > config.batch_size:
         raise UserError(
@@ -116,8 +134,8 @@ def optimize(
             f"{place.world_size} processes that share them: raise it, or lower "
             "optimizer.processes"
         )
-    state = TrainingState(module, config, place.device)
-    state.restore(folder / "checkpoints", identity)
+    state = TrainingState(module, config, place, identity, store)
+    state.restore(folder / "checkpoints")
     report = Report(folder / "log.jsonl", config, place, state.step)
     module.train()
 
@@ -132,6 +150,7 @@ def optimize(
         if stopping:
             break
 
+        passes_of_others = _passes_of_others(module, len(batches), place)
         for batch in batches:
             with _synchronised(network, batch is batches[-1]), _cast(config, place):
                 objective = learner.objective(state.step, batch)
@@ -139,24 +158,36 @@ def optimize(
                 share = objective.total * (place.world_size / max(weight, 1e-9))
                 torch.autograd.backward(share)
             report.add({**objective.terms, "total": objective.total})
+        for _ in range(passes_of_others):
+            with _cast(config, place):
+                torch.autograd.backward(0.0 * learner.objective(state.step, batches[-1]).total)
         gradient_norm = state.update(learning_rate(config, state.step))
         report.step(state.step, local_weight, gradient_norm)
 
         if state.step % config.checkpoint_every == 0 or state.step == config.steps:
-            if place.leads:
-                # The log first: what it holds beyond the newest checkpoint is dropped on resuming.
+            # The log first: what it holds beyond the newest checkpoint is dropped on resuming.
+            if place.leads or is_sharded(module):
                 report.validation(state.step, learner.validate())
-                save_checkpoint(folder / "checkpoints", state.checkpoint(identity))
-            place.barrier()
+                reshard(module)
+            state.save(folder / "checkpoints")
 
     report.close()
     if state.step == config.steps:
         state.adopt_average()
+        if is_sharded(module):
+            gather(module, leads=place.leads)
         return True
-    if place.leads:
-        save_checkpoint(folder / "checkpoints", state.checkpoint(identity))
-    place.barrier()
+    state.save(folder / "checkpoints")
     return False
+
+
+def _passes_of_others(module: nn.Module, own: int, place: Place) -> int:
+    """Return the passes of a step that others have left when this process has done its `own`.
+
+    Where weights are shared out, nobody can do a pass without the others, and of a batch that does
+    not divide evenly some processes have more micro-batches.
+    """
+    return place.most(own) - own if is_sharded(module) else 0
 
 
 def _synchronised(network: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -175,9 +206,12 @@ def _cast(config: OptimizerConfig, place: Place) -> torch.autocast:
 class TrainingState:
     """Weights, moments and counters of a run: what a checkpoint holds."""
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, config: OptimizerConfig, place: Place, identity: str, store: str
+    ) -> None:
         self.module = module
         self.config = config
+        self._place, self._identity, self._store = place, identity, store
         self.step = 0
         self.position = 0
         # What is frozen already, such as the model under adapters, belongs to no checkpoint.
@@ -187,7 +221,7 @@ class TrainingState:
             _parameter_groups(trained.values(), config.weight_decay),
             lr=config.learning_rate,
             betas=config.betas,
-            fused=device.type in ("cpu", "cuda"),
+            fused=place.device.type in ("cpu", "cuda"),
         )
         self._average: dict[str, Tensor] = {}
         if config.ema_decay is not None:
@@ -198,7 +232,7 @@ class TrainingState:
 
         Raises FloatingPointError when the gradient is not finite; the weights are then untouched.
         """
-        norm = nn.utils.clip_grad_norm_(list(self._names), self.config.clip_norm)
+        norm = whole(nn.utils.clip_grad_norm_(list(self._names), self.config.clip_norm))
         if not bool(norm.isfinite()):
             raise FloatingPointError(
                 f"the gradient of optimizer step {self.step} is not finite: the learning rate "
@@ -227,45 +261,78 @@ class TrainingState:
             if name in self._average:
                 parameter.copy_(self._average[name])
 
-    def checkpoint(self, identity: str) -> Checkpoint:
-        """Return the state as tensors by name and three values."""
-        tensors = {f"model.{name}": p.detach() for p, name in self._names.items()}
-        tensors |= {f"average.{name}": tensor for name, tensor in self._average.items()}
+    def save(self, folder: Path) -> None:
+        """Let the leading process publish a checkpoint below `folder`; every process must call."""
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self._tensors():
+            full = whole(tensor)
+            if self._place.leads:
+                # What is gathered would not all fit on the device.
+                tensors[name] = (full if full is tensor else full.cpu()).contiguous()
+        if self._place.leads:
+            checkpoint = Checkpoint(self.step, self.position, self._identity, self._store, tensors)
+            save_checkpoint(folder, checkpoint, self.config.keep_checkpoints)
+        self._place.barrier()
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what a checkpoint holds, by name."""
+        for parameter, name in self._names.items():
+            yield f"model.{name}", parameter.detach()
+        for name, average in self._average.items():
+            yield f"average.{name}", average
         for parameter, moments in self._optimizer.state.items():
             for kind, tensor in moments.items():
-                tensors[f"optimizer.{kind}.{self._names[parameter]}"] = tensor
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        return Checkpoint(self.step, self.position, identity, tensors)
+                yield f"optimizer.{kind}.{self._names[parameter]}", tensor
 
     @torch.no_grad()
-    def restore(self, folder: Path, identity: str) -> None:
-        """Continue from the newest checkpoint below `folder`, if there is one.
+    def restore(self, folder: Path) -> None:
+        """Continue from the newest whole checkpoint below `folder`, if there is one.
 
-        Raises `UserError` when it was written under another identity.
+        Raises `UserError` when it was trained on another store or under another identity.
         """
-        checkpoint = load_latest(folder)
-        if checkpoint is None:
+        step = self._newest(folder)
+        if step is None:
             return
-        if checkpoint.identity != identity:
+        checkpoint = load_checkpoint(folder, step)
+        self._require_ours(folder, checkpoint)
+        for parameter, name in self._names.items():
+            parameter.copy_(like(checkpoint.tensors[f"model.{name}"], parameter))
+            if name in self._average:
+                average = checkpoint.tensors[f"average.{name}"]
+                self._average[name].copy_(like(average, parameter))
+            # A fused optimizer counts its steps where the weights are, the others on the host.
+            counted = parameter.device if self._optimizer.defaults["fused"] else "cpu"
+            moments = {
+                kind: checkpoint.tensors[f"optimizer.{kind}.{name}"]
+                for kind in ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer.{kind}.{name}" in checkpoint.tensors
+            }
+            self._optimizer.state[parameter] = {
+                kind: moment.to(counted) if kind == "step" else like(moment, parameter)
+                for kind, moment in moments.items()
+            }
+        self.step, self.position = checkpoint.step, checkpoint.position
+
+    def _newest(self, folder: Path) -> int | None:
+        """Return the step of which all processes continue; what the leading one sees counts."""
+        step = newest_whole(folder) if self._place.leads else None
+        (known,) = self._place.totals(-1.0 if step is None and self._place.leads else step or 0.0)
+        return None if known < 0 else int(known)
+
+    def _require_ours(self, folder: Path, checkpoint: Checkpoint) -> None:
+        if checkpoint.store != self._store:
+            raise UserError(
+                f"{folder} holds a checkpoint of step {checkpoint.step} that was trained on "
+                f"another store (manifest {checkpoint.store[:12] or 'none'}) than the present one "
+                f"(manifest {self._store[:12] or 'none'}): continue with that store, give this run "
+                "another name, or move the folder away"
+            )
+        if checkpoint.identity != self._identity:
             raise UserError(
                 f"{folder} holds a checkpoint of step {checkpoint.step} that was trained with "
                 "other settings or data: continue with the settings it was started with, give "
                 "this run another name, or move the folder away"
             )
-        # A fused optimizer counts its steps where the weights are, the others on the host.
-        fused = self._optimizer.defaults["fused"]
-        for parameter, name in self._names.items():
-            parameter.copy_(checkpoint.tensors[f"model.{name}"])
-            if name in self._average:
-                self._average[name].copy_(checkpoint.tensors[f"average.{name}"])
-            self._optimizer.state[parameter] = {
-                kind: checkpoint.tensors[f"optimizer.{kind}.{name}"].to(
-                    "cpu" if kind == "step" and not fused else parameter.device
-                )
-                for kind in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimizer.{kind}.{name}" in checkpoint.tensors
-            }
-        self.step, self.position = checkpoint.step, checkpoint.position
 
 
 def _parameter_groups(

@@ -20,6 +20,7 @@ from stages.interruption import StopRequest
 from stages.loss_config import LossConfig
 from stages.losses import distillation_loss, stream_weights
 from stages.optimization import Objective, attach, optimize
+from stages.sharded import is_sharded
 from stages.support import require_supported
 from stages.targets import Forbidden
 from store import PredictionStore
@@ -69,6 +70,7 @@ def train(
             place=place,
             stop=stop,
             prepare=networks.at,
+            store=store.fingerprint,
         )
     if finished and place.leads:
         family.save(folder)
@@ -153,17 +155,20 @@ class Networks:
     """What a student's `score` calls: built anew when its local transformer begins to learn.
 
     Until then no gradient reaches the local transformer, and the optimizer leaves it as it is.
-    Data parallel training would wait for these gradients, unless it was built without them.
+    Data parallel training would wait for these gradients, unless it was built without them; where
+    weights are shared out it waits for no gradient, and is built once.
     """
 
     def __init__(self, family: Family, config: TrainConfig, place: Place) -> None:
         self._family, self._config, self._place = family, config, place
         self._learned: bool | None = None
+        if config.optimizer.parallel == "fsdp":
+            attach(family, config.optimizer, place)
 
     def at(self, step: int) -> nn.Module:
         """Return the network of an optimizer step; steps must rise."""
         learned = learns_local(self._family, self._config.loss.terms_config, step)
-        if learned != self._learned:
+        if learned != self._learned and not is_sharded(self._family.module):
             if LOCAL in _groups(self._family):
                 for parameter in self._family.local_parameters():
                     parameter.requires_grad_(learned)

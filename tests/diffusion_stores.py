@@ -309,6 +309,7 @@ class FakeDenoiser:
 
     name = "diffusion"
     full_precision = ()
+    blocks = ()
 
     def __init__(
         self,

@@ -5,8 +5,9 @@ Imports the worker once, then reads JSON requests, one a line: `{"arguments", "e
 `{"wait": pid}` answers its exit code, negative for a signal. This process runs no stage itself, so
 no thread exists when it forks. With `"observe": PATH` a process notes there which networks it
 built and what it read of which weight files, and of diffusers' and transformers' models which it
-built of what. `"imports": [MODULE]` are imported once, before; with the argument `late` by each
-process, for some open a CUDA device, which no fork can take along.
+built of what. With `"order": PATH` it appends there, for every global batch that it begins, the
+position, its rank and the keys of its share. `"imports": [MODULE]` are imported once, before; with
+the argument `late` by each process, for some open a CUDA device, which no fork can take along.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from pipeline import worker
 from stages.families import codec_lm_checkpoint, codec_lm_network
+from stages.train import TargetLearner
 
 
 def main() -> None:
@@ -57,6 +59,8 @@ def work(request: dict[str, Any]) -> int:
     os.dup2(2, 1)
     load(request)
     seen = observed() if "observe" in request else None
+    if "order" in request:
+        note_order(Path(request["order"]))
     try:
         code = worker.main(request["arguments"])
     except BaseException:  # noqa: BLE001 - as an interpreter ends
@@ -103,6 +107,20 @@ def observed() -> dict[str, Any]:
     if "stages.families.diffusion" in sys.modules:
         seen["models"] = observed_models()
     return seen
+
+
+def note_order(path: Path) -> None:
+    """Let stage two tell what it learns from, and when."""
+    read = TargetLearner.batches
+
+    def batches(self: Any, position: int) -> Any:
+        found = read(self, position)
+        keys = [key for batch in found for key in batch.keys]
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([position, int(os.environ.get("RANK", "0")), keys]) + "\n")
+        return found
+
+    TargetLearner.batches = batches  # type: ignore[method-assign]
 
 
 def observed_models() -> list[tuple[str, str | None]]:

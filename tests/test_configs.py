@@ -341,8 +341,9 @@ def test_a_stage_is_stale_exactly_when_something_it_depends_on_has_changed(load,
 
 
 def test_what_never_makes_a_stage_stale_is_what_changes_only_its_speed_or_its_stop():
-    fast = {"processes", "device", "log_every", "checkpoint_every", "micro_batch_size", "loader"}
-    assert fast | {"disk_check", "free_floor"} == VOLATILE
+    fast = {"processes", "parallel", "device", "log_every", "micro_batch_size", "loader"}
+    kept = {"checkpoint_every", "keep_checkpoints", "disk_check", "free_floor"}
+    assert fast | kept == VOLATILE
 
 
 def test_the_configuration_of_published_models_keeps_the_capitals_that_their_tokenizers_know():

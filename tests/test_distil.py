@@ -456,12 +456,15 @@ def test_previews_leave_training_as_it_is(stores, tmp_path):
     assert recorder.steps == [0, 2, 4, 6]
 
 
-def work(rank: int, folder: Path, kind: str, student: dict) -> None:
+SHARED = {"batch_size": 5, "micro_batch_size": 2}
+
+
+def work(rank: int, folder: Path, parallel: str, student: dict) -> None:
     """One of two data-parallel processes."""
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     store = PredictionStore.open(folder / "store")
     denoiser = FakeDenoiser(**student)
-    config = config_of({"guidance_scale": 0.5}, optimizer={"batch_size": 5, "micro_batch_size": 2})
+    config = config_of({"guidance_scale": 0.5}, optimizer=SHARED | {"parallel": parallel})
     finished = distil(
         denoiser, store, config, folder / "two",
         seed=5, identity="i", place=Place(rank, 2, torch.device("cpu")), stop=StopRequest(),
@@ -471,15 +474,17 @@ def work(rank: int, folder: Path, kind: str, student: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "student"), [("forward", {}), ("adapter", {"adapter": True})], ids=["all", "adapter"]
+    ("kind", "student", "parallel"),
+    [("forward", {}, "ddp"), ("adapter", {"adapter": True}, "ddp"), ("forward", {}, "fsdp")],
+    ids=["all", "adapter", "sharing weights"],
 )
-def test_two_processes_take_the_steps_of_one(tmp_path, kind, student):
+def test_two_processes_take_the_steps_of_one(tmp_path, kind, student, parallel):
     store = write_store(tmp_path / "store", STORES[kind])
     start = multiprocessing.get_context(START)
-    workers = [start.Process(target=work, args=(r, tmp_path, kind, student)) for r in range(2)]
+    workers = [start.Process(target=work, args=(r, tmp_path, parallel, student)) for r in range(2)]
     for worker in workers:
         worker.start()
-    config = config_of({"guidance_scale": 0.5}, optimizer={"batch_size": 5, "micro_batch_size": 2})
+    config = config_of({"guidance_scale": 0.5}, optimizer=SHARED)
     denoiser = FakeDenoiser(**student)
     distil(
         denoiser, store, config, tmp_path / "one",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import socket
 from collections import Counter
@@ -80,6 +81,7 @@ def run(
     seed=5,
     cuts=(8,),
     nan_at=-1,
+    store="",
     **changes,
 ):
     """Train a fresh module in `folder`; return it, its learner and whether it finished."""
@@ -87,7 +89,7 @@ def run(
     learner = Regression(module, cuts, nan_at)
     finished = optimize(
         module, module, learner, config_of(**changes), folder,
-        seed=seed, identity=identity, place=HERE, stop=stop or StopRequest(),
+        seed=seed, identity=identity, place=HERE, stop=stop or StopRequest(), store=store,
     )  # fmt: skip
     return module, learner, finished
 
@@ -144,6 +146,71 @@ def test_a_checkpoint_of_another_identity_is_refused_and_stays(tmp_path):
     assert after == before
 
 
+def test_a_checkpoint_of_another_store_is_refused_by_the_name_of_both(tmp_path):
+    run(tmp_path, stop=StopAfter(4), store="a" * 64)
+    with pytest.raises(UserError, match=r"step 4 .*store \(manifest a{12}\) .*manifest b{12}\)"):
+        run(tmp_path, store="b" * 64)
+    _, learner, finished = run(tmp_path, store="a" * 64)
+    assert finished
+    assert learner.positions[0] == 8 * 4
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a bit of the weights": lambda path: flip(path / "tensors.safetensors", -77),
+    "a bit of the numbers": lambda path: flip(path / "state.json", 333),
+    "weights cut short": lambda path: os.truncate(path / "tensors.safetensors", 200),
+    "no weights": lambda path: (path / "tensors.safetensors").unlink(),
+    "no numbers": lambda path: (path / "state.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
+    whole, _, _ = run(tmp_path / "whole")
+    run(tmp_path / "own", stop=StopAfter(7))
+    checkpoints = tmp_path / "own" / "checkpoints"
+    DAMAGE[damage](checkpoints / "step_00000007")
+    (checkpoints / ".step_00000008.left").mkdir()  # by a process that was killed as it wrote
+    resumed, learner, finished = run(tmp_path / "own")
+    assert finished
+    assert learner.positions[0] == 8 * 6
+    assert same_weights(resumed, whole)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"{checkpoints / 'step_00000007'} is damaged" in said
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "step_00000007.damaged", "step_00000009", "step_00000010",
+    ]  # fmt: skip
+
+
+def test_checkpoints_that_are_all_damaged_are_refused_and_stay(tmp_path):
+    run(tmp_path, stop=StopAfter(7))
+    for path in published(tmp_path / "checkpoints"):
+        flip(path / "tensors.safetensors", -5)
+    with pytest.raises(UserError, match=r"none of the checkpoints .*step_00000007: .*00000006: "):
+        run(tmp_path)
+    assert len(published(tmp_path / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize("bits", [range(0, 8 * 200, 7)])
+def test_no_altered_bit_of_a_checkpoint_goes_unnoticed(tmp_path, bits):
+    run(tmp_path, stop=StopAfter(3))
+    (path,) = published(tmp_path / "checkpoints")
+    for name in ("state.json", "tensors.safetensors"):
+        content = (path / name).read_bytes()
+        for bit in bits:
+            flip(path / name, bit)
+            with pytest.raises(UserError, match="none of the checkpoints"):
+                load_latest(tmp_path / "checkpoints")
+            (path / name).write_bytes(content)
+    assert load_latest(tmp_path / "checkpoints").step == 3
+
+
 def test_other_seeds_take_other_steps(tmp_path):
     # Cut to one length, gradients that differ in length alone would be the same.
     one, _, _ = run(tmp_path / "one", clip_norm=1e9)
@@ -151,11 +218,19 @@ def test_other_seeds_take_other_steps(tmp_path):
     assert not same_weights(one, two)
 
 
-def test_the_two_newest_checkpoints_are_kept(tmp_path):
-    run(tmp_path)
-    assert [path.name for path in published(tmp_path / "checkpoints")] == [
-        "step_00000009", "step_00000010",
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("kept", "steps"),
+    [({}, [9, 10]), ({"keep_checkpoints": 1}, [10]), ({"keep_checkpoints": 3}, [6, 9, 10])],
+)
+def test_as_many_of_the_newest_checkpoints_are_kept_as_was_asked_for(tmp_path, kept, steps):
+    run(tmp_path, **kept)
+    found = [path.name for path in published(tmp_path / "checkpoints")]
+    assert found == [f"step_{step:08d}" for step in steps]
+
+
+def test_a_compiled_pass_over_shared_weights_is_refused():
+    with pytest.raises(ValueError, match="set compile: false, or parallel: ddp"):
+        config_of(compile=True, parallel="fsdp")
 
 
 @pytest.mark.parametrize("cuts", [(1, 7), (3, 3, 2), (1,) * 8])

@@ -44,6 +44,8 @@ class Denoiser(Protocol):
     """Guidance scale that a teacher with `takes_scale` is told where `predict` is given none."""
     full_precision: tuple[str, ...]
     """Patterns of the names of linear layers that are never quantized."""
+    blocks: tuple[str, ...]
+    """Patterns of the names of parts of `module` that a pass calls as modules, each whole."""
 
     @classmethod
     def build(

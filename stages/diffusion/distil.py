@@ -16,9 +16,10 @@ from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.facts import Recording
 from stages.diffusion.losses import row_losses, weighting
 from stages.diffusion.matching import require_loss, require_match, require_targets
-from stages.diffusion.row_targets import Question, RowTargets, TaughtRows
+from stages.diffusion.row_targets import Question, RowTargets, TaughtRows, transfers
 from stages.diffusion.rows import Reading, RowBatch, StoreRows
 from stages.distributed import Place
+from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.optimization import Objective, attach, optimize
 from stages.train import require_complete
@@ -59,6 +60,8 @@ def distil(
     require_targets(store, recording)
     if config.loss.teaches == "prediction":
         conversion.require(config.loss.largest_factor)
+    if config.optimizer.parallel == "fsdp":
+        _require_shareable(store, recording, config)
     network = attach(denoiser, config.optimizer, place)
 
     def prepare(step: int) -> nn.Module:
@@ -79,12 +82,29 @@ def distil(
             place=place,
             stop=stop,
             prepare=prepare,
+            store=store.fingerprint,
         )
     if finished and place.leads:
         denoiser.save(folder)
         if previews is not None:
             draw_alone(previews, denoiser, config.optimizer.steps)
     return finished
+
+
+def _require_shareable(store: PredictionStore, recording: Recording, config: DistilConfig) -> None:
+    """Refuse what one process does without the others, which hold a share of its weights."""
+    alone = {
+        "previews, which one process draws": config.previews is not None,
+        "a loss that asks the student without its adapter for some batches": transfers(
+            store.manifest, recording, config.loss
+        ),
+    }
+    for what, asked in alone.items():
+        if asked:
+            raise UserError(
+                f"optimizer.parallel is fsdp, where no process can do a pass alone, with {what}: "
+                "set optimizer.parallel: ddp, or leave that out"
+            )
 
 
 def draw_alone(previews: Previews, denoiser: Denoiser, step: int) -> None:

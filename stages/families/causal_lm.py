@@ -60,6 +60,7 @@ class CausalLM:
     """
 
     name: FamilyName = "causal_lm"
+    blocks = ("*.layers.*", "*.h.*")
 
     def __init__(
         self,

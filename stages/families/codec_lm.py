@@ -52,6 +52,7 @@ class CodecLM:
     name: FamilyName = "codec_lm"
     predicted: Predicted | None = None
     full_precision = ("head", "*.router")
+    blocks = ("text_encoder.*", "context_encoder.*", "decoder.*")
 
     def __init__(
         self,

@@ -102,6 +102,11 @@ class Diffusion:
     """A denoising network of diffusers with its noise schedule."""
 
     name: Literal["diffusion"] = "diffusion"
+    # Of its first block a DiT reads a part from outside.
+    blocks = (
+        "down_blocks.*", "mid_block", "up_blocks.*",
+        "transformer_blocks.[1-9]*", "single_transformer_blocks.*",
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -72,6 +72,7 @@ class Magpie:
     name: FamilyName = "magpie"
     predicted: Predicted | None = None
     full_precision = ("model.final_proj", "model.local_transformer_out_projections.*", "*.router")
+    blocks: tuple[str, ...] = ()  # layers are read by `magpie_layers`, and never called
 
     def __init__(
         self, network: MagpieNetwork, settings: MagpieSettings, facts: DatasetFacts
