@@ -23,9 +23,9 @@ export {IN_JOB}=1
 """
 HOLDING = """
 # From here until Python listens they wait (or are lost, with an env older than coreutils 8.31).
-trap '' USR1 TERM
 hold=()
 env --block-signal=USR1 true 2>/dev/null && hold=(env --block-signal=USR1 --block-signal=TERM)
+trap '' USR1 TERM
 """
 MEETING_POINT = """
 export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"

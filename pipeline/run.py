@@ -61,9 +61,13 @@ def do_stage(
         if code == FINISHED:
             code = _attempt(part, arguments, config, stop, task)
     if code == MORE_TO_DO:
-        command = "resubmit" if IN_JOB in os.environ else "run"
-        say(f"{stage}: stopped; nothing is lost. To go on: foretell {command} {path}")
+        _say_stopped(stage, path)
     return code
+
+
+def _say_stopped(stage: str, path: Path) -> None:
+    command = "resubmit" if IN_JOB in os.environ else "run"
+    say(f"{stage}: stopped; nothing is lost. To go on: foretell {command} {path}")
 
 
 def do_stage_among_peers(stage: str, path: Path, overrides: Sequence[str], config: Run) -> int:
@@ -83,6 +87,8 @@ def do_stage_among_peers(stage: str, path: Path, overrides: Sequence[str], confi
         usages = [Usage.model_validate_json(noted.read_bytes())] if noted.exists() else []
     if os.environ["RANK"] == "0":
         _note(config, stage, code, time.monotonic() - started, usages)
+        if code == MORE_TO_DO:
+            _say_stopped(stage, path)
     return code
 
 

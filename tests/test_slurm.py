@@ -131,7 +131,7 @@ def committed(run: Any) -> int:
 
 def begin(run: Any, tasks: int = 3, shards: int = 3) -> int:
     """Submit a run and wait until it has committed a few shards; return the id of its rollout."""
-    job = submit(run.path, (), run.load(), tasks=tasks)["rollout"]
+    job = submit(run.path, (), run.load(), StopRequest(), tasks=tasks)["rollout"]
     assert job.job_id is not None
     wait_until(lambda: committed(run) >= shards, "the first shards", told(run))
     return job.job_id
@@ -198,7 +198,7 @@ def test_a_run_goes_from_submit_to_an_evaluated_student(run_of, tiny_run, tmp_pa
     array = entries(run)[0].job_id
     logs = {path.name for path in (run.root / "logs").iterdir()}
     assert {f"rollout_{array}_{task}.out" for task in range(3)} <= logs
-    assert resubmit(run.path, (), run.load()) == {}
+    assert resubmit(run.path, (), run.load(), StopRequest()) == {}
 
 
 def test_tasks_that_are_requeued_preempted_or_out_of_time_go_on_where_they_were(
@@ -232,7 +232,7 @@ def test_a_signal_before_python_listens_is_heeded_and_a_held_task_is_left_to_a_p
 ):
     slow = CLUSTER | {"preamble": [*CLUSTER["preamble"], "sleep 2"]}
     run = run_of("early", fitted=True, students=None, cluster=slow)
-    job = submit(run.path, (), run.load(), tasks=2)["rollout"].job_id
+    job = submit(run.path, (), run.load(), StopRequest(), tasks=2)["rollout"].job_id
     wait_until(lambda: all(e.condition == "running" for e in entries(run)), "it runs", told(run))
     cluster.do("scancel", "--signal=USR1", "--batch", f"{job}_0")
     cluster.do("scontrol", "requeuehold", f"{job}_1")
@@ -243,7 +243,7 @@ def test_a_signal_before_python_listens_is_heeded_and_a_held_task_is_left_to_a_p
     assert again.returncode == 0, again.stderr
     assert f"scontrol release {job}_1" in again.stdout
     with pytest.raises(UserError, match="jobs in the queue"):
-        submit(run.path, (), run.load())
+        submit(run.path, (), run.load(), StopRequest())
     assert f"scontrol release {job}_1" in foretell("status", run.path).stdout
     cluster.do("scontrol", "release", f"{job}_1")
     finish(run)
@@ -288,7 +288,7 @@ def test_what_was_lost_is_submitted_again_and_nothing_else(
     assert "so stage one is not finished" in said
     missing = PredictionStore.open(run.root / "store").missing()
     speed_up(run)
-    done = resubmit(run.path, (), run.load())
+    done = resubmit(run.path, (), run.load(), StopRequest())
     assert list(done) == ["rollout", "train:student"]
     assert done["rollout"].tasks == tuple(sorted({shard % 3 for shard in missing}))
     assert done["train:student"].after == ("rollout",)
@@ -309,7 +309,7 @@ def test_training_on_two_nodes_is_noted_as_done(run_of, tiny_run, cluster):
         "nodes", fitted=True, rollout=None, store=str(tiny_run.root / "store"),
         cluster=CLUSTER | several | meeting,
     )  # fmt: skip
-    submit(run.path, (), run.load())
+    submit(run.path, (), run.load(), StopRequest())
     wait_until(lambda: not entries(run, "train:student")[0].is_active, "it is trained", told(run))
     assert entries(run, "train:student")[0].condition == "completed", told(run)()
     assert status_of(run).stages["train:student"].state == "done"
