@@ -66,8 +66,10 @@ def do_stage(
 
 
 def _say_stopped(stage: str, path: Path) -> None:
-    command = "resubmit" if IN_JOB in os.environ else "run"
-    say(f"{stage}: stopped; nothing is lost. To go on: foretell {command} {path}")
+    goes_on = f"To go on: foretell run {path}"
+    if IN_JOB in os.environ:
+        goes_on = f"It goes on if Slurm starts this job again; else: foretell resubmit {path}"
+    say(f"{stage}: stopped; nothing is lost. {goes_on}")
 
 
 def do_stage_among_peers(stage: str, path: Path, overrides: Sequence[str], config: Run) -> int:
