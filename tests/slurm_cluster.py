@@ -44,7 +44,9 @@ SelectTypeParameters=CR_Core
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0,batch_sched_delay=1
-SlurmdTimeout=5
+SlurmdTimeout=4
+MessageTimeout=4
+TCPTimeout=1
 KillWait=1
 MinJobAge=3600
 """
@@ -226,7 +228,7 @@ def wait_until(
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline, f"it never came to this: {what}\n{told()}"
-        time.sleep(0.2)
+        time.sleep(0.3)
 
 
 def require_slurm() -> None:

@@ -27,7 +27,7 @@ if "pipeline.worker" in sys.orig_argv:
     def paced(*arguments):
         begun.append(arguments)
         if len(begun) > 4 and not os.path.exists(os.environ["PACE_ENDS"]):
-            time.sleep(0.5)
+            time.sleep(0.8)
         return begin(*arguments)
     stages.rollout.begin = paced
 """
@@ -36,8 +36,8 @@ the fastest machine too, until the fault has happened."""
 
 
 def rollout_of(tiny_run: Run) -> dict[str, Any]:
-    """The rollout of a long run: 75 shards of four batches."""
-    longer = {"variations": 30, "rollouts_per_shard": 8, "batch_size": 2}
+    """The rollout of a long run: 50 shards of four batches."""
+    longer = {"variations": 20, "rollouts_per_shard": 8, "batch_size": 2}
     return tiny_run.document["rollout"] | longer
 
 
@@ -75,9 +75,14 @@ def status_of(run: Run) -> RunStatus:
 
 
 def entries(run: Run, stage: str = "rollout") -> list[QueueEntry]:
-    jobs = read_jobs(run.load())
+    return all_entries(run)[stage]
+
+
+def all_entries(run: Run) -> dict[str, list[QueueEntry]]:
+    config = run.load()
+    jobs = read_jobs(config)
     assert jobs is not None
-    return jobs.of(run.load(), queue())[stage]
+    return jobs.of(config, queue())
 
 
 def requeues(run: Run, stage: str = "rollout") -> Mapping[int | None, int]:
@@ -120,13 +125,9 @@ def speed_up(run: Run) -> None:
 def finish(run: Run) -> None:
     """Let a run work at full speed, until nothing of it is in the queue; all must be done."""
     speed_up(run)
-    stages = read_jobs(run.load()).jobs
+    at_work = {"running", "pending"}
     until(
-        lambda: not any(
-            entry.condition in ("running", "pending")
-            for stage in stages
-            for entry in entries(run, stage)
-        ),
+        lambda: not at_work & {e.condition for es in all_entries(run).values() for e in es},
         "no job in the queue", run,
     )  # fmt: skip
     assert {s.state for s in status_of(run).stages.values()} == {"done"}, told(run)()
