@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pipeline.status import status_text
-from pipeline.submission import resubmit, submit
+from pipeline.submission import resubmit
 from stages.interruption import StopRequest
 from store import PredictionStore, verify
 from tests.conftest import ROOT, Run
@@ -72,12 +72,16 @@ def foretell(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProce
 
 
 def test_a_run_goes_from_submit_to_an_evaluated_student(run_of, tiny_run, tmp_path, cluster):
-    """On the way one task is told to stop before Python begins, and another one is held."""
+    """On the way three jobs are told to stop and one of these is held; training has two nodes."""
     folder, gate = tmp_path / 'a folder, 100% "odd" #1', tmp_path / "gate"
-    wait = f"until [ -e {gate} ]; do sleep 0.1; done"
+    gated = ["export MASTER_ADDR=127.0.0.1", f"until [ -e {gate} ]; do sleep 0.1; done"]
+    student: dict[str, Any] = dict(tiny_run.document["students"]["student"])
+    student["optimizer"] = student["optimizer"] | {"steps": 300, "checkpoint_every": 5}
     sections = {"runs": str(folder), "evaluate": tiny_run.document["evaluate"]}
-    sections["cluster"] = CLUSTER | {"preamble": [*CLUSTER["preamble"], wait]}
-    run = run_of(fitted=True, **sections)
+    sections["cluster"] = CLUSTER | {
+        "preamble": [*CLUSTER["preamble"], *gated], "stages": {"train": {"nodes": 2}}
+    }  # fmt: skip
+    run = run_of(fitted=True, students={"student": student}, **sections)
     done = foretell("submit", run.path, "--tasks", "3", "--max-running", "2")
     rollout, train, evaluate = done.stdout.splitlines()
     assert rollout.startswith("rollout: job ")
@@ -101,6 +105,10 @@ def test_a_run_goes_from_submit_to_an_evaluated_student(run_of, tiny_run, tmp_pa
     for said in (status.stdout, foretell("resubmit", run.path).stdout):
         assert f"scontrol release {array}_1" in said
     cluster.do("scontrol", "release", f"{array}_1")
+    until((run.root / "student" / "checkpoints" / "step_00000005").exists, "a checkpoint", run)
+    training = entries(run, "train:student")[0].job_id
+    cluster.do("scancel", "--signal=USR1", "--batch", str(training))
+    until(lambda: requeues(run, "train:student") == {None: 1}, "training is back in line", run)
     finish(run)
     assert "requeued" in foretell("status", run.path).stdout
     assert (run.root / "report" / "report.html").exists()
@@ -108,6 +116,7 @@ def test_a_run_goes_from_submit_to_an_evaluated_student(run_of, tiny_run, tmp_pa
     logs = {path.name: path.read_text() for path in (run.root / "logs").iterdir()}
     assert {f"rollout_{array}_{task}.out" for task in range(3)} <= set(logs)
     assert "started" not in logs[f"rollout_{array}_0.out"].partition("stopped")[0]
+    assert "train:student: stopped; nothing is lost" in logs[f"train-student_{training}.out"]
     assert resubmit(run.path, (), run.load(), StopRequest()) == {}
 
 
@@ -165,26 +174,3 @@ def test_what_was_lost_is_submitted_again_and_nothing_else(long, tiny_run, clust
     jobs = status_of(run).jobs
     assert (jobs["rollout"].failed, jobs["train:student"].failed) == ((), ()), "made good"
     require_equal(run, undisturbed)
-
-
-def test_training_on_two_nodes_stops_in_time_and_is_noted_as_done(
-    run_of, tiny_run, tmp_path, cluster
-):
-    meeting = {"preamble": [*CLUSTER["preamble"], "export MASTER_ADDR=127.0.0.1"]}
-    nodes = {"stages": {"fit": {"nodes": 2}, "train": {"nodes": 2}}}
-    student: dict[str, Any] = dict(tiny_run.document["students"]["student"])
-    student["optimizer"] = student["optimizer"] | {"steps": 300, "checkpoint_every": 5}
-    run = run_of(
-        "nodes", rollout=None, store=str(tiny_run.root / "store"), students={"student": student},
-        cluster=CLUSTER | nodes | meeting,
-    )  # fmt: skip
-    job = submit(run.path, (), run.load(), StopRequest())["train:student"].job_id
-    first = run.root / "student" / "checkpoints" / "step_00000005"
-    until(first.exists, "the first checkpoint of the student", run)
-    cluster.do("scancel", "--signal=USR1", "--batch", str(job))
-    until(lambda: requeues(run, "train:student") == {None: 1}, "it is back in line", run)
-    finish(run)
-    said = (run.root / "logs" / f"train-student_{job}.out").read_text()
-    assert "train:student: stopped; nothing is lost" in said
-    assert (run.root / "teacher" / "model.safetensors").exists()
-    assert (run.root / "student" / "model.safetensors").exists()
