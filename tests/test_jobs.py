@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from pipeline.cli import fit
 from pipeline.cluster_config import ClusterConfig, JobConfig
 from pipeline.config import load_config
 from pipeline.job_scripts import JobScripts, ranges
@@ -210,6 +212,17 @@ def test_a_mistake_in_the_section_cluster_is_named(run_of, key, value, said):
         load_config(run.path)
     assert "cluster" in str(error.value)
     assert said in str(error.value)
+
+
+def test_fitting_on_several_nodes_is_done_by_the_processes_that_srun_started(run_of, monkeypatch):
+    run = run_of()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("pipeline.run.launch", None)  # it would start others
+    with pytest.raises(typer.Exit) as ended:
+        fit(run.path)
+    assert ended.value.exit_code == FINISHED
+    assert progress(run.load(), "fit").state == "done"
 
 
 def test_what_a_stage_is_given_replaces_what_all_are_given():
