@@ -19,8 +19,7 @@ BEGINNING = f"""
 # Signals that come while the lines below work are kept for foretell.
 trap 'export {EARLY_SIGNAL}=USR1' USR1
 trap 'export {EARLY_SIGNAL}=TERM' TERM
-export {IN_JOB}=1
-"""
+export {IN_JOB}=1"""
 HOLDING = """
 # From here until Python listens they wait (or are lost, with an env older than coreutils 8.31).
 hold=()
@@ -70,7 +69,7 @@ class JobScripts:
             f"# {stage} of the run {self.config.name}, as foretell submit wrote it.",
             *(f"#SBATCH {option}" for option in self._options(stage, array)),
             BEGINNING,
-            *self._cluster.preamble,
+            *(("", *self._cluster.preamble) if self._cluster.preamble else ()),
             HOLDING,
             self._command(stage),
             "",
