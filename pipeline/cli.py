@@ -28,7 +28,14 @@ from pipeline.listening import (
 )
 from pipeline.progress import stages_of
 from pipeline.repair import repair_text
-from pipeline.run import do_stage, do_stage_among_peers, run, say, under_torchrun
+from pipeline.run import (
+    do_stage,
+    do_stage_among_peers,
+    own_code,
+    run,
+    say,
+    under_torchrun,
+)
 from pipeline.slurm import QueueEntry, requeue_if_asked
 from pipeline.status import run_status, status_text
 from pipeline.submission import Submitted, held_jobs, resubmit, submission_text, submit
@@ -80,7 +87,8 @@ def _stage(
     static: bool = False,
 ) -> None:
     settings = load_config(config, overrides or [])
-    raise typer.Exit(_code_of(stage, config, overrides or [], settings, task, static=static))
+    code = _code_of(stage, config, overrides or [], settings, task, static=static)
+    raise typer.Exit(own_code(code))
 
 
 def _code_of(
@@ -93,10 +101,11 @@ def _code_of(
     static: bool = False,
 ) -> int:
     """Do a stage, as one of several processes where torchrun or srun started them."""
-    if stage.startswith(("fit", "train")) and under_torchrun():
-        return do_stage_among_peers(stage, config, overrides, settings)
     with stop_request() as stop:
-        code = do_stage(stage, config, overrides, settings, stop, task, static=static)
+        if stage.startswith(("fit", "train")) and under_torchrun():
+            code = do_stage_among_peers(stage, config, overrides, settings, stop)
+        else:
+            code = do_stage(stage, config, overrides, settings, stop, task, static=static)
     requeue_if_asked(code, stop)
     return code
 
@@ -176,7 +185,7 @@ def train(
     for stage in students if student is None else [f"train:{student}"]:
         code = _code_of(stage, config, set_ or [], settings)
         if code != FINISHED:
-            raise typer.Exit(code)
+            raise typer.Exit(own_code(code))
 
 
 @app.command()

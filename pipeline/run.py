@@ -72,7 +72,9 @@ def _say_stopped(stage: str, path: Path) -> None:
     say(f"{stage}: stopped; nothing is lost. {goes_on}")
 
 
-def do_stage_among_peers(stage: str, path: Path, overrides: Sequence[str], config: Run) -> int:
+def do_stage_among_peers(
+    stage: str, path: Path, overrides: Sequence[str], config: Run, stop: StopRequest
+) -> int:
     """Do one stage as one of the processes that torchrun or srun started; return the exit code.
 
     The first of them notes that it is done, and what it needed itself.
@@ -85,7 +87,7 @@ def do_stage_among_peers(stage: str, path: Path, overrides: Sequence[str], confi
     with tempfile.TemporaryDirectory(prefix="foretell-") as scratch:
         noted = Path(scratch) / "usage"
         os.environ["FORETELL_USAGE"] = str(noted)
-        code = work([stage, str(path), *(f"--set={override}" for override in overrides)])
+        code = work([stage, str(path), *(f"--set={override}" for override in overrides)], stop)
         usages = [Usage.model_validate_json(noted.read_bytes())] if noted.exists() else []
     if os.environ["RANK"] == "0":
         _note(config, stage, code, time.monotonic() - started, usages)
@@ -160,6 +162,15 @@ def processes_of(config: Run, stage: str) -> int:
             return config.students[part].optimizer.processes
         case _:
             return 1
+
+
+def own_code(code: int) -> int:
+    """Return with which exit code this process ends: of several, one says that there is more to do.
+
+    torchrun and srun end all others at the first code that is not 0, and the first process has yet
+    to note the stop.
+    """
+    return code if code != MORE_TO_DO or os.environ.get("RANK", "0") == "0" else FINISHED
 
 
 def under_torchrun() -> bool:

@@ -135,7 +135,7 @@ def requeue_if_asked(code: int, stop: StopRequest) -> None:
     After SIGTERM Slurm does so itself where it was preemption. Only in jobs that foretell wrote,
     and of several processes one.
     """
-    first = os.environ.get("RANK", "0") == "0" and "FORETELL_PARENT" not in os.environ
+    first = os.environ.get("RANK", "0") == "0"
     asked = code == MORE_TO_DO and signal.SIGUSR1 in stop.signals
     if IN_JOB in os.environ and first and asked:
         _ask("scontrol", "requeue", _own_job())

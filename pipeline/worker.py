@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,9 +21,8 @@ from pipeline.image_assembly import ImageAssembly
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
 from pipeline.record import own_usage
 from pipeline.run_config import RunConfig
-from pipeline.slurm import requeue_if_asked
 from stages.errors import UserError
-from stages.interruption import stop_request
+from stages.interruption import StopRequest, stop_request
 from stages.sharing import Share
 from store import StoreError
 from store.errors import SystemFailure
@@ -31,14 +31,18 @@ WHOLE = ("prepare", "evaluate")
 """Stages whose parts appear whole or not at all, so that they may be stopped anywhere."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage and return its exit code: 0 finished, 75 stopped with more to do, 2, 1."""
+def main(arguments: Sequence[str] | None = None, asked: StopRequest | None = None) -> int:
+    """Run one stage and return its exit code: 0 finished, 75 stopped with more to do, 2, 1.
+
+    It stops when `asked` to; where nothing is given, at a signal.
+    """
     options = _parse(arguments)
     _end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_TqdmHandler()])
     try:
         config = load_config(options.config, options.set)
-        with stop_request(at_once=options.stage in WHOLE) as stop:
+        at_signals = stop_request(at_once=options.stage in WHOLE)
+        with at_signals if asked is None else nullcontext(asked) as stop:
             task, tasks = map(int, options.task.split("/"))
             assembly: Assembly | ImageAssembly
             cluster = config.cluster or ClusterConfig()
@@ -49,7 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 assembly = ImageAssembly(config, stop, share)
             code = FINISHED if assembly.run(options.stage) else MORE_TO_DO
             _note_usage(assembly.peak_device_bytes)
-        requeue_if_asked(code, stop)
     except SystemFailure as error:
         sys.stderr.write(f"{options.stage}: {error}\n")
         return FAILED

@@ -18,10 +18,11 @@ from pipeline.cli import fit
 from pipeline.cluster_config import ClusterConfig, JobConfig
 from pipeline.config import load_config
 from pipeline.job_scripts import JobScripts, ranges
-from pipeline.launch import FINISHED, MORE_TO_DO
+from pipeline.launch import FAILED, FINISHED, MORE_TO_DO
 from pipeline.progress import needs, progress, stage_identity, stages_of
 from pipeline.record import StageRecord, Usage, read_record, write_record
 from pipeline.results import stage_costs
+from pipeline.run import own_code
 from pipeline.slurm import QueueEntry, queue, requeue_if_asked
 from pipeline.status import run_status, status_text
 from pipeline.submission import read_jobs, resubmit, submission_text, submit
@@ -157,8 +158,9 @@ def test_training_on_several_nodes_tells_each_process_its_place(job_run, tiny_ru
     )
     text = script_of(run, "train:student", ())
     assert {"--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=3"} <= set(options_of(text))
-    stand_in = 'srun() { shift; SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=4 "$@"; exit; }\n'
-    text = text.replace("exec srun", "srun").replace("#!/bin/bash\n", stand_in)
+    place = 'SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=4 "$@"'
+    srun = f'srun() {{ echo "$1" >&2; shift 2; {place}; exit; }}'
+    text = text.replace("exec srun", "srun").replace("#!/bin/bash\n", f"{srun}\n")
     done = subprocess.run(
         ["bash", "-c", text], capture_output=True, text=True, check=True,
         env=os.environ | {"SLURM_JOB_ID": "30007", "MASTER_ADDR": "n1"},
@@ -169,6 +171,7 @@ def test_training_on_several_nodes_tells_each_process_its_place(job_run, tiny_ru
     }  # fmt: skip
     found = json.loads(done.stdout)
     assert {name: found.get(name) for name in expected} == expected
+    assert done.stderr == "--cpus-per-task=3\n"
     alone = options_of(script_of(run, "rollout"))
     assert "--cpus-per-task=3" in alone
 
@@ -226,6 +229,14 @@ def test_fitting_on_several_nodes_is_done_by_the_processes_that_srun_started(run
         fit(run.path)
     assert ended.value.exit_code == FINISHED
     assert progress(run.load(), "fit").state == "done"
+
+
+def test_of_several_processes_that_stop_one_says_so(monkeypatch):
+    """srun ends the others at the first code that is not 0, also while they write."""
+    assert own_code(MORE_TO_DO) == MORE_TO_DO
+    for rank, expected in (("0", [FINISHED, FAILED, MORE_TO_DO]), ("1", [FINISHED, FAILED, 0])):
+        monkeypatch.setenv("RANK", rank)
+        assert [own_code(code) for code in (FINISHED, FAILED, MORE_TO_DO)] == expected
 
 
 def test_what_a_stage_is_given_replaces_what_all_are_given():
@@ -582,7 +593,6 @@ def stopped_by(*numbers: int) -> StopRequest:
         ),
         ({"SLURM_JOB_ID": "8", "RANK": "0"}, MORE_TO_DO, signal.SIGUSR1, ["scontrol requeue 8"]),
         ({"SLURM_JOB_ID": "8", "RANK": "1"}, MORE_TO_DO, signal.SIGUSR1, []),
-        ({"SLURM_JOB_ID": "8", "FORETELL_PARENT": "1"}, MORE_TO_DO, signal.SIGUSR1, []),
         ({"SLURM_JOB_ID": "8"}, MORE_TO_DO, signal.SIGTERM, []),
         ({"SLURM_JOB_ID": "8"}, FINISHED, signal.SIGUSR1, []),
     ],
@@ -590,7 +600,7 @@ def stopped_by(*numbers: int) -> StopRequest:
 def test_a_job_whose_time_is_over_puts_itself_back_in_line_once(
     slurm, monkeypatch, environment, code, number, asked
 ):
-    for name in ("RANK", "FORETELL_PARENT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+    for name in ("RANK", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
