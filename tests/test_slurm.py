@@ -76,7 +76,7 @@ def test_a_run_goes_from_submit_to_an_evaluated_student(run_of, tiny_run, tmp_pa
     folder, gate = tmp_path / 'a folder, 100% "odd" #1', tmp_path / "gate"
     gated = ["export MASTER_ADDR=127.0.0.1", f"until [ -e {gate} ]; do sleep 0.1; done"]
     student: dict[str, Any] = dict(tiny_run.document["students"]["student"])
-    student["optimizer"] = student["optimizer"] | {"steps": 300, "checkpoint_every": 5}
+    student["optimizer"] = student["optimizer"] | {"steps": 200, "checkpoint_every": 10}
     sections = {"runs": str(folder), "evaluate": tiny_run.document["evaluate"]}
     sections["cluster"] = CLUSTER | {
         "preamble": [*CLUSTER["preamble"], *gated], "stages": {"train": {"nodes": 2}}
@@ -105,7 +105,7 @@ def test_a_run_goes_from_submit_to_an_evaluated_student(run_of, tiny_run, tmp_pa
     for said in (status.stdout, foretell("resubmit", run.path).stdout):
         assert f"scontrol release {array}_1" in said
     cluster.do("scontrol", "release", f"{array}_1")
-    until((run.root / "student" / "checkpoints" / "step_00000005").exists, "a checkpoint", run)
+    until((run.root / "student" / "checkpoints" / "step_00000010").exists, "a checkpoint", run)
     training = entries(run, "train:student")[0].job_id
     cluster.do("scancel", "--signal=USR1", "--batch", str(training))
     until(lambda: requeues(run, "train:student") == {None: 1}, "training is back in line", run)
