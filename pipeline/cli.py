@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from tqdm import tqdm
 
-from pipeline.config import load_config, speech_run
+from pipeline.config import Run, load_config, speech_run
 from pipeline.conversion import ProfileName, conversion_text, profile_of
 from pipeline.garbage import deletion_text, garbage_text
 from pipeline.inspection import describe_key, describe_model, describe_store, is_model
@@ -28,12 +28,19 @@ from pipeline.listening import (
 )
 from pipeline.progress import stages_of
 from pipeline.repair import repair_text
-from pipeline.run import do_stage, do_stage_among_peers, own_code, run, under_torchrun
-from pipeline.slurm import requeue_if_asked
+from pipeline.run import (
+    do_stage,
+    do_stage_among_peers,
+    own_code,
+    run,
+    say,
+    under_torchrun,
+)
+from pipeline.slurm import QueueEntry, requeue_if_asked
 from pipeline.status import run_status, status_text
 from pipeline.submission import Submitted, held_jobs, resubmit, submission_text, submit
 from stages.errors import UserError
-from stages.interruption import stop_request
+from stages.interruption import StopRequest, stop_request
 from stages.listening import Kind
 from store import StoreError
 from store import verify as check
@@ -80,10 +87,27 @@ def _stage(
     static: bool = False,
 ) -> None:
     settings = load_config(config, overrides or [])
+    code = _code_of(stage, config, overrides or [], settings, task, static=static)
+    raise typer.Exit(own_code(code))
+
+
+def _code_of(
+    stage: str,
+    config: Path,
+    overrides: list[str],
+    settings: Run,
+    task: str | None = None,
+    *,
+    static: bool = False,
+) -> int:
+    """Do a stage, as one of several processes where torchrun or srun started them."""
     with stop_request() as stop:
-        code = do_stage(stage, config, overrides or [], settings, stop, task, static=static)
+        if stage.startswith(("fit", "train")) and under_torchrun():
+            code = do_stage_among_peers(stage, config, overrides, settings, stop)
+        else:
+            code = do_stage(stage, config, overrides, settings, stop, task, static=static)
     requeue_if_asked(code, stop)
-    raise typer.Exit(code)
+    return code
 
 
 @app.command()
@@ -94,7 +118,7 @@ def prepare(config: Config, set_: Set = None) -> None:
 
 @app.command()
 def fit(config: Config, set_: Set = None) -> None:
-    """Train a teacher on the dataset itself, with condition dropout."""
+    """Train a teacher on the dataset itself, with condition dropout; alone or under torchrun."""
     _stage("fit", config, set_)
 
 
@@ -159,12 +183,7 @@ def train(
     settings = load_config(config, set_ or [])
     students = [stage for stage in stages_of(settings) if stage.startswith("train:")]
     for stage in students if student is None else [f"train:{student}"]:
-        with stop_request() as stop:
-            if under_torchrun():
-                code = do_stage_among_peers(stage, config, set_ or [], settings, stop)
-            else:
-                code = do_stage(stage, config, set_ or [], settings, stop)
-        requeue_if_asked(code, stop)
+        code = _code_of(stage, config, set_ or [], settings)
         if code != FINISHED:
             raise typer.Exit(own_code(code))
 
@@ -246,10 +265,12 @@ def submit_command(
 ) -> None:
     """Write the Slurm jobs of every stage that is not done, and submit them."""
     settings = load_config(config, set_ or [])
-    done = submit(
-        config, set_ or [], settings, tasks=tasks, max_running=max_running, dry_run=dry_run
-    )
-    _print(_dumped(done), as_json, lambda: submission_text(done))
+    with stop_request() as stop:
+        done = submit(
+            config, set_ or [], settings, stop,
+            tasks=tasks, max_running=max_running, dry_run=dry_run,
+        )  # fmt: skip
+    _tell_submission(config, stop, done, [], as_json)
 
 
 @app.command(name="resubmit")
@@ -258,13 +279,26 @@ def resubmit_command(
 ) -> None:
     """Submit again what is missing and not in the queue; name what only a person can release."""
     settings = load_config(config, set_ or [])
-    done, held = resubmit(config, set_ or [], settings, dry_run=dry_run), held_jobs(settings)
-    document = _dumped(done) | {"held": [entry.label for entry in held]}
+    with stop_request() as stop:
+        done = resubmit(config, set_ or [], settings, stop, dry_run=dry_run)
+    _tell_submission(config, stop, done, held_jobs(settings), as_json)
+
+
+def _tell_submission(
+    config: Path,
+    stop: StopRequest,
+    done: Mapping[str, Submitted],
+    held: Sequence[QueueEntry],
+    as_json: bool,
+) -> None:
+    document = {
+        "jobs": {stage: job.model_dump(mode="json") for stage, job in done.items()},
+        "held": [entry.label for entry in held],
+    }
     _print(document, as_json, lambda: submission_text(done, held))
-
-
-def _dumped(done: Mapping[str, Submitted]) -> dict[str, Any]:
-    return {"jobs": {stage: job.model_dump(mode="json") for stage, job in done.items()}}
+    if stop.requested:
+        say(f"stopped: stages that are not named were not submitted: foretell resubmit {config}")
+        raise typer.Exit(MORE_TO_DO)
 
 
 @app.command()

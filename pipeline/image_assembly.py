@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from pipeline.diffusion_config import DiffusionRunConfig
+from pipeline.exclusion import alone
 from pipeline.folders import RunFolders, system_name
 from pipeline.progress import stage_identity
 from pipeline.record import own_usage
@@ -128,15 +129,17 @@ class ImageAssembly:
             return record(teacher, store, dataset, shards, config, stop=self._stop, other=other)
 
         finished = self._share.write(store, write, self._stop)
-        if finished and config.previews is not None and self._share.task == 0:
-            render(
-                teacher,
-                dataset,
-                config.previews,
-                config.guidance.scale,
-                self._folders.previews,
-                contrast=config.contrast,
-            )
+        if finished and config.previews is not None:
+            # Whichever worker is the first to see the end.
+            with alone(self._folders.previews.with_name("previews.lock")):
+                render(
+                    teacher,
+                    dataset,
+                    config.previews,
+                    config.guidance.scale,
+                    self._folders.previews,
+                    contrast=config.contrast,
+                )
         self.peak_device_bytes = peak_device_bytes(device)
         return finished
 

@@ -19,15 +19,14 @@ BEGINNING = f"""
 # Signals that come while the lines below work are kept for foretell.
 trap 'export {EARLY_SIGNAL}=USR1' USR1
 trap 'export {EARLY_SIGNAL}=TERM' TERM
-export {IN_JOB}=1
-"""
+export {IN_JOB}=1"""
 HOLDING = """
 # From here until Python listens they wait (or are lost, with an env older than coreutils 8.31).
-trap '' USR1 TERM
 hold=()
 env --block-signal=USR1 true 2>/dev/null && hold=(env --block-signal=USR1 --block-signal=TERM)
+trap '' USR1 TERM
 """
-MEETING_POINT = """
+MEETING_POINT = """\
 export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 """
@@ -70,7 +69,7 @@ class JobScripts:
             f"# {stage} of the run {self.config.name}, as foretell submit wrote it.",
             *(f"#SBATCH {option}" for option in self._options(stage, array)),
             BEGINNING,
-            *self._cluster.preamble,
+            *(("", *self._cluster.preamble) if self._cluster.preamble else ()),
             HOLDING,
             self._command(stage),
             "",
@@ -104,7 +103,10 @@ class JobScripts:
             return f'exec "${{hold[@]}}" {command}'
         processes = self._processes(stage)
         place = shlex.quote(f"export LOCAL_WORLD_SIZE={processes}; {PLACE}")
-        start = f"srun --kill-on-bad-exit=1 bash -c {place} foretell"
+        # Which srun does not take over from the job, since Slurm 22.05.
+        cpus = self._cluster.job(stage).cpus
+        asked = "" if cpus is None else f"--cpus-per-task={cpus} "
+        start = f"srun {asked}--kill-on-bad-exit=1 bash -c {place} foretell"
         return f'{MEETING_POINT}exec {start} "${{hold[@]}}" {command}'
 
     def _words(self, stage: str) -> list[str]:

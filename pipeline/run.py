@@ -61,9 +61,15 @@ def do_stage(
         if code == FINISHED:
             code = _attempt(part, arguments, config, stop, task)
     if code == MORE_TO_DO:
-        command = "resubmit" if IN_JOB in os.environ else "run"
-        say(f"{stage}: stopped; nothing is lost. To go on: foretell {command} {path}")
+        _say_stopped(stage, path)
     return code
+
+
+def _say_stopped(stage: str, path: Path) -> None:
+    goes_on = f"To go on: foretell run {path}"
+    if IN_JOB in os.environ:
+        goes_on = f"It goes on if Slurm starts this job again; else: foretell resubmit {path}"
+    say(f"{stage}: stopped; nothing is lost. {goes_on}")
 
 
 def do_stage_among_peers(
@@ -85,6 +91,8 @@ def do_stage_among_peers(
         usages = [Usage.model_validate_json(noted.read_bytes())] if noted.exists() else []
     if os.environ["RANK"] == "0":
         _note(config, stage, code, time.monotonic() - started, usages)
+        if code == MORE_TO_DO:
+            _say_stopped(stage, path)
     return code
 
 

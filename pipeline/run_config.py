@@ -109,7 +109,20 @@ class CommonRun(Record):
             raise ValueError("give the section fit exactly when teacher.model is to be trained")
         if prepare is not None and self.dataset is not None:
             raise ValueError("give prepare (to make a dataset) or dataset (a prepared one)")
+        self._check_jobs()
         return self
+
+    def _check_jobs(self) -> None:
+        """Refuse what is asked for the job of a student or a round that there is not."""
+        named = {"train": "students", "rollout": "rounds"}
+        for stage in self.cluster.stages if self.cluster else ():
+            kind, _, name = stage.partition(":")
+            known = getattr(self, named.get(kind, ""), {})
+            if name and name not in known:
+                raise ValueError(
+                    f"cluster.stages.{stage} is for no stage of the run: give one of "
+                    f"{', '.join(f'{kind}:{other}' for other in known) or kind}"
+                )
 
 
 class RunConfig(CommonRun):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterable
@@ -72,11 +71,6 @@ class QueueEntry(Record):
         return self.condition in ("running", "pending", "held")
 
 
-def has_slurm() -> bool:
-    """Whether the commands of Slurm are there."""
-    return shutil.which("squeue") is not None
-
-
 def queue() -> list[QueueEntry]:
     """Return this user's jobs, those that ended lately among them; raises `UserError`."""
     columns = ",".join(f"{name}:{width}" for name, width in FIELDS.items())
@@ -88,25 +82,35 @@ def queue() -> list[QueueEntry]:
 
 
 def _entry(line: str) -> QueueEntry:
+    """Read one line of squeue; raises `UserError` for one that is no job."""
     cells, start = {}, 0
     for name, width in FIELDS.items():
         cells[name] = line[start : start + width].strip()
         start += width
     task = cells["ArrayTaskID"]
     return QueueEntry(
-        job_id=int(cells["ArrayJobID"]),
+        job_id=_number(cells["ArrayJobID"], "squeue", line),
         task=int(task) if task.isdigit() else None,
         name=cells["Name"],
         state=cells["State"],
         reason=cells["Reason"],
-        requeues=int(cells["RestartCnt"] or 0),
+        requeues=_number(cells["RestartCnt"], "squeue", line),
         elapsed=cells["TimeUsed"],
     )
 
 
+def _number(text: str, program: str, answer: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"{program} gave an answer that is not understood: {answer.strip()!r}")
+    return int(text)
+
+
 def sbatch(script: Path, after: Iterable[int] = ()) -> int:
     """Submit a script that waits until other jobs have ended; return its id."""
-    return int(_ask(*sbatch_words(script, after)).strip().partition(";")[0])
+    answer = _ask(*sbatch_words(script, after))
+    # In the last line, behind which a cluster may be named; sites have their own words before it.
+    job_id, *_ = (answer.splitlines() or [""])[-1].split(";")
+    return _number(job_id.strip(), "sbatch", answer)
 
 
 def sbatch_words(script: Path, after: Iterable[int | str] = ()) -> list[str]:
@@ -131,7 +135,7 @@ def requeue_if_asked(code: int, stop: StopRequest) -> None:
     After SIGTERM Slurm does so itself where it was preemption. Only in jobs that foretell wrote,
     and of several processes one.
     """
-    first = os.environ.get("RANK", "0") == "0" and "FORETELL_PARENT" not in os.environ
+    first = os.environ.get("RANK", "0") == "0"
     asked = code == MORE_TO_DO and signal.SIGUSR1 in stop.signals
     if IN_JOB in os.environ and first and asked:
         _ask("scontrol", "requeue", _own_job())
@@ -144,9 +148,11 @@ def _own_job() -> str:
 
 def _ask(*words: str) -> str:
     try:
+        # In a session of its own: Ctrl-C must not leave unsaid whether a job was submitted.
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=PATIENCE_S, check=False
-        )
+            words, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+            start_new_session=True,
+        )  # fmt: skip
     except FileNotFoundError:
         raise UserError(
             f"{words[0]} is not on the PATH: do this on a machine of the cluster, or load the "

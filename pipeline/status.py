@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pipeline.config import Run
 from pipeline.folders import RunFolders
 from pipeline.progress import Progress, progress, stages_of
-from pipeline.slurm import QueueEntry, has_slurm, queue
+from pipeline.slurm import QueueEntry, queue
 from pipeline.submission import Job, read_jobs
+from stages.errors import UserError
 from store import PredictionStore
 from store.layout import Layout
 from store.schema import Record
@@ -59,7 +60,9 @@ class RunStatus(Record):
 
     stages: dict[str, Progress]
     jobs: dict[str, JobsOfStage] | None
-    """By stage; None where jobs were submitted and there is no squeue to ask."""
+    """By stage; None where jobs were submitted and the queue did not answer."""
+    no_queue: str | None
+    """Why it did not."""
     stores: dict[str, StoreState]
     """By the stage that writes it."""
 
@@ -67,21 +70,28 @@ class RunStatus(Record):
 def run_status(config: Run) -> RunStatus:
     """Return how far a run is, from its files and the queue; loads no model.
 
-    Raises `UserError` when squeue fails.
+    What is stored is told where the queue does not answer, too.
     """
     stages = {stage: progress(config, stage) for stage in stages_of(config)}
+    stores = {
+        stage: _store_state(_store(config, stage))
+        for stage, state in stages.items()
+        if stage.startswith("rollout") and state.done
+    }
+    jobs, no_queue = _jobs(config)
+    return RunStatus(stages=stages, jobs=jobs, no_queue=no_queue, stores=stores)
+
+
+def _jobs(config: Run) -> tuple[dict[str, JobsOfStage] | None, str | None]:
+    """Return the jobs of a run by stage, or why they are not known."""
     submitted = read_jobs(config)
-    jobs: dict[str, JobsOfStage] | None = {}
-    if submitted is not None:
-        jobs = None
-    if submitted is not None and has_slurm():
+    if submitted is None:
+        return {}, None
+    try:
         found = submitted.of(config, queue())
-        jobs = {stage: _jobs_of(submitted.jobs[stage], found[stage]) for stage in found}
-    stores = {}
-    for stage, state in stages.items():
-        if stage.startswith("rollout") and state.done:
-            stores[stage] = _store_state(_store(config, stage))
-    return RunStatus(stages=stages, jobs=jobs, stores=stores)
+    except UserError as error:
+        return None, str(error)
+    return {stage: _jobs_of(submitted.jobs[stage], found[stage]) for stage in found}, None
 
 
 def _jobs_of(jobs: Sequence[Job], listed: Sequence[QueueEntry]) -> JobsOfStage:
@@ -139,8 +149,8 @@ def status_text(status: RunStatus) -> str:
             lines.append(f"  {_store_text(status.stores[stage])}")
         if status.jobs and stage in status.jobs:
             lines += [f"  {line}" for line in _jobs_text(status.jobs[stage])]
-    if status.jobs is None:
-        lines.append("jobs were submitted, but there is no squeue on the PATH to ask about them")
+    if status.no_queue is not None:
+        lines.append(f"jobs were submitted, but the queue does not answer: {status.no_queue}")
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from pipeline.progress import needs, stages_of
 from pipeline.run import is_left
 from pipeline.slurm import QueueEntry, queue, sbatch, sbatch_words, wait_for
 from stages.errors import UserError
+from stages.interruption import StopRequest
 from stages.publish import replace_file
 from store import PredictionStore
 from store.schema import Record
@@ -94,6 +95,7 @@ class Submission:
 
     config: Run
     scripts: JobScripts
+    stop: StopRequest
     dry_run: bool
     jobs: dict[str, tuple[Job, ...]] = field(default_factory=dict)
     """Jobs of earlier submissions that still count."""
@@ -102,7 +104,24 @@ class Submission:
     done: dict[str, Submitted] = field(default_factory=dict)
 
     def add(self, stage: str, tasks: Sequence[int] = ()) -> None:
-        """Write the script of a stage and submit it."""
+        """Write the script of a stage and submit it, unless a stop was requested.
+
+        Raises `UserError` with what Slurm says, and what it had taken before.
+        """
+        if self.stop.requested:
+            return
+        try:
+            self._add(stage, tasks)
+        except UserError as error:
+            taken = [str(job.job_id) for job in self.done.values() if job.job_id is not None]
+            if not taken:
+                raise
+            raise UserError(
+                f"{error}; submitted before that: {', '.join(taken)}. To submit the rest: foretell "
+                f"resubmit {self.scripts.path}; to take all back: scancel {' '.join(taken)}"
+            ) from None
+
+    def _add(self, stage: str, tasks: Sequence[int]) -> None:
         script = self.scripts.write(stage, tasks)
         after = [s for s in needs(self.config, stage) if s in self.done or s in self.waiting_for]
         ids = self._ids(after)
@@ -144,6 +163,7 @@ def submit(
     path: Path,
     overrides: Sequence[str],
     config: Run,
+    stop: StopRequest,
     *,
     tasks: int | None = None,
     max_running: int | None = None,
@@ -151,9 +171,9 @@ def submit(
 ) -> dict[str, Submitted]:
     """Write and submit the jobs of every stage that is not done; return them by stage.
 
-    With `dry_run` scripts are written and nothing is submitted. Raises `UserError` where jobs of
-    the run are in the queue, for stages that were finished with other settings, and what Slurm
-    answers; what was submitted by then is noted.
+    With `dry_run` scripts are written and nothing is submitted; once `stop` is requested no more
+    is. Raises `UserError` where jobs of the run are in the queue, for stages that were finished
+    with other settings, and what Slurm answers; what was submitted by then is noted.
     """
     cluster = config.cluster or ClusterConfig()
     tasks, max_running = tasks or cluster.tasks, max_running or cluster.max_running
@@ -162,7 +182,7 @@ def submit(
     with alone(RunFolders(config).jobs / "lock"):
         if not dry_run:
             _refuse_second(config)
-        submission = Submission(config, scripts, dry_run)
+        submission = Submission(config, scripts, stop, dry_run)
         for stage in left:
             rollout = stage.startswith("rollout")
             submission.add(stage, _lost_tasks(config, stage, tasks) if rollout else ())
@@ -170,13 +190,18 @@ def submit(
 
 
 def resubmit(
-    path: Path, overrides: Sequence[str], config: Run, *, dry_run: bool = False
+    path: Path,
+    overrides: Sequence[str],
+    config: Run,
+    stop: StopRequest,
+    *,
+    dry_run: bool = False,
 ) -> dict[str, Submitted]:
     """Submit what is missing and neither runs nor is in line; return the jobs by stage.
 
     Of a rollout these are the tasks whose own shards are missing. Jobs in line that need what is
-    submitted again wait for it. Raises `UserError` as `submit` does, and when nothing was submitted
-    before.
+    submitted again wait for it. Once `stop` is requested no more is submitted. Raises `UserError`
+    as `submit` does, and when nothing was submitted before.
     """
     with alone(RunFolders(config).jobs / "lock"):
         before = read_jobs(config)
@@ -184,13 +209,14 @@ def resubmit(
             raise UserError(f"nothing of run {config.name!r} was submitted: foretell submit {path}")
         if tuple(overrides) != before.overrides:
             raise UserError(
-                f"run {config.name!r} was submitted with --set {' '.join(before.overrides) or '-'},"
-                f" not {' '.join(overrides) or '-'}: give the same"
+                f"run {config.name!r} was submitted with --set {list(before.overrides)}, not "
+                f"{list(overrides)}: give the same"
             )
         entries = _active(before.of(config, queue()))
         submission = Submission(
             config,
             JobScripts(config, path, overrides, before.tasks, before.max_running),
+            stop,
             dry_run,
             dict(before.jobs),
             {stage: sorted({e.job_id for e in es}) for stage, es in entries.items() if es},
@@ -259,7 +285,7 @@ def submission_text(done: Mapping[str, Submitted], held: Sequence[QueueEntry] = 
         after = f", after {', '.join(job.after)}" if job.after else ""
         lines.append(f"{stage}: job {job.job_id}{array}{after}")
     lines += [f"held: {e.label} ({e.reason}): scontrol release {e.label}" for e in held]
-    return "\n".join(lines or ["nothing to submit: all that is missing runs or is in line"])
+    return "\n".join(lines or ["nothing was submitted: what is not done runs or is in line"])
 
 
 def held_jobs(config: Run) -> list[QueueEntry]:

@@ -7,8 +7,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,9 @@ SelectTypeParameters=CR_Core
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0,batch_sched_delay=1
-SlurmdTimeout=5
+SlurmdTimeout=4
+MessageTimeout=4
+TCPTimeout=1
 KillWait=1
 MinJobAge=3600
 """
@@ -116,19 +119,25 @@ class Cluster:
         daemon.kill()
         daemon.wait()
 
-    def lose_node(self, node: str) -> None:
-        """End a node as a power cut does: its daemon, and all of the jobs on it."""
+    def cut_off(self, node: str) -> list[int]:
+        """End the daemons of a node, as if its network was gone; return the work that goes on."""
         self.kill(f"slurmd-{node}")
         place = f"SLURMD_NODENAME={node}".encode()
         work = [pid for pid in processes() if place in read(pid, "environ").split(b"\0")]
         parents = {
             int(stat.rpartition(b")")[2].split()[1]) for pid in work if (stat := read(pid, "stat"))
         }
-        # First those who would tell the controller of the others' end.
-        steps = [pid for pid in parents if read(pid, "comm") == b"slurmstepd\n"]
-        for pid in [*steps, *work]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # Those who would tell the controller of the work's end.
+        kill([pid for pid in parents if read(pid, "comm") == b"slurmstepd\n"])
+        return work
+
+    def lose_node(self, node: str) -> None:
+        """End a node as a power cut does: its daemons, and all of the jobs on it."""
+        kill(self.cut_off(node))
+
+    def node_of(self, job: str) -> str:
+        """Return where a job runs."""
+        return self.do("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
 
     def resume(self) -> None:
         """Cancel what is left in the queue, and take nodes back that Slurm has shut out."""
@@ -173,6 +182,12 @@ class Cluster:
                 daemon.wait()
 
 
+def kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def processes() -> list[int]:
     return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
 
@@ -213,7 +228,7 @@ def wait_until(
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline, f"it never came to this: {what}\n{told()}"
-        time.sleep(0.1)
+        time.sleep(0.3)
 
 
 def require_slurm() -> None:
@@ -235,12 +250,18 @@ SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 @contextmanager
-def slurm_cluster(root: Path) -> Iterator[Cluster]:
-    """Start a cluster below `root`, a short path (a socket lies there), and end it at last."""
+def slurm_cluster() -> Iterator[Cluster]:
+    """Start a cluster that the commands of this process reach, and end it at last."""
     require_slurm()
-    cluster = Cluster(root)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
+    with (
+        # Of a short path, for a socket lies there.
+        tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        cluster = Cluster(Path(folder))
+        patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()

@@ -333,6 +333,32 @@ def test_runs_that_were_stopped_elsewhere_end_with_the_same_bytes(sdxl, start, d
         assert (student / name).read_bytes() == (sdxl.root / "student" / name).read_bytes()
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_workers_share_shards_and_follow_one_that_gives_no_signs_of_life(
+    sdxl, start, tmp_path, number
+):
+    sections = {"runs": str(tmp_path), "dataset": str(sdxl.root / "dataset")}
+    sections["cluster"] = {"heartbeat_s": 0.1}
+    document = {key: value for key, value in sdxl.document.items() if key != "prepare"}
+    other = write_run(document | sections, tmp_path)
+    store, claims = other.root / "store", other.root / "store" / "tmp" / "claims"
+    first = start("rollout", other, "--task=0/2")
+    while len(list(store.glob("shards/*"))) < 2 or not list(claims.glob("*.*")):
+        assert Path(f"/proc/{first.pid}").exists(), first.stderr.read_text()
+        time.sleep(0.002)
+    os.kill(first.pid, number)
+    second = start("rollout", other, "--task=1/2")
+    assert second.wait() == 0, second.stderr.read_text()
+    assert PredictionStore.open(store).missing() == [], "it waited for nobody"
+    if number == signal.SIGSTOP:
+        os.kill(first.pid, signal.SIGCONT)
+        assert first.wait() == 0, first.stderr.read_text()
+        assert list((store / "tmp").iterdir()) == [], "the loser leaves nothing"
+    assert verify(store).ok
+    assert bytes_of(store / "shards") == bytes_of(sdxl.root / "store" / "shards")
+    assert bytes_of(other.root / "previews") == bytes_of(sdxl.root / "previews")
+
+
 def test_stored_predictions_are_what_the_stock_pipeline_predicts(sdxl, models):
     """Of captions encoded by stock diffusers, at noised latents by this test's own formula."""
     from diffusers import StableDiffusionXLPipeline

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from pipeline.cli import fit
 from pipeline.cluster_config import ClusterConfig, JobConfig
 from pipeline.config import load_config
 from pipeline.job_scripts import JobScripts, ranges
-from pipeline.launch import FINISHED, MORE_TO_DO
+from pipeline.launch import FAILED, FINISHED, MORE_TO_DO
 from pipeline.progress import needs, progress, stage_identity, stages_of
 from pipeline.record import StageRecord, Usage, read_record, write_record
 from pipeline.results import stage_costs
-from pipeline.slurm import FIELDS, QueueEntry, queue, requeue_if_asked
+from pipeline.run import own_code
+from pipeline.slurm import QueueEntry, queue, requeue_if_asked
 from pipeline.status import run_status, status_text
 from pipeline.submission import read_jobs, resubmit, submission_text, submit
 from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.report_schema import StageCost
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_run
+from tests.slurm_stand_in import StandIn, stand_in
 
 HOSTILE = "rollout.split=a b'c\"d $(touch pwned) `touch pwned`;\\ \n#SBATCH --x\n*"
 SHOWING = (
@@ -35,39 +39,8 @@ SHOWING = (
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch) -> Path:
-    """Stand in for Slurm: `calls` notes what was asked, `queue` holds what squeue shows."""
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    program = """#!/bin/bash
-    printf '%s\\n' "${0##*/} $*" >> "$(dirname "$0")/calls"
-    cd "$(dirname "$0")"
-    case "${0##*/}" in
-      sbatch) expr $(cat next 2>/dev/null || echo 10) + 1 > new; mv new next; cat next;;
-      squeue) cat queue 2>/dev/null;;
-    esac
-    exit $(cat code 2>/dev/null || echo 0)
-    """
-    for name in ("sbatch", "squeue", "scontrol"):
-        path = folder / name
-        path.write_text(program)
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
-def calls(slurm: Path) -> list[str]:
-    path = slurm / "calls"
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def show(slurm: Path, *entries: tuple[int, int | str, str, str, int, str]) -> None:
-    """Let squeue show (job, task, state, reason, requeues, name)."""
-    lines = []
-    for job, task, state, reason, requeues, name in entries:
-        cells = dict(zip(FIELDS, [job, task, state, "1:00", requeues, reason, name], strict=True))
-        lines.append("".join(str(cell).ljust(FIELDS[field]) for field, cell in cells.items()))
-    (slurm / "queue").write_text("\n".join(lines) + "\n")
+def slurm(tmp_path, monkeypatch) -> StandIn:
+    return stand_in(tmp_path / "slurm", monkeypatch)
 
 
 @pytest.fixture
@@ -185,8 +158,9 @@ def test_training_on_several_nodes_tells_each_process_its_place(job_run, tiny_ru
     )
     text = script_of(run, "train:student", ())
     assert {"--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=3"} <= set(options_of(text))
-    stand_in = 'srun() { shift; SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=4 "$@"; exit; }\n'
-    text = text.replace("exec srun", "srun").replace("#!/bin/bash\n", stand_in)
+    place = 'SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=4 "$@"'
+    srun = f'srun() {{ echo "$1" >&2; shift 2; {place}; exit; }}'
+    text = text.replace("exec srun", "srun").replace("#!/bin/bash\n", f"{srun}\n")
     done = subprocess.run(
         ["bash", "-c", text], capture_output=True, text=True, check=True,
         env=os.environ | {"SLURM_JOB_ID": "30007", "MASTER_ADDR": "n1"},
@@ -197,6 +171,7 @@ def test_training_on_several_nodes_tells_each_process_its_place(job_run, tiny_ru
     }  # fmt: skip
     found = json.loads(done.stdout)
     assert {name: found.get(name) for name in expected} == expected
+    assert done.stderr == "--cpus-per-task=3\n"
     alone = options_of(script_of(run, "rollout"))
     assert "--cpus-per-task=3" in alone
 
@@ -229,6 +204,9 @@ def test_ranges():
         ("options", ["--wrap='rm x'"], "write --constraint=a100"),
         ("preamble", ["a\nb"], "give each line by itself"),
         ("stages", {"trian": {}}, "a key of stages is 'trian'"),
+        ("stages", {"train:studnet": {"gpus": 2}}, "give one of train:student"),
+        ("stages", {"rollout:again": {"gpus": 2}}, "give one of rollout"),
+        ("stages", {"evaluate:all": {"gpus": 2}}, "give one of evaluate"),
         ("stages", {"rollout": {"nodes": 2}}, "raise tasks instead"),
         ("nodes", 2, "give it in stages.train"),
         ("tasks", 0, "greater than or equal to 1"),
@@ -240,6 +218,25 @@ def test_a_mistake_in_the_section_cluster_is_named(run_of, key, value, said):
         load_config(run.path)
     assert "cluster" in str(error.value)
     assert said in str(error.value)
+
+
+def test_fitting_on_several_nodes_is_done_by_the_processes_that_srun_started(run_of, monkeypatch):
+    run = run_of()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("pipeline.run.launch", None)  # it would start others
+    with pytest.raises(typer.Exit) as ended:
+        fit(run.path)
+    assert ended.value.exit_code == FINISHED
+    assert progress(run.load(), "fit").state == "done"
+
+
+def test_of_several_processes_that_stop_one_says_so(monkeypatch):
+    """srun ends the others at the first code that is not 0, also while they write."""
+    assert own_code(MORE_TO_DO) == MORE_TO_DO
+    for rank, expected in (("0", [FINISHED, FAILED, MORE_TO_DO]), ("1", [FINISHED, FAILED, 0])):
+        monkeypatch.setenv("RANK", rank)
+        assert [own_code(code) for code in (FINISHED, FAILED, MORE_TO_DO)] == expected
 
 
 def test_what_a_stage_is_given_replaces_what_all_are_given():
@@ -278,9 +275,9 @@ def test_a_stage_waits_for_what_it_needs_alone(whole_run, tmp_path, tiny_run):
 
 def test_submit_gives_every_stage_that_is_not_done_to_slurm(job_run, slurm):
     run = job_run(tasks=3, max_running=2)
-    done = submit(run.path, ["seed=1"], run.load("seed=1"))
+    done = submit(run.path, ["seed=1"], run.load("seed=1"), StopRequest())
     jobs = run.root / "jobs"
-    asked = [call for call in calls(slurm) if call.startswith("sbatch")]
+    asked = [call for call in slurm.calls() if call.startswith("sbatch")]
     assert asked == [
         f"sbatch --parsable {jobs}/rollout.sh",
         f"sbatch --parsable --dependency=afterany:11 {jobs}/train-student.sh",
@@ -297,8 +294,8 @@ def test_submit_gives_every_stage_that_is_not_done_to_slurm(job_run, slurm):
 
 def test_a_dry_run_writes_scripts_and_submits_nothing(job_run, slurm):
     run = job_run()
-    done = submit(run.path, (), run.load(), tasks=2, dry_run=True)
-    assert calls(slurm) == []
+    done = submit(run.path, (), run.load(), StopRequest(), tasks=2, dry_run=True)
+    assert slurm.calls() == []
     assert (run.root / "jobs" / "evaluate.sh").exists()
     assert read_jobs(run.load()) is None
     assert done["train:student"].command == (
@@ -312,59 +309,133 @@ def test_a_dry_run_writes_scripts_and_submits_nothing(job_run, slurm):
 )
 def test_a_second_submission_is_refused_while_jobs_are_in_the_queue(job_run, slurm, state, reason):
     run = job_run()
-    submit(run.path, (), run.load())
-    show(slurm, (12, "N/A", state, reason, 0, "own:train:student"))
+    submit(run.path, (), run.load(), StopRequest())
+    slurm.show((12, "N/A", state, reason, 0, "own:train:student"))
     with pytest.raises(UserError, match=r"'own' has jobs in the queue: train:student \(12\)"):
-        submit(run.path, (), run.load())
-    show(slurm, (12, "N/A", state, reason, 0, "other:train:student"))
-    submit(run.path, (), run.load())  # the number came again, for another's job
-    show(slurm, (15, "N/A", "COMPLETED", "None", 0, "own:train:student"))
-    submit(run.path, (), run.load())
+        submit(run.path, (), run.load(), StopRequest())
+    slurm.show((12, "N/A", state, reason, 0, "other:train:student"))
+    submit(run.path, (), run.load(), StopRequest())  # the number came again, for another's job
+    slurm.show((15, "N/A", "COMPLETED", "None", 0, "own:train:student"))
+    submit(run.path, (), run.load(), StopRequest())
 
 
 def test_what_was_submitted_before_slurm_failed_is_noted(job_run, slurm):
     run = job_run()
-    (slurm / "sbatch").write_text(
+    slurm.program("sbatch").write_text(
         '#!/bin/bash\n[ -e "$0.once" ] && { echo "error: no more" >&2; exit 1; }\n'
         'touch "$0.once"; echo "41;cluster"\n'
     )
-    with pytest.raises(UserError, match="failed: error: no more"):
-        submit(run.path, (), run.load())
+    with pytest.raises(UserError, match=r"error: no more; submitted before that: 41\. To"):
+        submit(run.path, (), run.load(), StopRequest())
     assert {stage: job[0].job_id for stage, job in read_jobs(run.load()).jobs.items()} == {
         "rollout": 41
     }
+
+
+def test_the_id_stands_in_the_last_line_whatever_a_site_says_before_it(job_run, slurm):
+    run = job_run()
+    slurm.program("sbatch").write_text(
+        "#!/bin/bash\necho 'Welcome to 7 nodes'; echo '41;cluster'\n"
+    )
+    assert submit(run.path, (), run.load(), StopRequest())["rollout"].job_id == 41
+    slurm.program("sbatch").write_text("#!/bin/bash\necho Submitted\n")
+    with pytest.raises(
+        UserError, match="sbatch gave an answer that is not understood: 'Submitted'"
+    ):
+        submit(run.path, (), run.load(), StopRequest())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_submission_that_is_stopped_notes_what_slurm_has_taken(job_run, slurm, number):
+    run = job_run()
+    program = slurm.program("sbatch")
+    taken = program.read_text()
+    program.write_text(taken.replace("cat next;;", f"cat next; kill -{int(number)} $PPID;;"))
+    stopped = foretell("submit", run.path)
+    assert stopped.returncode == 75, stopped.stderr
+    assert stopped.stdout == "rollout: job 11, tasks 0\n"
+    assert stopped.stderr == (
+        f"stopped: stages that are not named were not submitted: foretell resubmit {run.path}\n"
+    )
+    program.write_text(taken)
+    slurm.show((11, 0, "PENDING", "Priority", 0, "own:rollout"))
+    rest = foretell("resubmit", run.path)
+    assert rest.returncode == 0, rest.stderr
+    assert rest.stdout.splitlines() == [
+        "train:student: job 12, after rollout", "evaluate: job 13, after rollout, train:student",
+    ]  # fmt: skip
+
+
+def foretell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_run_of_a_diffusion_model_is_submitted_in_the_same_way(tmp_path, slurm):
+    document = {
+        "kind": "diffusion", "name": "own", "runs": str(tmp_path / "runs"),
+        "prepare": {
+            "source": "images", "encoder": {"kind": "pixels"}, "buckets": {"sizes": [[8, 8]]}
+        },
+        "teacher": {"pretrained": {"path": "pipeline"}}, "rollout": {},
+        "students": {
+            "student": {
+                "model": {"pipeline": "pipeline"}, "loss": {"guidance_scale": 2.0},
+                "init": {"kind": "pipeline"}, "optimizer": {"steps": 9, "batch_size": 4},
+            }
+        },
+    }  # fmt: skip
+    run = write_run(document, tmp_path)
+    done = submit(run.path, (), run.load(), StopRequest(), tasks=3)
+    assert {stage: job.after for stage, job in done.items()} == {
+        "prepare": (), "rollout": ("prepare",), "train:student": ("rollout",),
+    }  # fmt: skip
+    text = (run.root / "jobs" / "rollout.sh").read_text()
+    assert "#SBATCH --array=0-2\n" in text
+    assert text.endswith(f'rollout {run.path} --task "$SLURM_ARRAY_TASK_ID" --tasks 3\n')
+    slurm.show(
+        (11, "N/A", "COMPLETED", "None", 1, "own:prepare"),
+        (12, 0, "RUNNING", "None", 0, "own:rollout"),
+        (12, 1, "FAILED", "NonZeroExitCode", 0, "own:rollout"),
+        (12, 2, "PENDING", "Resources", 0, "own:rollout"),
+        (13, "N/A", "PENDING", "Dependency", 0, "own:train:student"),
+    )
+    jobs = run_status(run.load()).jobs["rollout"]
+    assert (jobs.running, jobs.pending, jobs.failed) == (1, 1, ("12_1",))
+    again = resubmit(run.path, (), run.load(), StopRequest())
+    assert {stage: job.tasks for stage, job in again.items()} == {"prepare": (), "rollout": (1,)}
 
 
 def test_without_slurm_it_is_said_what_is_missing(job_run, monkeypatch):
     run = job_run()
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch is not on the PATH"):
-        submit(run.path, (), run.load())
+        submit(run.path, (), run.load(), StopRequest())
 
 
 def test_resubmit_takes_lost_tasks_and_lets_what_waits_wait_for_them(
     job_run, run_of, tiny_run, slurm
 ):
     run = job_run(tasks=4)
-    submit(run.path, (), run.load())
+    submit(run.path, (), run.load(), StopRequest())
     run.do("rollout")  # 5 shards
     for shard in (1, 2, 3):
         shutil.rmtree(run.root / "store" / "shards" / f"0000{shard}")
-    show(
-        slurm,
+    slurm.show(
         (11, 0, "COMPLETED", "None", 0, "own:rollout"),
         (11, 1, "FAILED", "NonZeroExitCode", 0, "own:rollout"),
         (11, 2, "RUNNING", "None", 0, "own:rollout"),
         (11, 3, "PENDING", "launch failed requeued held", 1, "own:rollout"),
         (12, "N/A", "PENDING", "Dependency", 0, "own:train:student"),
     )
-    (slurm / "calls").unlink()
-    done = resubmit(run.path, (), run.load())
+    slurm.forget()
+    done = resubmit(run.path, (), run.load(), StopRequest())
     assert done["rollout"].tasks == (1,)
     assert "--array=1\n" in (run.root / "jobs" / "rollout.sh").read_text()
     assert "--tasks 4" in (run.root / "jobs" / "rollout.sh").read_text()
     jobs = run.root / "jobs"
-    assert [call for call in calls(slurm) if not call.startswith("squeue")] == [
+    assert [call for call in slurm.calls() if not call.startswith("squeue")] == [
         f"sbatch --parsable {jobs}/rollout.sh",
         "scontrol update JobId=12 Dependency=afterany:11:14",
         f"sbatch --parsable --dependency=afterany:11:14:12 {jobs}/evaluate.sh",
@@ -376,23 +447,22 @@ def test_resubmit_takes_lost_tasks_and_lets_what_waits_wait_for_them(
 
 def test_resubmit_with_everything_at_work_does_nothing(job_run, slurm):
     run = job_run(tasks=1)
-    submit(run.path, (), run.load())
-    show(
-        slurm,
+    submit(run.path, (), run.load(), StopRequest())
+    slurm.show(
         (11, 0, "RUNNING", "None", 0, "own:rollout"),
         (12, "N/A", "PENDING", "Dependency", 0, "own:train:student"),
         (13, "N/A", "PENDING", "Dependency", 0, "own:evaluate"),
     )
-    assert resubmit(run.path, (), run.load()) == {}
+    assert resubmit(run.path, (), run.load(), StopRequest()) == {}
 
 
 def test_resubmit_wants_the_settings_of_submit(job_run, slurm):
     run = job_run()
     with pytest.raises(UserError, match="nothing of run 'own' was submitted"):
-        resubmit(run.path, (), run.load())
-    submit(run.path, ["rollout.batch_size=2"], run.load("rollout.batch_size=2"))
-    with pytest.raises(UserError, match=r"submitted with --set rollout.batch_size=2, not -"):
-        resubmit(run.path, (), run.load())
+        resubmit(run.path, (), run.load(), StopRequest())
+    submit(run.path, ["rollout.batch_size=2"], run.load("rollout.batch_size=2"), StopRequest())
+    with pytest.raises(UserError, match=r"with --set \['rollout.batch_size=2'\], not \[\]"):
+        resubmit(run.path, (), run.load(), StopRequest())
 
 
 def test_a_damaged_list_of_jobs_is_named(job_run):
@@ -424,7 +494,7 @@ def test_a_damaged_list_of_jobs_is_named(job_run):
     ],
 )
 def test_conditions(slurm, state, reason, condition):
-    show(slurm, (7, 3, state, reason, 2, "own:rollout"))
+    slurm.show((7, 3, state, reason, 2, "own:rollout"))
     (entry,) = queue()
     assert entry == QueueEntry(
         job_id=7, task=3, name="own:rollout", state=state, reason=reason, requeues=2, elapsed="1:00"
@@ -434,13 +504,12 @@ def test_conditions(slurm, state, reason, condition):
 
 def test_status_joins_store_and_queue(job_run, slurm):
     run = job_run(tasks=4)
-    submit(run.path, (), run.load())
+    submit(run.path, (), run.load(), StopRequest())
     run.do("rollout")
     shutil.rmtree(run.root / "store" / "shards" / "00001")
     for number, shard in enumerate(sorted((run.root / "store" / "shards").iterdir())):
         os.utime(shard, (1e9, 1e9 + 30 * number))
-    show(
-        slurm,
+    slurm.show(
         (11, 0, "COMPLETED", "None", 0, "own:rollout"),
         (11, 1, "FAILED", "NonZeroExitCode", 2, "own:rollout"),
         (11, 3, "PENDING", "launch failed requeued held", 1, "own:rollout"),
@@ -466,25 +535,42 @@ def test_status_joins_store_and_queue(job_run, slurm):
 
 def test_of_what_was_submitted_again_the_latest_counts(job_run, slurm):
     run = job_run(tasks=2)
-    submit(run.path, (), run.load())
-    show(slurm, (11, 0, "FAILED", "None", 1, "own:rollout"),
+    submit(run.path, (), run.load(), StopRequest())
+    slurm.show((11, 0, "FAILED", "None", 1, "own:rollout"),
          (11, 1, "RUNNING", "None", 0, "own:rollout"))  # fmt: skip
-    resubmit(run.path, (), run.load())
-    show(slurm, (11, 0, "FAILED", "None", 1, "own:rollout"),
+    resubmit(run.path, (), run.load(), StopRequest())
+    slurm.show((11, 0, "FAILED", "None", 1, "own:rollout"),
          (11, 1, "RUNNING", "None", 0, "own:rollout"),
          (14, 0, "RUNNING", "None", 0, "own:rollout"))  # fmt: skip
     jobs = run_status(run.load()).jobs["rollout"]
     assert (jobs.running, jobs.failed, jobs.requeues, jobs.unknown) == (2, (), 1, 0)
 
 
-def test_status_without_squeue_says_so(job_run, slurm, monkeypatch):
+@pytest.mark.parametrize(
+    ("squeue", "said"),
+    [
+        (None, "squeue is not on the PATH"),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "Unable to contact slurm"),
+        ("echo 'maintenance until noon'", "not understood: 'maintenance until noon'"),
+    ],
+)
+def test_status_tells_what_is_stored_where_the_queue_does_not_answer(
+    job_run, slurm, monkeypatch, squeue, said
+):
     run = job_run()
     assert run_status(run.load()).jobs == {}
-    submit(run.path, (), run.load())
-    monkeypatch.setenv("PATH", "/nowhere")
+    submit(run.path, (), run.load(), StopRequest())
+    run.do("rollout")
+    if squeue is None:
+        monkeypatch.setenv("PATH", "/nowhere")
+    else:
+        slurm.program("squeue").write_text(f"#!/bin/bash\n{squeue}\n")
     status = run_status(run.load())
-    assert status.jobs is None
-    assert "no squeue on the PATH" in status_text(status)
+    assert status.stages["rollout"].done == 5
+    assert (status.jobs, said in str(status.no_queue)) == (None, True)
+    assert said in status_text(status)
+    with pytest.raises(UserError, match=re.escape(said)):
+        resubmit(run.path, (), run.load(), StopRequest())
 
 
 # ---- a job's own end
@@ -507,7 +593,6 @@ def stopped_by(*numbers: int) -> StopRequest:
         ),
         ({"SLURM_JOB_ID": "8", "RANK": "0"}, MORE_TO_DO, signal.SIGUSR1, ["scontrol requeue 8"]),
         ({"SLURM_JOB_ID": "8", "RANK": "1"}, MORE_TO_DO, signal.SIGUSR1, []),
-        ({"SLURM_JOB_ID": "8", "FORETELL_PARENT": "1"}, MORE_TO_DO, signal.SIGUSR1, []),
         ({"SLURM_JOB_ID": "8"}, MORE_TO_DO, signal.SIGTERM, []),
         ({"SLURM_JOB_ID": "8"}, FINISHED, signal.SIGUSR1, []),
     ],
@@ -515,15 +600,15 @@ def stopped_by(*numbers: int) -> StopRequest:
 def test_a_job_whose_time_is_over_puts_itself_back_in_line_once(
     slurm, monkeypatch, environment, code, number, asked
 ):
-    for name in ("RANK", "FORETELL_PARENT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+    for name in ("RANK", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     requeue_if_asked(code, stopped_by(number))
-    assert calls(slurm) == [], "only in jobs that foretell wrote"
+    assert slurm.calls() == [], "only in jobs that foretell wrote"
     monkeypatch.setenv("FORETELL_JOB", "1")
     requeue_if_asked(code, stopped_by(number))
-    assert calls(slurm) == asked
+    assert slurm.calls() == asked
 
 
 @pytest.mark.parametrize(("early", "asked"), [("USR1", ["scontrol requeue 7_2"]), ("TERM", [])])
@@ -539,7 +624,7 @@ def test_a_command_heeds_a_signal_that_came_before_it_began(job_run, slurm, earl
     )  # fmt: skip
     assert done.returncode == 75, done.stderr
     assert "nothing is lost" in done.stderr
-    assert calls(slurm) == asked
+    assert slurm.calls() == asked
 
 
 def test_tasks_that_run_at_once_note_what_they_cost_each_for_itself(job_run):
