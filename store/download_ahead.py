@@ -21,7 +21,7 @@ class DownloadAhead:
         self._lock = threading.Lock()
         self._wanted: list[int] = []
         self._done: set[int] = set()
-        self._running = False
+        self._thread: threading.Thread | None = None
 
     def expect(self, shards: Iterable[int], fetch: Callable[[int], None]) -> None:
         """Fetch these shards in the background; what was expected before no longer is."""
@@ -29,18 +29,24 @@ class DownloadAhead:
             wanted = list(shards)
             self._done &= set(wanted)
             self._wanted = [shard for shard in wanted if shard not in self._done]
-            if not self._wanted or self._running:
+            if not self._wanted or self._thread is not None:
                 return
-            self._running = True
-        threading.Thread(
-            target=self._work, args=(fetch,), name="download-ahead", daemon=True
-        ).start()
+            self._thread = threading.Thread(
+                target=self._work, args=(fetch,), name="download-ahead", daemon=True
+            )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is expected any more."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
 
     def _work(self, fetch: Callable[[int], None]) -> None:
         while True:
             with self._lock:
                 if not self._wanted:
-                    self._running = False
+                    self._thread = None
                     return
                 shard = self._wanted.pop(0)
                 self._done.add(shard)

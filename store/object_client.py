@@ -147,7 +147,7 @@ class ObjectClient:
         def get() -> tuple[list[Found], list[str]]:
             found = self._api.list_with_delimiter(self._store, prefix)
             folders = [path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"]]
-            return [_found(meta, folder) for meta in found["objects"]], sorted(folders)
+            return _all_found(found["objects"], folder), sorted(folders)
 
         return self._tried("list", folder, get)
 
@@ -156,7 +156,7 @@ class ObjectClient:
 
         def get() -> list[Found]:
             pages = self._api.list(self._store, f"{folder}/", chunk_size=1000)
-            return [_found(meta, folder) for page in pages for meta in page]
+            return _all_found((meta for page in pages for meta in page), folder)
 
         return self._tried("list", folder, get)
 
@@ -310,9 +310,14 @@ def _told(error: Exception) -> str:
     return text
 
 
-def _found(meta: Any, folder: str) -> Found:
-    name = meta["path"].removeprefix(f"{folder}/") if folder else meta["path"]
-    return Found(name, int(meta["size"]), meta["last_modified"].timestamp())
+def _all_found(listed: Iterable[Any], folder: str) -> list[Found]:
+    """The objects of a listing but for empty ones that stand for a folder, as consoles make."""
+    start = len(folder) + 1 if folder else 0
+    return [
+        Found(meta["path"][start:], int(meta["size"]), meta["last_modified"].timestamp())
+        for meta in listed
+        if meta["path"][start:] and not meta["path"].endswith("/")
+    ]
 
 
 def _summed(parts: Iterable[bytes], take: Callable[[bytes], object]) -> FileSum:

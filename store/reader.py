@@ -80,8 +80,8 @@ class PredictionStore:
         self._mapped_only = isinstance(self.manifest.profile, Fast)
         self._limits = cached_shards, mapped_shards
         if self.is_remote:
-            # What is mapped stays in the cache. Two buffers of a loader, at the turn of one.
-            mapped_shards = min(mapped_shards, 2 * cached_shards)
+            # What is mapped stays in the cache, where others need room too.
+            mapped_shards = min(mapped_shards, cached_shards)
         self._verified: dict[int, VerifiedShard] = {}
         self._mapped: Recent[MappedShard] = Recent(mapped_shards)
         self._decoded: Recent[Shard] = Recent(cached_shards)

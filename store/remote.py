@@ -317,7 +317,9 @@ class RemoteLayout(Layout):
             kept = self._attempt_named(shard) if shard in committed else None
             for attempt in sorted(set(names) - {kept}):
                 key = f"{self.shards.name}/{shard}.{attempt}"
-                orphans[key] = _orphan(key, self.client.below(key))
+                # Some servers keep showing a folder for a while after its last object is gone.
+                if objects := self.client.below(key):
+                    orphans[key] = _orphan(key, objects)
         for found in self.client.below(self.tmp.name):
             orphans[f"{self.tmp.name}/{found.name}"] = _orphan(self.tmp.name, [found])
         return orphans

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 BUCKET = "predictions"
 ACCESS_KEY, SECRET_KEY = "foretell-test-key-id", "foretell-test-secret-Zq8w"
@@ -85,10 +85,12 @@ class ObjectServer:
             self.process = subprocess.Popen(
                 [
                     program, "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-                    "-master.telemetry=false", f"-master.port={master}", "-master.volumeSizeLimitMB=64",
+                    "-master.telemetry=false", "-master.electionTimeout=1s",
+                    f"-master.port={master}",
+                    "-master.volumeSizeLimitMB=64",
                     f"-volume.port={volume}", "-volume.max=0", "-filer", f"-filer.port={filer}",
                     "-s3", f"-s3.port={s3}", f"-s3.config={config}", "-s3.iam=false",
-                    "-s3.port.iceberg=0",
+                    "-s3.port.iceberg=0", "-s3.port.lance=0",
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.root,
             )  # fmt: skip
@@ -101,6 +103,12 @@ class ObjectServer:
             assert self.process.poll() is None, (self.root / "log").read_text()[-2000:]
             assert time.monotonic() < deadline, (self.root / "log").read_text()[-2000:]
             time.sleep(0.1)
+
+    def make_bucket(self) -> None:
+        """Make it where the server keeps them, which takes no signature."""
+        request = Request(f"http://127.0.0.1:{self.ports[2]}/buckets/{BUCKET}/", method="POST")
+        with urlopen(request, timeout=30):
+            pass
 
     def _answers(self) -> bool:
         try:
@@ -117,32 +125,40 @@ class ObjectServer:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
             self.process = None
+        for port in self.ports:
+            for number in (port, port + 10000):
+                for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                    left.unlink()
 
 
 @contextmanager
-def object_server(root: Path) -> Iterator[ObjectServer]:
-    """A server with an empty bucket."""
+def serve_objects(root: Path) -> Iterator[ObjectServer]:
+    """A server with a bucket of one object."""
     server = ObjectServer(root)
     server.start()
     try:
         server.wait()
+        server.make_bucket()
         yield server
     finally:
         server.kill()
         shutil.rmtree(root / "data", ignore_errors=True)
 
 
-class LosingProxy:
-    """Passes bytes to a server and back; a request that matches is heard and its reply lost."""
+class FaultyProxy:
+    """Passes bytes to a server and back; one request that matches meets a fault.
+
+    Its reply is lost, though the server has heard it, or its reply comes with a wrong last byte.
+    """
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self.lose: bytes | None = None
-        """What the head of a request begins with whose reply is to be lost, once."""
-        self.lost = 0
+        self.request: bytes | None = None
+        """What the head of the request begins with; None once it came."""
+        self.spoil = False
+        """Whether the reply is spoilt; else it is lost."""
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._accept, daemon=True).start()
 
     @property
     def endpoint(self) -> str:
@@ -152,34 +168,39 @@ class LosingProxy:
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
-            try:
+        with suppress(OSError):
+            while True:
                 client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
         with client, socket.create_connection(("127.0.0.1", self._port)) as server:
-            losing = threading.Event()
-            back = threading.Thread(target=self._answer, args=(server, client, losing), daemon=True)
+            faulty = threading.Event()
+            back = threading.Thread(target=self._answer, args=(server, client, faulty), daemon=True)
             back.start()
             with suppress(OSError):
                 while data := client.recv(65536):
-                    if self.lose is not None and data.startswith(self.lose):
-                        self.lose = None
-                        losing.set()
+                    if self.request is not None and data.startswith(self.request):
+                        self.request = None
+                        faulty.set()
                     server.sendall(data)
             with suppress(OSError):
                 server.shutdown(socket.SHUT_WR)
             back.join()
 
-    def _answer(self, server: socket.socket, client: socket.socket, losing: threading.Event) -> None:
+    def _answer(
+        self, server: socket.socket, client: socket.socket, faulty: threading.Event
+    ) -> None:
         with suppress(OSError):
-            while data := server.recv(65536):
-                if losing.is_set():
-                    self.lost += 1
+            while data := server.recv(2**20):
+                if faulty.is_set() and not self.spoil:
                     break  # the connection ends without the reply
+                if faulty.is_set():
+                    faulty.clear()
+                    head, blank, body = data.partition(b"\r\n\r\n")
+                    while not body:
+                        body = server.recv(2**20)
+                    data = head + blank + body[:-1] + bytes([body[-1] ^ 1])
                 client.sendall(data)
         with suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
