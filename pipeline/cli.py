@@ -41,6 +41,7 @@ from store import verify as check
 from store.convert import convert as convert_store
 from store.copying import copy_store
 from store.garbage import delete_garbage, find_garbage
+from store.object_client import ObjectStorageFailure
 from store.object_url import place_of
 from store.repair import after_repair, repairable
 from store.repair import repair as take_out
@@ -65,16 +66,19 @@ DryRun = Annotated[
 StorePlace = Annotated[
     str, typer.Argument(help="Folder of a store, or s3://BUCKET/PREFIX.", show_default=False)
 ]
-StorePath = Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)]
+StorePath = Annotated[str, typer.Argument(help="Folder of a store.", show_default=False)]
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one message and exit code 2, never a traceback."""
+    """Run the command line; a user's mistake is one message and exit code 2, never a traceback.
+
+    Where object storage does not answer, the code is 1.
+    """
     try:
         app()
     except (UserError, StoreError) as error:
         sys.stderr.write(f"foretell: {error}\n")
-        sys.exit(USAGE_ERROR)
+        sys.exit(FAILED if isinstance(error, ObjectStorageFailure) else USAGE_ERROR)
 
 
 def _stage(
@@ -329,7 +333,7 @@ def verify(
 @app.command()
 def convert(
     store: StorePath,
-    destination: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    destination: Annotated[str, typer.Argument(help="Folder to make.", show_default=False)],
     profile: Annotated[ProfileName, typer.Option(help="How the arrays are encoded.")],
     loss_nats: Annotated[
         float | None, typer.Option(help="Bound on the KL that compact may cost, in nats.")

@@ -111,6 +111,8 @@ class ObjectClient:
             try:
                 self._api.put(self._store, key, content, mode="create", use_multipart=False)
             except self._errors.AlreadyExistsError:
+                if not self.exists(key):  # another request for it was under way, and has failed
+                    raise
                 return False
             return True
 

@@ -251,6 +251,25 @@ def test_what_does_not_arrive_as_it_was_sent_is_not_committed(
     assert layout.opened().orphans() == {}
 
 
+def test_commands_that_cannot_reach_object_storage_fail_with_what_to_do(
+    run_of, object_url, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("FORETELL_RETRY_S", "0.3")
+    own = run_of(store=object_url)
+    for arguments in (
+        ("status", own.path),
+        ("inspect", object_url),
+        ("copy", object_url, tmp_path),
+    ):
+        done = foretell(*arguments)
+        assert done.returncode == 1
+        assert done.stderr.startswith("foretell: cannot ")
+        assert object_url in done.stderr
+        assert "run the same command again: what was committed is safe" in done.stderr
+    assert foretell("convert", object_url, tmp_path / "a", "--profile", "fast").returncode == 2
+
+
 def test_workers_over_object_storage_share_by_task_alone(object_url, tmp_path) -> None:
     from stages.interruption import StopRequest
     from stages.sharing import Share
