@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from store import PredictionStore, StoreError, object_client, verify
+from store import PredictionStore, StoreError, object_client, remote, verify
 from store.copying import copy_store
+from store.garbage import delete_garbage, find_garbage
 from store.layout import Layout
 from store.object_url import ObjectUrl
 from store.remote import RemoteLayout, layout_of, store_exists
@@ -165,7 +166,9 @@ def start_copy(source: str | Path, destination: str | Path) -> subprocess.Popen[
 
 
 @pytest.mark.slow
-def test_a_copy_that_was_killed_goes_on_where_it_ended_both_ways(object_url, tmp_path) -> None:
+def test_a_copy_that_was_killed_goes_on_where_it_ended_both_ways(
+    object_url, tmp_path, monkeypatch
+) -> None:
     shards = 12
     local = filled(tmp_path / "local", shards)
     for source, destination in ((local.path, object_url), (object_url, tmp_path / "back")):
@@ -177,11 +180,17 @@ def test_a_copy_that_was_killed_goes_on_where_it_ended_both_ways(object_url, tmp
         process.wait()
         there = commits(layout_of(destination))
         assert 2 <= there < shards
+        assert verify(destination).shards == there
         result = copy_store(source, destination)
         assert (result.there, result.shards) == (there, shards - there)
         assert verify(destination).shards == shards
         again = copy_store(source, destination)
         assert (again.there, again.shards, again.bytes) == (shards, 0, 0)
+    # What the killed one had sent is garbage, and nothing else is.
+    monkeypatch.setattr(remote, "GRACE_S", 0.0)
+    assert delete_garbage(object_url, find_garbage(object_url)) == []
+    assert find_garbage(object_url) == []
+    assert verify(object_url).shards == shards
     back = {name: data for name, data in tree(tmp_path / "back").items() if "tmp/" not in name}
     assert back == tree(local.path)
 
