@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from store.errors import StoreError
 
@@ -12,45 +14,46 @@ logger = logging.getLogger(__name__)
 
 
 class DownloadAhead:
-    """One thread that fetches the shards it was told of last, in order, and ends when done.
+    """One thread that fetches the shards it was told of last, in order.
 
     It only makes things faster: what it cannot fetch is fetched, and explained, by who needs it.
+    A process that ends waits for the shard in hand and for no other.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, fetch: Callable[[int], None]) -> None:
+        self._fetch = fetch
+        self._idle = threading.Condition()
         self._wanted: list[int] = []
-        self._done: set[int] = set()
-        self._thread: threading.Thread | None = None
+        self._begun: set[int] = set()
+        self._working = False
+        self._thread = ThreadPoolExecutor(1, "download-ahead")
 
-    def expect(self, shards: Iterable[int], fetch: Callable[[int], None]) -> None:
+    def expect(self, shards: Iterable[int]) -> None:
         """Fetch these shards in the background; what was expected before no longer is."""
-        with self._lock:
-            wanted = list(shards)
-            self._done &= set(wanted)
-            self._wanted = [shard for shard in wanted if shard not in self._done]
-            if not self._wanted or self._thread is not None:
-                return
-            self._thread = threading.Thread(
-                target=self._work, args=(fetch,), name="download-ahead", daemon=True
-            )
-        self._thread.start()
+        with self._idle:
+            listed = list(shards)
+            self._begun &= set(listed)
+            self._wanted = [shard for shard in listed if shard not in self._begun]
+            if self._wanted and not self._working:
+                self._working = True
+                self._thread.submit(self._fetch_next)
 
     def wait(self) -> None:
         """Wait until nothing is expected any more."""
-        thread = self._thread
-        if thread is not None:
-            thread.join()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._working)
 
-    def _work(self, fetch: Callable[[int], None]) -> None:
-        while True:
-            with self._lock:
-                if not self._wanted:
-                    self._thread = None
-                    return
-                shard = self._wanted.pop(0)
-                self._done.add(shard)
-            try:
-                fetch(shard)
-            except StoreError as error:
-                logger.info("shard %d could not be downloaded ahead: %s", shard, error)
+    def _fetch_next(self) -> None:
+        with self._idle:
+            if not self._wanted:
+                self._working = False
+                self._idle.notify_all()
+                return
+            shard = self._wanted.pop(0)
+            self._begun.add(shard)
+        try:
+            self._fetch(shard)
+        except StoreError as error:
+            logger.info("shard %d could not be downloaded ahead: %s", shard, error)
+        with suppress(RuntimeError):  # the interpreter is about to end
+            self._thread.submit(self._fetch_next)

@@ -169,9 +169,13 @@ class ObjectClient:
             some, left = left[:DELETED_AT_ONCE], left[DELETED_AT_ONCE:]
             self._tried("delete", some[0], partial(self._delete, some))
 
+    def hasty(self) -> ObjectClient:
+        """The same objects, but for requests that fail, which are not tried again."""
+        return ObjectClient(self.place.model_copy(update={"retry_s": 0.0}))
+
     def delete_quietly(self, folder: str) -> None:
         """Delete what is below a folder if that works at the first try: it is garbage anyway."""
-        hasty = ObjectClient(self.place.model_copy(update={"retry_s": 0.0}))
+        hasty = self.hasty()
         try:
             hasty.delete(f"{folder}/{found.name}" for found in hasty.below(folder))
         except StoreError as error:

@@ -85,7 +85,6 @@ class PredictionStore:
         self._verified: dict[int, VerifiedShard] = {}
         self._mapped: Recent[MappedShard] = Recent(mapped_shards)
         self._decoded: Recent[Shard] = Recent(cached_shards)
-        self._ahead = DownloadAhead()
 
     @classmethod
     def create(
@@ -250,7 +249,12 @@ class PredictionStore:
     def expect(self, shards: Sequence[int]) -> None:
         """Say which shards are needed next; those in object storage are downloaded ahead."""
         if isinstance(self._layout, RemoteLayout):
-            self._ahead.expect(self._layout.fitting(shards), self._layout.fetch)
+            self._ahead.expect(self._layout.fitting(shards))
+
+    @cached_property
+    def _ahead(self) -> DownloadAhead:
+        assert isinstance(self._layout, RemoteLayout)
+        return DownloadAhead(self._layout.fetch_ahead)
 
     def _folder_at(self, path: Path, shard: int) -> ShardFolder:
         files = self._files[self.plan.bucket_of(shard)]

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
@@ -246,9 +246,12 @@ class RemoteLayout(Layout):
                 time.sleep(0.05)
         return lease.path, lease
 
-    def fetch(self, shard: int) -> None:
-        """Download a shard ahead of its use, unless what is in use fills the cache."""
-        key, download = self._cached(shard)
+    def fetch_ahead(self, shard: int) -> None:
+        """Download a shard ahead of its use, unless what is in use fills the cache.
+
+        Nothing is tried twice: that is for who needs the shard. Raises StoreError.
+        """
+        key, download = self._hasty._cached(shard)
         lease = self.cache.lease(*key) or self.cache.fetch(*key, download)
         if lease is not None:
             lease.end()
@@ -339,6 +342,11 @@ class RemoteLayout(Layout):
         key = f"{self.shards.name}/{shard}.json"
         text = self.client.read(key)
         return None if text is None else unsealed(text, f"{self}/{key}", Commit)[0].attempt
+
+    @cached_property
+    def _hasty(self) -> RemoteLayout:
+        """The same, but for requests that fail, which are not tried again."""
+        return replace(self, client=self.client.hasty())
 
     def _cached(self, shard: int) -> tuple[tuple[str, int, str], Callable[[Path], None]]:
         """What a shard is called in the cache, and what downloads it."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import zarr
 
-from store import DamagedShard, PredictionStore, StoreError, remote, verify
+from store import DamagedShard, PredictionStore, StoreError, object_client, remote, verify
 from store.garbage import delete_garbage, find_garbage
 from store.layout import Layout
 from store.object_client import ObjectStorageFailure
@@ -416,6 +416,31 @@ def test_a_server_that_does_not_answer_is_given_up_with_what_to_do(object_url, m
     (bad,) = verify(place).bad
     assert bad.unreadable
     assert bad.file == "manifest.json"
+
+
+def test_waits_double_are_drawn_at_random_and_end_at_the_limit(object_url, monkeypatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+
+    class Clock:
+        def __init__(self) -> None:
+            self.waits: list[float] = []
+
+        def monotonic(self) -> float:
+            return sum(self.waits)
+
+        def sleep(self, seconds: float) -> None:
+            self.waits.append(seconds)
+
+    clocks = [Clock(), Clock()]
+    for clock in clocks:
+        monkeypatch.setattr(object_client, "time", clock)
+        with pytest.raises(ObjectStorageFailure, match="given up after"):
+            layout_of(ObjectUrl(url=object_url, retry_s=200)).exists()
+        for turn, wait in enumerate(clock.waits):
+            longest = min(object_client.FIRST_WAIT_S * 2**turn, object_client.LONGEST_WAIT_S)
+            assert longest / 2 <= wait <= longest
+        assert 150 < sum(clock.waits) <= 200
+    assert clocks[0].waits != clocks[1].waits
 
 
 def test_refused_credentials_are_said_at_once_and_never_shown(object_url, monkeypatch) -> None:
