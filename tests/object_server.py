@@ -123,7 +123,7 @@ class ObjectServer:
         """End it as a crash would."""
         if self.process is not None:
             self.process.send_signal(signal.SIGKILL)
-            self.process.wait()
+            self.process.wait(timeout=60)
             self.process = None
         for port in self.ports:
             for number in (port, port + 10000):

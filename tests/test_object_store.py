@@ -32,7 +32,7 @@ from tests.test_store_commit import by_profile, tree
 
 ROOT = Path(__file__).parent.parent
 MANIFEST = synthetic_manifest(TopK(k=4, moments=True))
-WRITERS = 4
+WRITERS = 3
 RACE = """
 import sys
 from store import PredictionStore
@@ -357,7 +357,7 @@ def test_the_cache_keeps_its_limit_and_readers_get_the_same(object_url, tmp_path
     largest = max(bytes_below(local.path / f"shards/{s:05d}") for s in range(shards))
     place = ObjectUrl(url=object_url, cache=tmp_path / "small", cache_bytes=int(3.5 * largest))
     stores = [PredictionStore.open(place, cached_shards=1) for _ in range(2)]
-    order = np.random.default_rng(0).integers(0, shards, 40).tolist()
+    order = np.random.default_rng(0).integers(0, shards, 24).tolist()
     for turn, shard in enumerate(order):
         ours, theirs = stores[turn % 2].shard(shard), local.shard(shard)
         for name, values in theirs.arrays.items():
