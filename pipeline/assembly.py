@@ -51,8 +51,10 @@ from stages.rollout_plan import create_store, lay_out
 from stages.sharing import EVERYTHING, Share
 from stages.train import require_same_dataset, train
 from store import PredictionStore
+from store.object_url import ObjectUrl
 from store.plan import Key
 from store.rejected import Rejected
+from store.remote import store_exists
 from store.schema import Fast, Manifest, changed_fields
 
 
@@ -136,7 +138,7 @@ class Assembly:
         path, draws = self._folders.store_of(round_name), self._folders.draws_of(round_name)
         teachers = Teachers(self._config, dataset, device)
         # One process audits; those that start beside it wait here, and find its store.
-        with alone(path.with_name(f"{path.name}.lock")) if config.audited else nullcontext():
+        with alone(self._folders.lock_of(path)) if config.audited else nullcontext():
             full = teachers.in_full(config, path, round_name)
             teacher, quantized = teachers.for_rollout(config, round_name)
             replay = self._replay(config, teacher, dataset, path)
@@ -238,7 +240,7 @@ class Assembly:
         )
 
     def _replay(
-        self, config: RolloutConfig, teacher: Family, dataset: Dataset, path: Path
+        self, config: RolloutConfig, teacher: Family, dataset: Dataset, path: Path | ObjectUrl
     ) -> Replay | None:
         if config.replay is None:
             return None
@@ -274,7 +276,7 @@ class Assembly:
     def _store(self, config: TrainConfig) -> PredictionStore:
         """Open the store that a student learns from."""
         path = self._folders.store_of(config.round)
-        if config.round is not None and not (path / "manifest.json").exists():
+        if config.round is not None and not store_exists(path):
             raise UserError(
                 f"{path} is not there yet, which the round {config.round!r} makes: `foretell run` "
                 f"does all stages in order, and `foretell rollout --round {config.round}` this one"

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pipeline.config import Run, load_config, speech_run
 from pipeline.conversion import ProfileName, conversion_text, profile_of
+from pipeline.copying import copy_text
 from pipeline.garbage import deletion_text, garbage_text
 from pipeline.inspection import describe_key, describe_model, describe_store, is_model
 from pipeline.inspection_text import store_text, verification_text
@@ -45,7 +46,10 @@ from stages.listening import Kind
 from store import StoreError
 from store import verify as check
 from store.convert import convert as convert_store
+from store.copying import copy_store
 from store.garbage import delete_garbage, find_garbage
+from store.object_client import ObjectStorageFailure
+from store.object_url import place_of
 from store.repair import after_repair, repairable
 from store.repair import repair as take_out
 
@@ -66,16 +70,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Write the scripts, say what would be submitted.")
 ]
-StorePath = Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)]
+StorePlace = Annotated[
+    str, typer.Argument(help="Folder of a store, or s3://BUCKET/PREFIX.", show_default=False)
+]
+StorePath = Annotated[str, typer.Argument(help="Folder of a store.", show_default=False)]
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one message and exit code 2, never a traceback."""
+    """Run the command line; a user's mistake is one message and exit code 2, never a traceback.
+
+    Where object storage does not answer, the code is 1.
+    """
     try:
         app()
     except (UserError, StoreError) as error:
         sys.stderr.write(f"foretell: {error}\n")
-        sys.exit(USAGE_ERROR)
+        sys.exit(FAILED if isinstance(error, ObjectStorageFailure) else USAGE_ERROR)
 
 
 def _stage(
@@ -131,7 +141,7 @@ def rollout(
         bool, typer.Option("--static", help="Write the job's own shards only, and claim none.")
     ] = False,
     replay: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="STORE", help="Score the codes of this store; generate nothing."),
     ] = None,
     round_: Annotated[
@@ -164,11 +174,11 @@ def rollout(
     _stage(stage, config, overrides, share, static=static)
 
 
-def _replaying(section: str, store: Path) -> list[str]:
+def _replaying(section: str, store: str) -> list[str]:
     """Return the overrides that --replay stands for."""
     return [
         f"{section}.source=replay",
-        f"{section}.replay={json.dumps(str(store))}",
+        f"{section}.replay={json.dumps(store)}",
         f"{section}.student=null",
     ]
 
@@ -303,13 +313,19 @@ def _tell_submission(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a store or a model.", show_default=False)],
+    store: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE", help="Folder of a store or a model, or s3://….", show_default=False
+        ),
+    ],
     key: Annotated[
         str | None, typer.Option(help="SAMPLE/VARIATION or SAMPLE/VARIATION/TIMESTEP.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what is in a store, down to one timestep, or how large a model is."""
+    path = place_of(store)
     if is_model(path):
         if key is not None:
             raise UserError(f"--key {key} is for a store, but {path} is the folder of a model")
@@ -323,7 +339,7 @@ def inspect(
 
 @app.command()
 def verify(
-    store: StorePath,
+    store: StorePlace,
     repair: Annotated[
         bool, typer.Option("--repair", help="Take damaged shards out, to be made again.")
     ] = False,
@@ -351,7 +367,7 @@ def verify(
 @app.command()
 def convert(
     store: StorePath,
-    destination: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    destination: Annotated[str, typer.Argument(help="Folder to make.", show_default=False)],
     profile: Annotated[ProfileName, typer.Option(help="How the arrays are encoded.")],
     loss_nats: Annotated[
         float | None, typer.Option(help="Bound on the KL that compact may cost, in nats.")
@@ -374,8 +390,26 @@ def convert(
 
 
 @app.command()
+def copy(
+    source: StorePlace,
+    destination: Annotated[
+        str, typer.Argument(help="Folder or URL to make, or to go on with.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Copy a store between folders and object storage, comparing every file with its sum."""
+    try:
+        with stop_request(at_once=True):  # a shard appears whole or not at all
+            result = copy_store(source, destination, partial(tqdm, unit="shard", disable=None))
+    except KeyboardInterrupt:
+        raise typer.Exit(MORE_TO_DO) from None
+    _print(result.model_dump(mode="json"), as_json, lambda: copy_text(result))
+    raise typer.Exit(FAILED if result.differing else FINISHED)
+
+
+@app.command()
 def gc(
-    store: StorePath,
+    store: StorePlace,
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
     as_json: Json = False,
 ) -> None:

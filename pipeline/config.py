@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ MOST_VALUES = 100_000
 """Values of a configuration, those that its aliases repeat counted again."""
 MOST_SHOWN = 200
 """Letters of a value in a message."""
+USER_INFO = re.compile(r"://[^/\s]*@")
 REPR = reprlib.Repr()
 REPR.maxstring = REPR.maxother = MOST_SHOWN
 
@@ -110,8 +112,11 @@ def _inner(node: yaml.Node) -> Iterator[yaml.Node]:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for a message: long ones, and those within others, are cut."""
-    shown = REPR.repr(value)
+    """Return a value for a message: long ones, and those within others, are cut.
+
+    What stands before the host of a URL is left out, for it may be a password.
+    """
+    shown = USER_INFO.sub("://…@", REPR.repr(value))
     return shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}…"
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Run
+from store.object_url import ObjectUrl
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class RunFolders:
         return given or self.root / "teacher"
 
     @property
-    def store(self) -> Path:
+    def store(self) -> Path | ObjectUrl:
         """The prediction store."""
         return self.config.store or self.root / "store"
 
@@ -45,9 +46,14 @@ class RunFolders:
         """Codes that a student drew for the teacher to score."""
         return self.root / "draws"
 
-    def store_of(self, round_name: str | None) -> Path:
+    def store_of(self, round_name: str | None) -> Path | ObjectUrl:
         """The prediction store of a round; None stands for the run's own."""
         return self.store if round_name is None else self.root / f"store_{round_name}"
+
+    def lock_of(self, store: Path | ObjectUrl) -> Path:
+        """What processes of this machine lock that must not begin a store at the same time."""
+        path = store if isinstance(store, Path) else self.root / "store"
+        return path.with_name(f"{path.name}.lock")
 
     def draws_of(self, round_name: str | None) -> Path:
         """The codes that a student drew for a round; None stands for the run's own."""

@@ -14,7 +14,7 @@ def garbage_text(found: Sequence[Leftover]) -> str:
     if not found:
         return "tmp/ is empty: nothing to delete"
     lines = [
-        f"tmp/{entry.name!r}: {entry.files} files, {entry.bytes:,} bytes, last written "
+        f"{_named(entry.name)}: {entry.files} files, {entry.bytes:,} bytes, last written "
         f"{_age(entry.age_s)} ago"
         for entry in found
     ]
@@ -27,8 +27,13 @@ def deletion_text(found: Sequence[Leftover], kept: Sequence[Kept], deleted: bool
         return "no shard was touched"
     if not deleted:
         return "nothing was deleted"
-    lines = [f"tmp/{entry.name!r} is still there: {entry.reason}" for entry in kept]
+    lines = [f"{_named(entry.name)} is still there: {entry.reason}" for entry in kept]
     return "\n".join([*lines, f"{len(found) - len(kept)} of {len(found)} deleted"])
+
+
+def _named(name: str) -> str:
+    """Names of tmp/ hold no slash; others are of object storage, and say where they lie."""
+    return repr(name) if "/" in name or ":" in name else f"tmp/{name!r}"
 
 
 def _age(seconds: float) -> str:

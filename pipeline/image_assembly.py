@@ -49,6 +49,7 @@ from stages.quantization import Quantized
 from stages.sharing import EVERYTHING, Share
 from stages.train import require_same_dataset
 from store import PredictionStore
+from store.remote import store_exists
 from store.schema import Manifest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -271,7 +272,7 @@ class ImageAssembly:
 
     def _store_manifest(self) -> Manifest | None:
         path = self._folders.store
-        return PredictionStore.open(path).manifest if (path / "manifest.json").exists() else None
+        return PredictionStore.open(path).manifest if store_exists(path) else None
 
     def _contenders(
         self, config: ImageEvaluateConfig, dataset: ImageDataset, device: torch.device

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pipeline.candidates import describe_stream, summary
 from stages.errors import UserError
@@ -16,6 +16,7 @@ from stages.rejections import kind_of
 from stages.saved_model import is_saved, saved_model
 from store import PredictionStore, Rollout, Timestep
 from store.encoding import COLUMN
+from store.object_url import ObjectUrl
 from store.schema import Manifest
 from store.shard_folder import ShardFolder
 from store.side_tables import table_files
@@ -52,7 +53,7 @@ class _Content:
 
 
 def describe_store(
-    path: Path, progress: Callable[[Sequence[int]], Iterable[int]] = iter
+    path: Path | ObjectUrl, progress: Callable[[Sequence[int]], Iterable[int]] = iter
 ) -> Document:
     """Return what a store is and what is in it, as JSON values; reads no array.
 
@@ -115,8 +116,10 @@ def _beside_target(store: PredictionStore) -> Document:
     return {name: value for name, value in found.items() if value}
 
 
-def is_model(path: Path) -> bool:
+def is_model(path: Path | ObjectUrl) -> TypeGuard[Path]:
     """Whether a folder is that of a model and not of a store."""
+    if not isinstance(path, Path):
+        return False
     return (path / "config.json").exists() and not (path / "manifest.json").exists()
 
 
@@ -133,7 +136,7 @@ def describe_model(folder: Path) -> Document:
     }
 
 
-def describe_key(path: Path, key: str) -> Document:
+def describe_key(path: Path | ObjectUrl, key: str) -> Document:
     """Return what is stored of SAMPLE/VARIATION, or of SAMPLE/VARIATION/TIMESTEP.
 
     Sample ids may hold slashes: the last one or two parts are numbers. Raises `UserError` for a

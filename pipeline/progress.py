@@ -16,6 +16,8 @@ from stages.diffusion.config import RecordConfig
 from stages.errors import UserError
 from stages.saved_model import is_saved
 from store import PredictionStore
+from store.object_url import ObjectUrl
+from store.remote import store_exists
 from store.schema import Record
 
 State = Literal["done", "partial", "missing", "stale"]
@@ -124,8 +126,8 @@ def _steps_done(folder: Path, steps: int) -> int:
     return min(int(checkpoints[-1].name.removeprefix("step_")), steps) if checkpoints else 0
 
 
-def _shards(path: Path) -> tuple[int, int]:
-    if not (path / "manifest.json").exists():
+def _shards(path: Path | ObjectUrl) -> tuple[int, int]:
+    if not store_exists(path):
         return 1, 0
     store = PredictionStore.open(path)
     return store.planned_shards, store.planned_shards - len(store.missing())

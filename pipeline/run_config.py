@@ -13,6 +13,7 @@ from stages.config import EvaluateConfig, FitConfig, RolloutConfig, TrainConfig
 from stages.errors import UserError
 from stages.model_config import ModelConfig, PretrainedConfig
 from stages.prepare_config import PrepareConfig
+from store.object_url import Place
 from store.schema import Guidance, Record
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -75,8 +76,9 @@ class CommonRun(Record):
     """Seed of everything that is random."""
     dataset: Path | None = None
     """Folder of a prepared dataset; by default the run's own."""
-    store: Path | None = None
-    """Folder of an existing store to train from; by default the run's own."""
+    store: Place | None = None
+    """Folder of the store, or its URL s3://BUCKET/PREFIX, alone or with settings (`{url: …}`); by
+    default the run's own."""
     cluster: ClusterConfig | None = None
     """How `submit` gives the run to Slurm; it changes nothing that the run produces."""
 

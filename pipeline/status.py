@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 from pipeline.config import Run
@@ -12,7 +11,6 @@ from pipeline.slurm import QueueEntry, queue
 from pipeline.submission import Job, read_jobs
 from stages.errors import UserError
 from store import PredictionStore
-from store.layout import Layout
 from store.schema import Record
 
 LATEST = 100
@@ -126,8 +124,7 @@ def _store_state(store: PredictionStore) -> StoreState:
     step = -(-len(store.committed) // WEIGHED)
     weighed = store.committed[::step]
     sizes = [sum(file.bytes for file in store.folder(s).record().files.values()) for s in weighed]
-    layout = Layout.at(store.path)
-    committed_s = sorted(os.stat(layout.shard(shard)).st_mtime for shard in store.committed)
+    committed_s = sorted(map(store.committed_s, store.committed))
     latest = committed_s[-LATEST:]
     per_min = None
     if latest[-1] > latest[0]:

@@ -21,6 +21,7 @@ from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.publish import replace_file
 from store import PredictionStore
+from store.remote import store_exists
 from store.schema import Record
 
 
@@ -250,7 +251,7 @@ def _lost_tasks(config: Run, stage: str, tasks: int) -> list[int]:
     Where all shards are there but nobody noted that the stage is finished, one task does.
     """
     store = RunFolders(config).store_of(stage.partition(":")[2] or None)
-    if not (store / "manifest.json").exists():
+    if not store_exists(store):
         return list(range(tasks))
     return sorted({shard % tasks for shard in PredictionStore.open(store).missing()}) or [0]
 

@@ -21,6 +21,8 @@ from stages.family import Family, Sample, load_family
 from stages.quantization import Quantized, quantize_family
 from stages.refusals import takes_recording
 from stages.saved_model import saved_family
+from store.object_url import ObjectUrl
+from store.remote import store_exists
 from store.schema import DTypeName, Manifest, Quantization
 
 logger = logging.getLogger(__name__)
@@ -81,14 +83,14 @@ class Teachers:
         return self.for_rollout(self._config.rollout)[0]
 
     def in_full(
-        self, rollout: RolloutConfig, store: Path, round_name: str | None
+        self, rollout: RolloutConfig, store: Path | ObjectUrl, round_name: str | None
     ) -> list[Tensor] | None:
         """Return what the teacher predicts in fp32 for the audit; None where there is none to do.
 
         Its model is gone when this returns, so that it and the quantized one are never together in
         memory. A store that is there has been audited.
         """
-        if not rollout.audited or (store / "manifest.json").exists():
+        if not rollout.audited or store_exists(store):
             return None
         teacher = self.load("fp32", round_name)
         chosen = self._audit_samples(rollout, teacher)

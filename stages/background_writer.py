@@ -124,7 +124,7 @@ class BackgroundWriter:
 
     def _append(self, shard: int, collect: Callable[[], Iterable[Drawn]]) -> None:
         if self._writer is None:
-            require_floor(self._store.path, self._free_floor)
+            require_floor(self._store.folder_here, self._free_floor)
             self._writer = self._store.writer(shard)
         for drawn in collect():
             self._writer.append(

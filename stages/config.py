@@ -19,6 +19,7 @@ from pydantic import (
 from stages.loss_config import LossConfig, LossForm
 from stages.model_config import ModelConfig
 from stages.ranges import Positive, Share, Weight
+from store.object_url import Place
 from store.schema import (
     Fast,
     Full,
@@ -157,7 +158,7 @@ class RolloutConfig(Record):
     """Whose codes are scored: the teacher's, the recording's, a student's, or another store's."""
     student: Path | None = None
     """Folder of the student that draws the codes when `source` is `student`."""
-    replay: Path | None = None
+    replay: Place | None = None
     """Store whose codes, samples and variations are taken when `source` is `replay`."""
     split: str = "train"
     """Split of the dataset that is rolled out."""

@@ -131,9 +131,17 @@ class BatchReader:
         batch = np.column_stack([rollouts, epochs])
         share = rank_share(batch, self.rank, self.world_size)
         batches = [self._read(part) for part in _micro(share, self.micro_batch_size)]
+        if self.store.is_remote:
+            self._expect(position + self.batch_size)
         if not any(batch.arrays["weights"].any() for batch in batches):
             self._require_weight(rollouts)
         return batches
+
+    def _expect(self, position: int) -> None:
+        """Have the shards downloaded that will be read from `position` on."""
+        following = self.order.take(position, self.order.longest_buffer)
+        places = dict.fromkeys(following[:, 0].tolist())
+        self.store.expect([self.store.committed[place] for place in places])
 
     def _require_weight(self, rollouts: Array) -> None:
         """Refuse a global batch [n, 2] whose rollouts weigh nothing, also those of other ranks."""

@@ -13,7 +13,9 @@ from stages.errors import UserError
 from stages.free_space import Lengths, expected_timesteps, free_bytes, plain_bytes
 from store import Plan, PredictionStore
 from store.encoding import array_specs
+from store.object_url import ObjectUrl, folder_here
 from store.plan import Key
+from store.remote import store_exists
 from store.schema import Compact, Manifest, Record
 from store.zarr_files import ArrayFiles
 
@@ -72,12 +74,12 @@ class Timed(NamedTuple):
     """Bytes of every array on disk per plain byte; an array that is not in it takes as many."""
 
 
-def missing_of(path: Path, plan: Plan) -> list[int]:
+def missing_of(path: Path | ObjectUrl, plan: Plan) -> list[int]:
     """Shards of a plan that the store at `path` lacks: all of them where there is no store.
 
     Raises UserError for a store of another plan, StoreError.
     """
-    if not (path / "manifest.json").exists():
+    if not store_exists(path):
         return list(range(len(plan)))
     store = PredictionStore.open(path)
     if store.plan != plan:
@@ -143,7 +145,7 @@ def estimated(
     *,
     rejected: int,
     processes: int,
-    path: Path,
+    path: Path | ObjectUrl,
     free_floor: int,
 ) -> Estimate:
     """Put together what a plan takes; `timed` is None exactly when no shard is missing.
@@ -160,7 +162,7 @@ def estimated(
     for name, size in sizes.items():
         targets[name.partition(".")[0]] += size
     rate = None if timed is None else timed.timesteps / timed.seconds
-    left, free = sum(counts[shard] for shard in missing), free_bytes(path)
+    left, free = sum(counts[shard] for shard in missing), free_bytes(folder_here(path))
     return Estimate(
         samples=len(plan.sample_ids),
         rejected=rejected,
@@ -178,7 +180,8 @@ def estimated(
         hours=0.0 if rate is None else left / rate / processes / 3600,
         free_bytes=free,
         free_floor=free_floor,
-        fits=sum(missing_sizes.values()) + free_floor <= free,
+        # How much object storage holds, nobody knows.
+        fits=isinstance(path, ObjectUrl) or sum(missing_sizes.values()) + free_floor <= free,
     )
 
 

@@ -83,7 +83,8 @@ def refuse_small_disk(store: PredictionStore, lengths: Lengths, floor: int) -> N
     """Refuse to begin when the missing shards and the floor do not fit on the disk.
 
     What encoded shards take is known from those that are committed; before there are any, a disk
-    that would not hold them plain is warned of. Raises UserError, ShardError.
+    that would not hold them plain is warned of. How much object storage holds, nobody knows.
+    Raises UserError, ShardError.
     """
     missing = store.missing()
     timesteps = dict(zip(missing, expected_timesteps(store.plan, missing, lengths), strict=True))
@@ -91,8 +92,8 @@ def refuse_small_disk(store: PredictionStore, lengths: Lengths, floor: int) -> N
     encoded = isinstance(store.manifest.profile, Compact)
     share = committed_share(store) if encoded else None
     needed = round(sum(size * (share or {}).get(name, 1) for name, size in plain.items()))
-    free = free_bytes(store.path)
-    if needed + floor <= free:
+    free = free_bytes(store.folder_here)
+    if store.is_remote or needed + floor <= free:
         return
     found = (
         f"the {len(missing)} missing shards of {store.path} will take about {needed:,} bytes, and "

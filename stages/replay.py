@@ -18,6 +18,7 @@ from stages.errors import UserError
 from stages.family import Family
 from stages.rollout import GivenCodes, Key
 from store import PredictionStore
+from store.object_url import ObjectUrl
 from store.schema import Dense, Latent, Manifest, Stream
 
 
@@ -54,14 +55,16 @@ class Replay(Mapping[Key, GivenCodes]):
         return config.model_copy(update=drawn)
 
 
-def open_replay(path: Path, family: Family, dataset_fingerprint: str, output: Path) -> Replay:
+def open_replay(
+    path: Path | ObjectUrl, family: Family, dataset_fingerprint: str, output: Path | ObjectUrl
+) -> Replay:
     """Open the store at `path` for `family` to score its codes again.
 
     Raises `UserError` when it is the store `output` that is to be written, is incomplete, or was
     made of another dataset, tokenizer, audio codec, or codes, saying what differs, and
     `StoreError` when it cannot be read.
     """
-    if path.resolve() == output.resolve():
+    if _resolved(path) == _resolved(output):
         raise UserError(
             f"rollout.replay {path} is the store that would be written: give the run another name, "
             "or its store another folder (store)"
@@ -88,6 +91,10 @@ def open_replay(path: Path, family: Family, dataset_fingerprint: str, output: Pa
             f"{missing[0]:05d}): finish its rollout, then replay it"
         )
     return Replay(store, columns)
+
+
+def _resolved(place: Path | ObjectUrl) -> str:
+    return str(place.resolve() if isinstance(place, Path) else place)
 
 
 def _differences(family: Family, dataset_fingerprint: str, manifest: Manifest) -> list[str]:

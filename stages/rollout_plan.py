@@ -19,6 +19,7 @@ from stages.refusals import misfit, part
 from stages.replay import Replay
 from stages.sampling import keyed_generator
 from store import PredictionStore
+from store.object_url import ObjectUrl
 from store.plan import Plan
 from store.rejected import Rejected
 from store.schema import Fingerprints, Hidden, Manifest, Quantization, Target, TopK
@@ -38,7 +39,7 @@ class LaidOut(NamedTuple):
 
 
 def create_store(
-    path: Path,
+    path: Path | ObjectUrl,
     config: RolloutConfig,
     family: Family,
     samples: Sequence[Sample],

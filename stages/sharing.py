@@ -10,7 +10,6 @@ from itertools import chain
 from stages.interruption import StopRequest
 from store import PredictionStore
 from store.claims import HEARTBEAT_S, Claims
-from store.layout import Layout
 
 SHORTEST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
@@ -37,12 +36,13 @@ class Share:
     ) -> bool:
         """Have `work` write what is missing of a store; False when `stop` was requested first.
 
-        Unless the part is static, this returns True when all of the store is committed.
+        Unless the part is static, this returns True when all of the store is committed. In object
+        storage, where workers have no claims, every part is static.
         """
-        missing = store.missing()
-        if self.static:
+        missing, folder = store.missing(), store.claims
+        if self.static or folder is None:
             return work(self.own(missing))
-        order, folder = own_first(missing, self.task, self.tasks), Layout.at(store.path).claims
+        order = own_first(missing, self.task, self.tasks)
         with Claims(folder, store.is_committed, self.heartbeat_s) as claims:
             return in_turns(claims, order, store.is_committed, work, stop)
 

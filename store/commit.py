@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -120,14 +118,13 @@ class ShardWriter:
                 f"planned rollouts, first sample {missing[0][0]!r}, variation {missing[0][1]}: "
                 "append them before committing"
             )
-        target = self._layout.shard(self._shard)
-        staged = self._layout.tmp / f"{target.name}-{uuid.uuid4().hex}"
+        staged = self._layout.tmp / f"{shard_name(self._shard)}-{uuid.uuid4().hex}"
         try:
             with explain_os_errors(f"commit {self._place}"):
-                if target.exists():
+                if self._layout.is_committed(self._shard):
                     return False
                 self._stage(staged)
-                return publish(staged, target)
+                return self._layout.publish(staged, self._shard)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
             self._close()
@@ -206,7 +203,7 @@ class ShardWriter:
 
     @property
     def _place(self) -> str:
-        return f"shard {shard_name(self._shard)} of {self._layout.root}"
+        return f"shard {shard_name(self._shard)} of {self._layout}"
 
     def _place_of(self, file: str) -> str:
         array = array_of(file)
@@ -226,24 +223,6 @@ class ShardWriter:
     def _close(self) -> None:
         self._drafts.clear()
         self._closed = True
-
-
-def publish(staged: Path, target: Path) -> bool:
-    """Rename a synced folder to its final name and make that durable; False if the name is taken.
-
-    Raises OSError.
-    """
-    try:
-        os.rename(staged, target)
-    except OSError as error:
-        # NFS may repeat a rename that already succeeded: then the staged folder is gone.
-        won = not staged.exists() and target.exists()
-        if not won and error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if not won:
-            return False
-    sync_folder(target.parent)
-    return True
 
 
 def _check_facts(where: str, stop_reason: str, weight: float, seed: int) -> None:

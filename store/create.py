@@ -21,6 +21,7 @@ from store.mapped_file import MappedFile
 from store.plain_file import lies_at
 from store.plan import Plan
 from store.rejected import Rejected, read_rejected, rejected_table
+from store.remote import RemoteLayout
 from store.samples import SampleRows, check_conditions
 from store.schema import FileSum, Manifest
 from store.sealed import seal, unseal
@@ -45,19 +46,23 @@ def create_store(
 ) -> None:
     """Make the store unless an equal one exists.
 
-    Plan, samples, heads and tables are linked into place first, the manifest last; links never
-    replace a file, so of two creators one wins and the other compares. Raises StoreError when a
-    different store exists (naming the fields), the path is unsuitable, or the disk fails.
+    Plan, samples, heads and tables are linked into place first (or created in object storage), the
+    manifest last; neither replaces anything, so of two creators one wins and the other compares.
+    Raises StoreError when a different store exists (naming the fields), the path is unsuitable, or
+    the disk fails.
     """
-    given = f"samples given for {layout.root}"
+    given = f"samples given for {layout}"
     check_conditions(samples.column_names, manifest, given)
     SampleRows.of(samples["sample_id"].chunks, plan, given)
-    check_heads(heads, manifest, f"heads given for {layout.root}")
-    plan.check_buckets(len(manifest.buckets), f"plan given for {layout.root}")
-    parts = _table_parts(manifest, tables, f"tables given for {layout.root}")
-    refuse_nesting(layout.root)
-    if not lies_at(layout.manifest):
-        refuse_strangers(layout.root)
+    check_heads(heads, manifest, f"heads given for {layout}")
+    plan.check_buckets(len(manifest.buckets), f"plan given for {layout}")
+    parts = _table_parts(manifest, tables, f"tables given for {layout}")
+    remote = isinstance(layout, RemoteLayout)
+    if not remote:
+        refuse_nesting(layout.root)
+    if not layout.exists():
+        if not remote:
+            refuse_strangers(layout.root)
         contents: dict[str, bytes | Path] = {
             "plan.parquet": table_bytes(plan.to_table()),
             "samples.parquet": table_bytes(samples),
@@ -71,9 +76,8 @@ def create_store(
         contents |= parts
         sums = {name: _sum(content) for name, content in contents.items()}
         contents["manifest.json"] = seal(manifest.model_copy(update={"files": sums}))
-        with explain_os_errors(f"create the store {layout.root}"):
-            _place(layout, contents)
-    _compare(layout, manifest, plan, samples, heads, rejected, parts)
+        place(layout, contents)
+    _compare(layout.opened(), manifest, plan, samples, heads, rejected, parts)
 
 
 def _table_parts(manifest: Manifest, tables: Mapping[str, Path], source: str) -> dict[str, Path]:
@@ -103,6 +107,19 @@ def _sum(content: bytes | Path) -> FileSum:
         raise
     except StoreError as error:
         raise StoreError(f"{content}: {error}: restore it from a copy") from error
+
+
+def place(layout: Layout, contents: Mapping[str, bytes | Path]) -> None:
+    """Make the files beside the shards of a store in their order, the manifest last.
+
+    No file is replaced. Raises StoreError where something else is there and no manifest; where
+    there is a manifest, who calls compares.
+    """
+    if isinstance(layout, RemoteLayout):
+        layout.place_new(contents)
+        return
+    with explain_os_errors(f"create the store {layout.root}"):
+        _place(layout, contents)
 
 
 def _place(layout: Layout, contents: Mapping[str, bytes | Path]) -> None:
@@ -202,7 +219,7 @@ def _compare(
         changes += _other_parts(layout, stored, parts)
     if changes:
         raise StoreError(
-            f"the store {layout.root} exists and differs in {'; '.join(changes)}. "
+            f"the store {layout} exists and differs in {'; '.join(changes)}. "
             "Choose another folder, or give the configuration that made it"
         )
 
@@ -211,7 +228,8 @@ def _other_parts(layout: Layout, stored: Manifest, parts: Mapping[str, Path]) ->
     """Files of tables that differ from those given; raises StoreError."""
     for file, source in parts.items():
         with explain_os_errors(f"look up {source}"):
-            same = (layout.root / file).samefile(source)
+            remote = isinstance(layout, RemoteLayout)
+            same = not remote and (layout.root / file).samefile(source)
         if not same and _sum(source) != stored.files[file]:
             yield f"{file}: other tensors than in {source}"
 

@@ -6,23 +6,30 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from store import remote
 from store.errors import StoreError, explain_os_errors
 from store.layout import Layout
+from store.object_url import ObjectUrl
 from store.plain_file import lies_at
+from store.remote import RemoteLayout, layout_of
 from store.schema import Manifest, Record
 from store.sealed import unseal
+
+HERE = "this machine: "
+"""Begins the names of what was made here to be sent to object storage."""
 
 
 class Leftover(Record):
     """One entry of tmp/: work of a writer that ended or still works, or a damaged shard."""
 
     name: str
-    """Below tmp/."""
+    """Below tmp/; of a store in object storage below its URL, or `this machine: NAME`."""
     files: int
     """Files in it."""
     bytes: int
@@ -40,29 +47,62 @@ class Kept(Record):
     """What kept it, and what to do."""
 
 
-def find_garbage(path: str | Path) -> list[Leftover]:
+def find_garbage(path: str | Path | ObjectUrl) -> list[Leftover]:
     """List what lies in tmp/ of a store, by name.
 
+    In object storage it is what no commit names, and on this machine what was made to be sent;
+    what is younger than a day is left out, as a job may still write it.
     Raises StoreError when there is no store at `path`, or tmp/ is a link, which may lead anywhere.
     """
-    tmp = tmp_of(path)
+    layout = layout_of(path)
+    if isinstance(layout, RemoteLayout):
+        return _find_remote(layout.opened())
+    return _below(tmp_of(layout.root))
+
+
+def _below(tmp: Path) -> list[Leftover]:
     with explain_os_errors(f"list {tmp}"):
         names = sorted(os.listdir(tmp)) if lies_at(tmp) else []
         return [_measured(tmp, name) for name in names]
 
 
-def delete_garbage(path: str | Path, found: Sequence[Leftover]) -> list[Kept]:
+def _find_remote(layout: RemoteLayout) -> list[Leftover]:
+    """What no commit names, and what was made on this machine to be sent, if it is old enough."""
+    objects = [
+        Leftover(name=name, files=len(orphan.keys), bytes=orphan.bytes, age_s=orphan.age_s)
+        for name, orphan in sorted(layout.orphans().items())
+    ]
+    here = [
+        entry.model_copy(update={"name": f"{HERE}{entry.name}"}) for entry in _below(layout.tmp)
+    ]
+    return [entry for entry in [*objects, *here] if entry.age_s >= remote.GRACE_S]
+
+
+def _delete_remote(layout: RemoteLayout, name: str) -> None:
+    if name.startswith(HERE):
+        _delete(layout.tmp / name.removeprefix(HERE))
+    else:
+        layout.delete_orphan(name)
+
+
+def delete_garbage(path: str | Path | ObjectUrl, found: Sequence[Leftover]) -> list[Kept]:
     """Delete what was found in tmp/, and return what could not be deleted.
 
     Nothing else is touched: no link is followed, and what came into tmp/ since stays. Entries that
     are gone by now are not missed. Raises StoreError as `find_garbage` does.
     """
-    tmp = tmp_of(path)
+    layout = layout_of(path)
+    delete: Callable[[str], None]
+    if isinstance(layout, RemoteLayout):
+        delete = partial(_delete_remote, layout.opened())
+    else:
+        tmp = tmp_of(layout.root)
+        delete = lambda name: _delete(tmp / name)  # noqa: E731 - one of two
     kept = []
     for leftover in found:
         try:
-            with explain_os_errors(f"delete {tmp / leftover.name}"):
-                _delete(tmp / leftover.name)
+            with explain_os_errors(f"delete {leftover.name} of {layout}"):
+                delete(leftover.name)
         except StoreError as error:
             kept.append(Kept(name=leftover.name, reason=str(error)))
     return kept

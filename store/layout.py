@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from store.durable import sync_folder
 from store.errors import StoreError, explain_os_errors
+from store.object_url import ObjectUrl
+from store.plain_file import lies_at
 
 ENTRIES = (
     "manifest.json", "plan.parquet", "samples.parquet", "rejected.parquet", "heads", "tables",
@@ -74,9 +80,75 @@ class Layout:
         """Folder of what says who writes which shard (`store.claims`)."""
         return self.tmp / "claims"
 
+    @property
+    def place(self) -> Path | ObjectUrl:
+        """What to open the store by."""
+        return self.root
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+    def exists(self) -> bool:
+        """Whether there is a store; raises SystemFailure."""
+        return lies_at(self.manifest)
+
+    def opened(self) -> Layout:
+        """The layout through which a store that exists is read: this one."""
+        return self
+
+    def obtain(self, files: Iterable[str]) -> None:
+        """Have some files beside the shards here, given by their paths below the store."""
+
     def shard(self, shard: int) -> Path:
         """Folder of a shard; it exists exactly when the shard is committed."""
         return self.shards / shard_name(shard)
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether a shard is committed by now; raises SystemFailure."""
+        return lies_at(self.shard(shard))
+
+    def committed_s(self, shard: int) -> float:
+        """When a committed shard was committed, in seconds since 1970; raises SystemFailure."""
+        with explain_os_errors(f"look up {self.shard(shard)}"):
+            return os.stat(self.shard(shard)).st_mtime
+
+    def tables_of(self, shard: int) -> Path:
+        """Folder that holds at least the record and the table of rollouts of a committed shard."""
+        return self.shard(shard)
+
+    @contextmanager
+    def whole(self, shard: int) -> Iterator[Path]:
+        """Folder of a committed shard with all that is stored of it, be it right or wrong."""
+        yield self.shard(shard)
+
+    def lease(self, shard: int, let_go: Callable[[], None]) -> tuple[Path, object]:
+        """Folder of a committed shard, and what to keep for as long as it is needed.
+
+        `let_go` is called where shards that are still kept take the room of this one.
+        """
+        return self.shard(shard), None
+
+    def forget(self, shard: int) -> bool:
+        """Drop a damaged copy of a shard; False where it is no copy."""
+        return False
+
+    def publish(self, staged: Path, shard: int) -> bool:
+        """Make a synced folder a committed shard, durably; False if another writer was first.
+
+        Raises OSError.
+        """
+        target = self.shard(shard)
+        try:
+            os.rename(staged, target)
+        except OSError as error:
+            # NFS may repeat a rename that already succeeded: then the staged folder is gone.
+            won = not staged.exists() and target.exists()
+            if not won and error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if not won:
+                return False
+        sync_folder(self.shards)
+        return True
 
     def committed(self) -> list[int]:
         """Numbers of the committed shards, rising; raises StoreError."""

@@ -83,6 +83,11 @@ class Order:
         """Buffers of an epoch."""
         return -(-(len(self.starts) - 1) // self.buffer_shards)
 
+    @property
+    def longest_buffer(self) -> int:
+        """Rollouts that a buffer holds at most."""
+        return int(np.diff(self.starts).max()) * self.buffer_shards
+
     def epoch(self, epoch: int) -> Array:
         """[len, 2] int64 (index into `committed`, row in that shard), each at most once."""
         return _epoch(self, epoch)

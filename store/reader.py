@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -12,14 +13,17 @@ import pyarrow as pa
 
 from store.commit import ShardWriter
 from store.create import create_store
+from store.download_ahead import DownloadAhead
 from store.encoding import Array
-from store.errors import RolloutNotFound, StoreError
+from store.errors import DamagedShard, RolloutNotFound, StoreError
 from store.heads import Heads, find_heads, read_heads
 from store.layout import Layout, shard_name
+from store.object_url import ObjectUrl
 from store.plain_file import lies_at
 from store.plan import Key, Plan
 from store.recent import Recent
 from store.rejected import Rejected, read_rejected
+from store.remote import ObjectFault, RemoteLayout, layout_of
 from store.samples import Samples
 from store.schema import Fast, Manifest
 from store.sealed import unseal
@@ -75,6 +79,9 @@ class PredictionStore:
         self._tables: dict[str, SideTable] = {}
         self._mapped_only = isinstance(self.manifest.profile, Fast)
         self._limits = cached_shards, mapped_shards
+        if self.is_remote:
+            # What is mapped stays in the cache, where others need room too.
+            mapped_shards = min(mapped_shards, cached_shards)
         self._verified: dict[int, VerifiedShard] = {}
         self._mapped: Recent[MappedShard] = Recent(mapped_shards)
         self._decoded: Recent[Shard] = Recent(cached_shards)
@@ -82,7 +89,7 @@ class PredictionStore:
     @classmethod
     def create(
         cls,
-        path: str | Path,
+        path: str | Path | ObjectUrl,
         manifest: Manifest,
         plan: Plan,
         samples: pa.Table,
@@ -100,13 +107,13 @@ class PredictionStore:
         one that leaves out other samples, naming what differs.
         """
         folders = {name: Path(folder) for name, folder in (tables or {}).items()}
-        create_store(Layout.at(path), manifest, plan, samples, heads or {}, rejected, folders)
+        create_store(layout_of(path), manifest, plan, samples, heads or {}, rejected, folders)
         return cls.open(path)
 
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        path: str | Path | ObjectUrl,
         cached_shards: int = DECODED_SHARDS,
         mapped_shards: int = MAPPED_SHARDS,
     ) -> PredictionStore:
@@ -117,9 +124,9 @@ class PredictionStore:
         anew costs a quarter of what it takes to read them.
         Raises StoreError when there is none, or its manifest, plan or samples were altered.
         """
-        layout = Layout.at(path)
+        layout = layout_of(path).opened()
         if not lies_at(layout.manifest):
-            raise StoreError(f"{layout.root} is no store: it holds no manifest.json; correct it")
+            raise StoreError(f"{layout} is no store: it holds no manifest.json; correct it")
         for name, limit in (("cached_shards", cached_shards), ("mapped_shards", mapped_shards)):
             if limit < 1:
                 raise StoreError(f"{name} is {limit} but must be >= 1: raise it")
@@ -130,9 +137,24 @@ class PredictionStore:
         return _reopen, (self.path, self._limits, self.fingerprint, self.committed)
 
     @property
-    def path(self) -> Path:
-        """Absolute path of the store."""
+    def path(self) -> Path | ObjectUrl:
+        """Absolute path of the store, or its URL."""
+        return self._layout.place
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the store is in object storage."""
+        return isinstance(self._layout, RemoteLayout)
+
+    @property
+    def folder_here(self) -> Path:
+        """Folder on this machine where shards are made: of the store, or of its copy."""
         return self._layout.root
+
+    @property
+    def claims(self) -> Path | None:
+        """Folder of what says who writes which shard; None where workers have none in common."""
+        return None if self.is_remote else self._layout.claims
 
     @property
     def samples(self) -> pa.Table:
@@ -159,7 +181,12 @@ class PredictionStore:
     def is_committed(self, shard: int) -> bool:
         """Whether a shard is committed by now; unlike `committed` it asks the disk."""
         self._check_planned(shard)
-        return lies_at(self._layout.shard(shard))
+        return self._layout.is_committed(shard)
+
+    def committed_s(self, shard: int) -> float:
+        """When a shard of `committed` was committed, in seconds since 1970; raises StoreError."""
+        self._require_committed(shard)
+        return self._layout.committed_s(shard)
 
     def writer(self, shard: int) -> ShardWriter:
         """A writer of one planned shard; raises StoreError when it is not planned."""
@@ -199,10 +226,48 @@ class PredictionStore:
         return folder.read_rollouts(folder.record())
 
     def folder(self, shard: int) -> ShardFolder:
-        """A shard as it lies on disk; raises StoreError when it is not planned."""
+        """A shard as it lies on disk; of one in object storage its record and table alone.
+
+        Raises StoreError when it is not planned; from object storage ShardError too.
+        """
         self._check_planned(shard)
-        path, files = self._layout.shard(shard), self._files[self.plan.bucket_of(shard)]
+        with self._blaming(shard):
+            return self._folder_at(self._layout.tables_of(shard), shard)
+
+    @contextmanager
+    def whole_folder(self, shard: int) -> Iterator[ShardFolder]:
+        """A committed shard with all that is stored of it, be it right or wrong, meanwhile.
+
+        Raises StoreError when it is not planned; from object storage ShardError too.
+        """
+        self._check_planned(shard)
+        with ExitStack() as stack:
+            with self._blaming(shard):
+                path = stack.enter_context(self._layout.whole(shard))
+            yield self._folder_at(path, shard)
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Say which shards are needed next; those in object storage are downloaded ahead."""
+        if isinstance(self._layout, RemoteLayout):
+            self._ahead.expect(self._layout.fitting(shards))
+
+    @cached_property
+    def _ahead(self) -> DownloadAhead:
+        assert isinstance(self._layout, RemoteLayout)
+        return DownloadAhead(self._layout.fetch_ahead)
+
+    def _folder_at(self, path: Path, shard: int) -> ShardFolder:
+        files = self._files[self.plan.bucket_of(shard)]
         return ShardFolder(path, self.fingerprint, files, self.plan, self.manifest.drawn)
+
+    @contextmanager
+    def _blaming(self, shard: int) -> Iterator[None]:
+        """Ascribe what is wrong with an object to its shard: DamagedShard."""
+        try:
+            yield
+        except ObjectFault as error:
+            folder = self._folder_at(self._layout.shard(shard), shard)
+            raise folder.damaged(error.file, error.reason) from error
 
     def shard(self, shard: int) -> Shard:
         """All rollouts of a committed shard, verified; read-only arrays.
@@ -240,6 +305,7 @@ class PredictionStore:
             )
         if name not in self._tables:
             folder, facts = self._layout.tables / name, self.manifest.tables[name]
+            self._layout.obtain(table_files(name, facts))
             sums = {Path(file).name: self.manifest.files[file] for file in table_files(name, facts)}
             self._tables[name] = SideTable(folder, facts, sums)
         return self._tables[name]
@@ -297,11 +363,27 @@ class PredictionStore:
         mapped = self._mapped.get(shard)
         if mapped is None or not mapped.unchanged_lately():
             self._mapped.make_room()
-            verified = self._verified.get(shard)
-            folder = self.folder(shard)
-            mapped = (folder.reopen(verified) if verified else None) or folder.open()
+            mapped = self._map(shard)
             self._verified[shard] = mapped.verified
             self._mapped.put(shard, mapped)
+        return mapped
+
+    def _map(self, shard: int) -> MappedShard:
+        """Map a shard, verifying it unless it lies there as when it was verified."""
+        with self._blaming(shard):
+            path, lease = self._layout.lease(shard, self._mapped.clear)
+        folder, verified = self._folder_at(path, shard), self._verified.get(shard)
+        mapped = folder.reopen(verified) if verified else None
+        if mapped is None:
+            try:
+                mapped = folder.open()
+            except DamagedShard:
+                if not self._layout.forget(shard):  # the only one there is
+                    raise
+                with self._blaming(shard):
+                    path, lease = self._layout.lease(shard, self._mapped.clear)
+                mapped = self._folder_at(path, shard).open()
+        mapped.lease = lease
         return mapped
 
     def _pin(self, committed: list[int]) -> None:
@@ -347,7 +429,7 @@ class PredictionStore:
 
 
 def _reopen(
-    path: Path, limits: tuple[int, int], fingerprint: str, committed: list[int]
+    path: Path | ObjectUrl, limits: tuple[int, int], fingerprint: str, committed: list[int]
 ) -> PredictionStore:
     store = PredictionStore.open(path, *limits)
     if store.fingerprint != fingerprint:

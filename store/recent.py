@@ -39,3 +39,7 @@ class Recent(Generic[Thing]):
         with suppress(KeyError):  # another thread was faster
             while len(self._things) >= self._limit:
                 self._things.popitem(last=False)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._things.clear()

@@ -10,9 +10,11 @@ from pathlib import Path
 from store.durable import sync_folder
 from store.errors import explain_os_errors
 from store.garbage import tmp_of
-from store.layout import Layout, shard_name
+from store.layout import shard_name
+from store.object_url import ObjectUrl
 from store.plain_file import lies_at
 from store.reader import PredictionStore
+from store.remote import RemoteLayout, layout_of
 from store.schema import Record
 from store.verify import Damage, Verification, damages_of
 
@@ -53,14 +55,22 @@ def after_repair(found: Verification, repaired: Sequence[Repaired]) -> Verificat
     )
 
 
-def repair(path: str | Path, shards: Iterable[int]) -> list[Repaired]:
+def repair(path: str | Path | ObjectUrl, shards: Iterable[int]) -> list[Repaired]:
     """Move those of some shards that are damaged into tmp/, where `gc` lists them.
 
     Each is looked at again first, for another process may have taken it out, or made it again. A
-    move is one rename and is durable when this returns. Raises StoreError.
+    move is one rename and is durable when this returns. In object storage the commit is moved, and
+    what it names becomes garbage. Raises StoreError.
     """
-    tmp, layout = tmp_of(path), Layout.at(path)
-    store = PredictionStore.open(path, cached_shards=1)
+    store, layout = PredictionStore.open(path, cached_shards=1), layout_of(path)
+    if isinstance(layout, RemoteLayout):
+        return [
+            Repaired(shard=shard, folder=layout.take_out(shard))
+            for shard in shards
+            if layout.is_committed(shard)
+            and any(not damage.unreadable for damage in damages_of(store, shard))
+        ]
+    tmp = tmp_of(layout.root)
     moved = []
     with explain_os_errors(f"take damaged shards out of {layout.root}"):
         tmp.mkdir(exist_ok=True)

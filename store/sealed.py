@@ -51,7 +51,12 @@ def unseal(path: Path, record: type[R]) -> tuple[R, str]:
     Raises StoreError when the file is missing, over 16 MiB, altered, of a newer format, or not
     what `record` allows, field for field. At most 16 MiB are read.
     """
-    content = _parse(path, _read(path))
+    return unsealed(_read(path), path, record)
+
+
+def unsealed(text: bytes, path: Path | str, record: type[R]) -> tuple[R, str]:
+    """The sealed record in a text that lay at `path`, and its checksum; raises StoreError."""
+    content = _parse(path, text)
     seal_found = content.pop("checksum", None)
     if seal_found != checksum(content):
         raise StoreError(f"{path} does not match its own checksum: restore it from a copy")
@@ -71,7 +76,7 @@ def unseal(path: Path, record: type[R]) -> tuple[R, str]:
     return found, seal_found
 
 
-def _invalid(path: Path, record: type[Record], faults: Iterable[str]) -> StoreError:
+def _invalid(path: Path | str, record: type[Record], faults: Iterable[str]) -> StoreError:
     return StoreError(
         f"{path} is no valid {record.__name__}: {'; '.join(islice(faults, MAX_SHOWN_FAULTS))}; if "
         "a newer foretell wrote it, install that, else restore it from a copy"
@@ -95,7 +100,7 @@ def _read(path: Path) -> bytes:
     return text
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
+def _parse(path: Path | str, text: bytes) -> dict[str, Any]:
     try:
         content = from_json(text, allow_inf_nan=False)
     except ValueError as error:
@@ -114,7 +119,7 @@ def _is_canonical(content: dict[str, Any], text: bytes) -> bool:
         return False
 
 
-def _check_version(path: Path, content: dict[str, Any]) -> None:
+def _check_version(path: Path | str, content: dict[str, Any]) -> None:
     version = content.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise StoreError(

@@ -266,6 +266,8 @@ class MappedShard:
     """The data file of each array."""
     checked_s: float = field(default_factory=monotonic)
     """When the files were last looked at."""
+    lease: object = None
+    """What keeps the files where they are, in a cache that deletes others."""
 
     def unchanged(self) -> bool:
         """Whether every mapped file lies there as it was."""

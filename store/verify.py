@@ -16,10 +16,12 @@ from store.errors import (
     explain_os_errors,
 )
 from store.layout import Layout, parse_shard
+from store.object_url import ObjectUrl
 from store.plain_file import lies_at
 from store.reader import PredictionStore
+from store.remote import RemoteLayout, layout_of
 from store.schema import Record
-from store.shard_folder import ShardFolder, leaves_below
+from store.shard_folder import RECORD_FILE, ShardFolder, leaves_below
 from store.side_tables import TABLES, table_files
 
 
@@ -56,7 +58,7 @@ class Verification(Record):
 
 
 def verify(
-    path: str | Path, progress: Callable[[Sequence[int]], Iterable[int]] = iter
+    path: str | Path | ObjectUrl, progress: Callable[[Sequence[int]], Iterable[int]] = iter
 ) -> Verification:
     """Read every byte of a store and check it against manifest, plan and records.
 
@@ -66,8 +68,8 @@ def verify(
     try:
         store = PredictionStore.open(path, cached_shards=1)
     except StoreError as error:
-        return _report(0, 0, 0, (), [_damage_of_store(Layout.at(path), error)])
-    layout = Layout.at(path)
+        return _report(0, 0, 0, (), [_damage_of_store(layout_of(path), error)])
+    layout = layout_of(path)
     bad = [*_damages_beside(store, layout), *_strangers(layout), *_strange_tables(store, layout)]
     shards = rollouts = timesteps = 0
     for shard in progress(store.committed):
@@ -98,8 +100,10 @@ def _damage_of_store(layout: Layout, error: StoreError) -> Damage:
     paths = (
         layout.plan, layout.samples, layout.rejected, layout.heads, layout.shards, layout.manifest,
     )  # fmt: skip
-    path = next((path for path in paths if str(path) in str(error)), layout.manifest)
-    file = str(path.relative_to(layout.root))
+    files = [str(path.relative_to(layout.root)) for path in paths]
+    places = [f"{place}/{file}" for file in files for place in {str(layout.root), str(layout)}]
+    named = next((place for place in places if place in str(error)), "")
+    file = next((file for file in files if named.endswith(f"/{file}")), layout.manifest.name)
     unreadable = isinstance(error, SystemFailure)
     return Damage(shard=None, file=file, array=None, reason=str(error), unreadable=unreadable)
 
@@ -132,7 +136,10 @@ def _strange_tables(store: PredictionStore, layout: Layout) -> Iterator[Damage]:
     listed = {file for name, facts in tables for file in table_files(name, facts)}
     try:
         with explain_os_errors(f"list {layout.tables}"):
-            found = _leaves(layout.tables)
+            if isinstance(layout, RemoteLayout):
+                found = [f"{TABLES}/{found.name}" for found in layout.client.below(TABLES)]
+            else:
+                found = _leaves(layout.tables)
     except StoreError as error:
         found = []
         yield Damage(shard=None, file=TABLES, array=None, reason=str(error))
@@ -156,10 +163,17 @@ def _shown(file: str) -> str:
 
 def damages_of(store: PredictionStore, shard: int) -> Iterator[Damage]:
     """Everything wrong with one shard: files first, and what they mean if they are sound."""
-    folder = store.folder(shard)
-    damages = list(_file_damages(folder))
-    if not damages:
-        damages = list(_content_damages(store, folder))
+    damages: list[ShardError] = []
+    try:
+        with store.whole_folder(shard) as folder:
+            damages += _file_damages(folder)
+            if not damages:
+                damages += _content_damages(store, folder)
+    except ShardError as fault:
+        damages.append(fault)
+    except SystemFailure as failure:  # of object storage
+        reason = str(failure)
+        yield Damage(shard=shard, file=RECORD_FILE, array=None, reason=reason, unreadable=True)
     for error in damages:
         yield Damage(
             shard=error.shard,

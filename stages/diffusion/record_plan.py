@@ -29,6 +29,7 @@ from stages.quantization import Quantized
 from stages.refusals import misfit
 from stages.sampling import keyed_generator
 from store import PredictionStore
+from store.object_url import ObjectUrl
 from store.plan import Key, Plan
 from store.schema import (
     Bucket,
@@ -108,7 +109,7 @@ class Images(Protocol):
 
 
 def create_record_store(
-    path: Path,
+    path: Path | ObjectUrl,
     config: RecordConfig,
     denoiser: Denoiser,
     dataset: Images,
