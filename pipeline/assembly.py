@@ -46,7 +46,7 @@ from stages.interruption import StopRequest
 from stages.measure import Contender
 from stages.prepare import prepare
 from stages.replay import Replay, open_replay
-from stages.rollout import GivenCodes, rollout
+from stages.rollout import GivenCodes, predict, rollout
 from stages.rollout_plan import create_store, lay_out
 from stages.sharing import EVERYTHING, Share
 from stages.train import require_same_dataset, train

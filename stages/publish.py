@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from stages.errors import UserError
 from store.durable import sync_folder
+
+OS_ERROR = re.compile(r"\(os error (?P<number>[0-9]+)\)")
+"""How safetensors spells what the system said."""
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -42,7 +48,8 @@ def publish_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        yield draft
+        with _as_os_error(path):
+            yield draft
         _sync_file(draft)
         os.replace(draft, path)
     finally:
@@ -61,12 +68,26 @@ def publish_folder(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     draft.mkdir()
     try:
-        yield draft
+        with _as_os_error(path):
+            yield draft
         _sync_tree(draft)
         os.rename(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """Raise OSError where safetensors could not write: it has an error of its own for that."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found["number"])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _sync_tree(root: Path) -> None:

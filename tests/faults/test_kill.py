@@ -7,8 +7,9 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,13 +28,23 @@ ROUNDS = 300
 """Kills per profile."""
 
 
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder that waits for no disk: killing a process loses nothing that was written."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.slow
 @by_profile
 def test_writers_killed_at_random_moments_publish_whole_shards_only(
-    tmp_path: Path, profile: Profile
+    memory: Path, profile: Profile
 ) -> None:
     manifest = synthetic_manifest(Full(), streams=1, profile=profile)
-    whole, store = (synthetic_store(tmp_path / name, manifest, 16, 1, 2) for name in "ab")
+    whole, store = (synthetic_store(memory / name, manifest, 16, 1, 2) for name in "ab")
     for shard in whole.missing():
         write_synthetic_shard(whole, shard, 8)
     rounds = run("kill", str(store.path), str(whole.path), str(ROUNDS))
@@ -51,16 +62,16 @@ def test_writers_killed_at_random_moments_publish_whole_shards_only(
 
 
 @pytest.mark.slow
-def test_who_makes_a_store_may_be_killed_at_any_disk_call(tmp_path: Path) -> None:
-    steps = run("create", str(tmp_path / "store"))
+def test_who_makes_a_store_may_be_killed_at_any_disk_call(memory: Path) -> None:
+    steps = run("create", str(memory / "store"))
     there = [step["there"] for step in steps]
     assert [step["killed"] for step in steps] == [True] * (len(steps) - 1) + [False]
     assert there == sorted(there)
     assert 10 < there.index(True) < len(steps) - 1
     assert all(step["opened"] == step["there"] for step in steps)
-    first = tree(tmp_path / "after-0")
+    first = tree(memory / "after-0")
     assert set(first) >= {"manifest.json", "plan.parquet", "samples.parquet"}
-    assert all(tree(tmp_path / f"after-{step['step']}") == first for step in steps)
+    assert all(tree(memory / f"after-{step['step']}") == first for step in steps)
 
 
 def test_a_repair_that_is_killed_at_any_disk_call_loses_nothing(tmp_path: Path) -> None:
