@@ -14,7 +14,6 @@ from store import Plan, PredictionStore
 from store.encoding import array_specs
 from store.plan import Key
 from store.schema import Compact, Manifest
-from store.zarr_files import CHUNK_TIMESTEPS, chunk_count
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,9 @@ def plain_bytes(manifest: Manifest, plan: Plan, timesteps: Mapping[int, int]) ->
     """Bytes of every array of some shards, given the timesteps of each, before any encoding."""
     found: Counter[str] = Counter()
     for shard, count in timesteps.items():
-        rows = chunk_count(count) * CHUNK_TIMESTEPS  # the last chunk is filled up
         for name, spec in array_specs(manifest, plan.bucket_of(shard)).items():
-            found[name] += rows * spec.row_bytes
+            chunks = -(-count // spec.chunk_timesteps)  # the last one is filled up
+            found[name] += chunks * spec.chunk_timesteps * spec.row_bytes
     return found
 
 
