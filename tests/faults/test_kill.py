@@ -90,21 +90,27 @@ KILLS = 6
 """Of each stage, end to end."""
 
 
-def kill_again_and_again(start: Callable[[], Worker], done: Callable[[], int], seed: int) -> None:
-    """Kill a stage amid its start, or a moment after it has done one more piece, by turns."""
+def kill_again_and_again(
+    start: Callable[[], Worker], done: Callable[[], int], drafts: Callable[[], set[str]], seed: int
+) -> None:
+    """Kill a stage at its start, after it has done some more pieces, and amid one, by turns."""
     chance = random.Random(seed)
     for attempt in range(KILLS):
-        worker, before = start(), done()
-        if attempt % 2:
-            moment = time.monotonic() + chance.uniform(0, 0.3)
-            code = worker.kill_when(lambda at=moment: time.monotonic() > at, signal.SIGKILL)
-        else:
-            code = worker.kill_when(lambda count=before: done() > count, signal.SIGKILL)
-        assert code == -signal.SIGKILL
+        enough, left = done() + 1 + chance.randrange(2), drafts()
+        worker = start()
+
+        def ready(kind: int = attempt % 3, enough: int = enough, left: set[str] = left) -> bool:
+            return kind == 0 or done() >= enough or (kind == 2 and bool(drafts() - left))
+
+        assert worker.kill_when(ready, signal.SIGKILL) == -signal.SIGKILL
 
 
 def shards_in(store: Path) -> int:
     return len(os.listdir(store / "shards")) if (store / "shards").exists() else 0
+
+
+def names_in(folder: Path, pattern: str) -> set[str]:
+    return {path.name for path in folder.glob(pattern)}
 
 
 def arrays_of(store: Path) -> dict[str, bytes]:
@@ -133,7 +139,9 @@ def test_a_rollout_killed_again_and_again_ends_with_the_bytes_of_one_that_was_no
 ) -> None:
     own, whole = runs
     path = own.root / "store"
-    kill_again_and_again(lambda: start_worker("rollout", own), lambda: shards_in(path), 1)
+    start = partial(start_worker, "rollout", own)
+    drafts = partial(names_in, path / "tmp", "0*")
+    kill_again_and_again(start, lambda: shards_in(path), drafts, 1)
     found = verify(path)
     assert found.ok
     assert found.not_committed
@@ -156,7 +164,8 @@ def test_a_training_killed_again_and_again_ends_with_the_weights_of_one_that_was
     assert start_worker("train:student", whole, store).wait() == 0
     folder = own.root / "student"
     start = partial(start_worker, "train:student", own, store)
-    kill_again_and_again(start, lambda: steps_done(folder), 2)
+    drafts = partial(names_in, folder / "checkpoints", ".*")
+    kill_again_and_again(start, lambda: steps_done(folder) // 10, drafts, 2)
     assert 20 <= steps_done(folder) < 400
     last = start_worker("train:student", own, store)
     assert last.wait() == 0, last.stderr.read_text()
