@@ -41,7 +41,9 @@ def test_whichever_call_of_the_system_fails_a_commit_says_so_and_leaves_nothing(
     script = str(Path(__file__).with_name("failing_calls.py"))
     command = ["fiu-run", "-x", sys.executable, script, str(store.path), point, str(number)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)} | ONE_THREAD
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment, check=False, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     *failures, last = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(failures) >= (1 if point.endswith("rename") else 8)
