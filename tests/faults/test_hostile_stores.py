@@ -8,11 +8,13 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,7 +115,7 @@ def copy_of(sound: Path, folder: Path) -> Path:
 
 
 @given(data=st.data(), value=values)
-@settings(max_examples=120)
+@settings(max_examples=50)
 def test_no_value_anywhere_in_a_manifest_breaks_reading_other_than_as_a_store_error(
     sound: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: Any
 ) -> None:
@@ -127,7 +129,7 @@ def test_no_value_anywhere_in_a_manifest_breaks_reading_other_than_as_a_store_er
 
 
 @given(data=st.data(), value=values)
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_no_value_anywhere_in_a_record_breaks_reading_other_than_as_damage_of_its_shard(
     sound: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: Any
 ) -> None:
@@ -178,7 +180,7 @@ def castable(cell: Any, kind: pa.DataType) -> bool:
 
 
 @given(data=st.data(), file=st.sampled_from(["plan", "samples", "rejected", "rollouts"]))
-@settings(max_examples=120)
+@settings(max_examples=50)
 def test_no_table_breaks_reading_other_than_as_a_store_error(
     sound: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, file: str
 ) -> None:
@@ -199,7 +201,7 @@ def test_no_table_breaks_reading_other_than_as_a_store_error(
 
 
 @given(data=st.data(), value=values)
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_no_header_of_tensors_breaks_reading_other_than_as_a_store_error(
     sound: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: Any
 ) -> None:
@@ -256,3 +258,18 @@ def test_sample_ids_are_any_text_and_lead_nowhere(tmp_path: Path) -> None:
 def make_top_k(path: Path) -> Path:
     KINDS["top_k"](path)
     return path
+
+
+def test_a_small_file_that_fills_the_memory_is_not_decoded(tmp_path: Path) -> None:
+    """Arrow takes memory beside Python's: what it says of it is not an answer."""
+    path, rows = make_top_k(tmp_path / "store"), 20_000_000
+    plan = parse_table((path / "plan.parquet").read_bytes(), "plan.parquet")
+    ids = pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), ["plain"]).cast(pa.string())
+    columns = [ids, np.zeros(rows, np.int64), np.zeros(rows, np.int64)]
+    sink = BytesIO()
+    pq.write_table(pa.table(columns, schema=plan.schema), sink, row_group_size=rows)
+    content = sink.getvalue()
+    assert len(content) < 20_000
+    rewrite(path, "plan.parquet", content)
+    (said,) = set(refusals(path))
+    assert f"plan.parquet has {len(content):,} bytes and would take" in said

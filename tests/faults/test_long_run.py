@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 if not Path("/proc/self/status").exists():
     pytest.skip("memory is read from /proc", allow_module_level=True)
 
-SHARDS = 210
+SHARDS = 200
 GROWTH = 1.03
 """Most that memory may be after all shards, over what it was after a third of them."""
 KINDS = ("VmRSS", "RssAnon")
