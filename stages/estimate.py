@@ -206,7 +206,7 @@ def estimated(
         hours=0.0 if rate is None else left / rate / processes / 3600,
         free_bytes=free,
         free_floor=free_floor,
-        fits=sum(missing_sizes.values()) + free_floor <= free,
+        fits=not missing or sum(missing_sizes.values()) + free_floor <= free,
     )
 
 

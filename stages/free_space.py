@@ -92,6 +92,8 @@ def refuse_small_disk(store: PredictionStore, lengths: Lengths, floor: int) -> N
     that would not hold them plain is warned of. Raises UserError, ShardError.
     """
     missing = store.missing()
+    if not missing:
+        return
     timesteps = dict(zip(missing, expected_timesteps(store.plan, missing, lengths), strict=True))
     plain = plain_bytes(store.manifest, store.plan, timesteps)
     encoded = isinstance(store.manifest.profile, Compact)

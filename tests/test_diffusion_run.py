@@ -321,9 +321,6 @@ def test_an_estimate_says_to_the_byte_what_the_finished_run_took(sdxl, tmp_path)
     assert found["missing_bytes"] == sum(found["bytes"].values()) == found["bytes_in_all"]
     assert found["bytes"] == array_bytes(PredictionStore.open(sdxl.root / "store"))
     assert found["timesteps_per_s"] > 0
-    text = foretell("rollout", sdxl.path, "--estimate").stdout
-    assert "0 shards are missing: 0 bytes" in text
-    assert foretell("rollout", sdxl.path, "--estimate", "--round", "x", code=2)
 
 
 def test_a_disk_that_is_too_small_is_refused_and_the_floor_is_heeded(sdxl, do, tmp_path):

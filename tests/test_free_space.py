@@ -99,6 +99,9 @@ def test_a_disk_is_refused_from_the_first_byte_that_is_lacking(
     assert f"the 2 missing shards of {store.path} will take about {needed:,} bytes" in message
     assert f"{needed + 999:,} are free" in message
     assert "rollout.disk_check: false" in message
+    for shard in (0, 2):
+        write(store, shard)
+    refuse_small_disk(PredictionStore.open(store.path), lengths, 10**18)  # nothing is missing
 
 
 def test_encoded_shards_are_measured_by_those_that_are_committed_and_before_only_warned_of(
@@ -308,6 +311,7 @@ def test_an_estimate_of_a_diffusion_model_is_what_its_store_then_takes(
     assert seconds == pytest.approx(asked_rows), "what is not asked for takes no time"
     after = estimate([])
     assert (after.timesteps_per_s, after.hours, after.missing_bytes) == (None, 0, 0)
+    assert after.fits
 
 
 def test_what_is_timed_are_full_batches_of_rows_that_the_teacher_is_asked_for(
