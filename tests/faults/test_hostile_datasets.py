@@ -87,7 +87,16 @@ def row(number: int) -> dict[str, Any]:
     return {"audio_filepath": f"wavs/{number}.wav", "text": f"text {chr(97 + number)}"}
 
 
-PATHS = ("../outside.wav", "/etc/passwd", "wavs/../../outside.wav", "wavs", "a\0b", "~/x", "日本")
+PATHS = (
+    "x" * 5000,
+    "../outside.wav",
+    "/etc/passwd",
+    "wavs/../../outside.wav",
+    "wavs",
+    "a\0b",
+    "~/x",
+    "日本",
+)
 KEYS = ("audio_filepath", "text", "offset", "duration", "speaker", "context_audio_filepath")
 
 

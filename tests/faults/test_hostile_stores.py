@@ -267,7 +267,8 @@ def test_a_small_file_that_fills_the_memory_is_not_decoded(tmp_path: Path) -> No
     ids = pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), ["plain"]).cast(pa.string())
     columns = [ids, np.zeros(rows, np.int64), np.zeros(rows, np.int64)]
     sink = BytesIO()
-    pq.write_table(pa.table(columns, schema=plan.schema), sink, row_group_size=rows)
+    whole = {"row_group_size": rows, "max_rows_per_page": rows, "compression": "zstd"}
+    pq.write_table(pa.table(columns, schema=plan.schema), sink, **whole)
     content = sink.getvalue()
     assert len(content) < 20_000
     rewrite(path, "plan.parquet", content)
