@@ -115,7 +115,7 @@ def copy_of(sound: Path, folder: Path) -> Path:
 
 
 @given(data=st.data(), value=values)
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_no_value_anywhere_in_a_manifest_breaks_reading_other_than_as_a_store_error(
     sound: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: Any
 ) -> None:
@@ -129,7 +129,7 @@ def test_no_value_anywhere_in_a_manifest_breaks_reading_other_than_as_a_store_er
 
 
 @given(data=st.data(), value=values)
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_no_value_anywhere_in_a_record_breaks_reading_other_than_as_damage_of_its_shard(
     sound: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: Any
 ) -> None:
@@ -180,7 +180,7 @@ def castable(cell: Any, kind: pa.DataType) -> bool:
 
 
 @given(data=st.data(), file=st.sampled_from(["plan", "samples", "rejected", "rollouts"]))
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_no_table_breaks_reading_other_than_as_a_store_error(
     sound: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, file: str
 ) -> None:
@@ -201,7 +201,7 @@ def test_no_table_breaks_reading_other_than_as_a_store_error(
 
 
 @given(data=st.data(), value=values)
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_no_header_of_tensors_breaks_reading_other_than_as_a_store_error(
     sound: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: Any
 ) -> None:

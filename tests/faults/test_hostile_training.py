@@ -94,7 +94,7 @@ def test_a_manifest_without_columns_at_all_is_refused(path: Path, tmp_path: Path
 
 
 @given(data=st.data(), value=values)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_no_value_anywhere_in_a_manifest_breaks_training_other_than_as_a_message(
     recorded: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,

@@ -62,7 +62,7 @@ def long_run(tiny_run, tmp_path_factory) -> Any:
 
     folder = tmp_path_factory.mktemp("long")
     rollout = tiny_run.document["rollout"] | {
-        "rollouts_per_shard": 1, "batch_size": 1, "variations": 12,
+        "rollouts_per_shard": 1, "batch_size": 1, "variations": 10,
     }  # fmt: skip
     student = tiny_run.document["students"]["student"]
     optimizer = LONG | {"steps": 3 * SHARDS // 4, "log_every": 2, "checkpoint_every": 40}
