@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ from pipeline.results import write_report
 from pipeline.run_config import RunConfig, given
 from pipeline.teachers import Teachers, load_model, teacher_path
 from stages.architecture import Architecture
+from stages.background_writer import Drawn
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
 from stages.dataset import Dataset, read_header
 from stages.distributed import Place, choose_device, peak_device_bytes, place
@@ -37,7 +38,7 @@ from stages.draw import (
     read_refused,
 )
 from stages.errors import UserError
-from stages.estimate import Estimate, estimated, missing_of, time_batches
+from stages.estimate import Estimate, estimated, missing_of, time_batches, trial_plan
 from stages.evaluate import evaluate
 from stages.family import Family, Sample, load_family
 from stages.fit import fit
@@ -216,17 +217,16 @@ class Assembly:
         by_id = {sample["sample_id"]: sample for sample in samples}
         lengths = _lengths(config, teacher, samples, replay)
         teacher.module.eval()
+        trial = trial_plan(manifest, laid.plan, missing, config.batch_size)
         timed = None
-        if missing:
+        if trial is not None:
+
+            def predicted(shards: Iterable[int]) -> Iterator[Drawn]:
+                for shard in shards:
+                    yield from predict(teacher, manifest, trial[shard], by_id, replay)
+
             with torch.inference_mode():
-                timed = time_batches(
-                    manifest,
-                    laid.plan,
-                    missing,
-                    lengths,
-                    lambda keys: predict(teacher, manifest, keys, by_id, replay),
-                    config.batch_size,
-                )
+                timed = time_batches(manifest, trial, lengths, predicted)
         return estimated(
             manifest,
             laid.plan,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+
+import torch
 
 from pipeline.assembly import Assembly
 from pipeline.config import Run
+from pipeline.image_assembly import ImageAssembly
 from pipeline.run_config import RunConfig
 from stages.errors import UserError
 from stages.estimate import Estimate
@@ -16,15 +19,10 @@ def estimate_of(config: Run, round_name: str | None) -> Estimate:
     """Estimate stage one of a run, or a round of it; raises UserError where it has none."""
     if round_name is not None and round_name not in config.rounds:
         raise UserError(f"run {config.name!r} has no round {round_name!r}: {list(config.rounds)}")
-    assembly: Any
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as its processes have
     if isinstance(config, RunConfig):
-        assembly = Assembly(config, StopRequest())
-    else:
-        from pipeline.image_assembly import ImageAssembly  # noqa: PLC0415
-
-        assembly = ImageAssembly(config, StopRequest())
-    found: Estimate = assembly.estimate(round_name)
-    return found
+        return Assembly(config, StopRequest()).estimate(round_name)
+    return ImageAssembly(config, StopRequest()).estimate()
 
 
 def estimate_text(found: Estimate) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -39,11 +40,13 @@ from stages.diffusion.generate import ImageContender
 from stages.diffusion.holding import quantize_denoiser
 from stages.diffusion.prepare import prepare_images
 from stages.diffusion.previews import Previews, StudentGallery, render
-from stages.diffusion.record import record
-from stages.diffusion.record_plan import create_record_store
+from stages.diffusion.record import record, rollout_rows, time_rows
+from stages.diffusion.record_plan import create_record_store, lay_out_records
 from stages.distributed import choose_device, peak_device_bytes, place
 from stages.errors import UserError
+from stages.estimate import Estimate, estimated, missing_of
 from stages.family import load_denoiser
+from stages.free_space import refuse_small_disk
 from stages.interruption import StopRequest
 from stages.quantization import Quantized
 from stages.sharing import EVERYTHING, Share
@@ -53,6 +56,16 @@ from store.remote import store_exists
 from store.schema import Manifest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Models(NamedTuple):
+    """What stage one asks."""
+
+    teacher: Denoiser
+    quantized: Quantized | None
+    """What the teacher was before it was quantized."""
+    other: Denoiser | None
+    """The second model of a contrast between two."""
 
 
 class ImageAssembly:
@@ -108,41 +121,75 @@ class ImageAssembly:
         return finished
 
     def _rollout(self) -> bool:
-        config = given(self._config.rollout, "rollout")
-        device = choose_device(config.device)
-        dataset = ImageDataset.open(self._folders.dataset)
-        teacher, quantized = self._teacher(config, dataset, device)
-        other = None
-        if isinstance(config.contrast, ModelContrast):
-            # On the CPU until its turn comes.
-            other = self._pretrained(config.contrast.other, dataset, torch.device("cpu"), config)
+        config, dataset, models = self._stage_one()
         store = create_record_store(
             self._folders.store,
             config,
-            teacher,
+            models.teacher,
             dataset,
             seed=self._config.seed,
-            quantized=quantized,
-            other=other,
+            quantized=models.quantized,
+            other=models.other,
         )
+        if config.disk_check:
+            rows = rollout_rows(config.rows)
+            refuse_small_disk(store, lambda _key: rows, config.free_floor)
 
         def write(shards: Iterable[int]) -> bool:
-            return record(teacher, store, dataset, shards, config, stop=self._stop, other=other)
+            return record(
+                models.teacher, store, dataset, shards, config, stop=self._stop, other=models.other
+            )
 
         finished = self._share.write(store, write, self._stop)
         if finished and config.previews is not None:
             # Whichever worker is the first to see the end.
             with alone(self._folders.previews.with_name("previews.lock")):
                 render(
-                    teacher,
+                    models.teacher,
                     dataset,
                     config.previews,
                     config.guidance.scale,
                     self._folders.previews,
                     contrast=config.contrast,
                 )
-        self.peak_device_bytes = peak_device_bytes(device)
+        self.peak_device_bytes = peak_device_bytes(choose_device(config.device))
         return finished
+
+    def estimate(self) -> Estimate:
+        """Say what stage one will take, by a few batches; nothing is written."""
+        config, dataset, models = self._stage_one()
+        laid = lay_out_records(
+            config,
+            models.teacher,
+            dataset,
+            seed=self._config.seed,
+            quantized=models.quantized,
+            other=models.other,
+        )
+        path, rows = self._folders.store, rollout_rows(config.rows)
+        missing = missing_of(path, laid.plan)
+        return estimated(
+            laid.manifest,
+            laid.plan,
+            missing,
+            lambda _key: rows,
+            time_rows(models.teacher, laid, missing, dataset, config, other=models.other),
+            rejected=0,
+            processes=config.processes,
+            path=path,
+            free_floor=config.free_floor,
+        )
+
+    def _stage_one(self) -> tuple[RecordConfig, ImageDataset, _Models]:
+        """Open what stage one needs, and load what it asks."""
+        config = given(self._config.rollout, "rollout")
+        dataset = ImageDataset.open(self._folders.dataset)
+        teacher, quantized = self._teacher(config, dataset, choose_device(config.device))
+        other = None
+        if isinstance(config.contrast, ModelContrast):
+            # On the CPU until its turn comes.
+            other = self._pretrained(config.contrast.other, dataset, torch.device("cpu"), config)
+        return config, dataset, _Models(teacher, quantized, other)
 
     def _teacher(
         self, config: RecordConfig, dataset: ImageDataset, device: torch.device

@@ -28,6 +28,10 @@ QUIETEST = 0.1
 """Share of a recording in which nothing is heard but its noise."""
 
 
+MOST_SAMPLES = 2**28
+"""Samples of all channels that are read at once: an hour and a half at 48 kHz, and a GiB."""
+
+
 class AudioError(Exception):
     """Audio that cannot be read or used; the message is the reason, without the file's name."""
 
@@ -38,16 +42,23 @@ def read_audio(
     """Read a file, or the bytes of one, as one channel, from `start_s` on for at most `length_s`.
 
     Returns the waveform [samples] float32 in -1..1 (channels averaged) and its rate in Hz.
-    Raises AudioError when the audio is unreadable, empty or not finite.
+    Raises AudioError when the audio is unreadable, empty, not finite, or far too long to be read.
     """
     try:
         with soundfile.SoundFile(
             io.BytesIO(source) if isinstance(source, bytes) else source
         ) as file:
             rate_hz = file.samplerate
-            if start_s > 0:
-                file.seek(min(round(start_s * rate_hz), file.frames))
-            count = -1 if length_s is None else round(length_s * rate_hz)
+            start = round(min(start_s * rate_hz, file.frames))
+            left = file.frames - start
+            count = left if length_s is None else round(min(length_s * rate_hz, left))
+            if count * file.channels > MOST_SAMPLES:
+                raise AudioError(
+                    f"too long to be read: {count / rate_hz:.0f} s of {file.channels} channels; "
+                    "cut it"
+                )
+            if start > 0:
+                file.seek(start)
             samples = file.read(count, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise AudioError(f"unreadable audio: {getattr(error, 'error_string', error)}") from error

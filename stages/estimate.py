@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from stages.background_writer import Drawn
 from stages.errors import UserError
 from stages.free_space import Lengths, expected_timesteps, free_bytes, plain_bytes
 from store import Plan, PredictionStore
-from store.encoding import array_specs
+from store.encoding import Array
 from store.object_url import ObjectUrl, folder_here
 from store.plan import Key
 from store.remote import store_exists
@@ -49,7 +49,7 @@ class Estimate(Record):
     timed_rollouts: int
     """Rollouts that were predicted to measure the rate; none was stored."""
     timesteps_per_s: float | None
-    """Rate of one process; null when nothing is missing."""
+    """Rate of one process; null when nothing is left for the teacher to predict."""
     processes: int
     """Processes that share the work (rollout.processes)."""
     hours: float
@@ -90,50 +90,77 @@ def missing_of(path: Path | ObjectUrl, plan: Plan) -> list[int]:
     return store.missing()
 
 
+def trial_plan(
+    manifest: Manifest, plan: Plan, missing: Sequence[int], batch_size: int
+) -> Plan | None:
+    """Plan what is timed: batches of so many rollouts, each as a shard, spread over those missing.
+
+    They are taken from the midst of shards, whose rollouts are laid out by length, and only from
+    those of which the teacher predicts anything; None where there is no such shard.
+    """
+    asked = _asked(manifest, plan, missing)
+    if not asked:
+        return None
+    places = sorted({asked[len(asked) * at // TIMED_BATCHES] for at in range(TIMED_BATCHES)})
+    buckets = None if plan.buckets is None else [int(plan.buckets[shard]) for shard in places]
+    return Plan.of([_midst(plan[shard], batch_size) for shard in places], buckets)
+
+
+def _midst(keys: Sequence[Key], count: int) -> Sequence[Key]:
+    start = max(0, (len(keys) - count) // 2)
+    return keys[start : start + count]
+
+
+def _asked(manifest: Manifest, plan: Plan, shards: Iterable[int]) -> list[int]:
+    """Those of some shards of which the teacher predicts anything."""
+    if plan.buckets is None:
+        return list(shards)
+    return [shard for shard in shards if manifest.buckets[plan.buckets[shard]].predicted]
+
+
 def time_batches(
     manifest: Manifest,
-    plan: Plan,
-    missing: Sequence[int],
+    trial: Plan,
     lengths: Lengths,
-    predict: Callable[[Sequence[Key]], Sequence[Drawn]],
-    batch_size: int,
+    predict: Callable[[Iterable[int]], Iterable[Drawn]],
 ) -> Timed:
-    """Predict some batches of missing shards, spread over the plan, and time all but the first."""
-    batches = _spread(plan, missing, batch_size)
-    predict(batches[0])
+    """Time how long `predict` takes for the rollouts of the shards of a trial, all of them.
+
+    The first shard is predicted once more before, and not timed.
+    """
+    for _ in predict([0]):
+        pass
     started = time.perf_counter()
-    drawn = [rollout for keys in batches for rollout in predict(keys)]
+    drawn = list(predict(range(len(trial))))
     seconds = time.perf_counter() - started
-    name = next(iter(drawn[0].arrays))
     return Timed(
         rollouts=len(drawn),
-        timesteps=sum(len(rollout.arrays[name]) for rollout in drawn),
+        timesteps=sum(map(_timesteps, drawn)),
         expected=sum(lengths(rollout.key) for rollout in drawn),
         seconds=seconds,
-        share=_encoded_share(manifest, drawn),
+        share=_encoded_share(manifest, trial, drawn),
     )
 
 
-def _spread(plan: Plan, missing: Sequence[int], batch_size: int) -> list[Sequence[Key]]:
-    """A batch from the midst of a few shards, whose rollouts are laid out by length."""
-    places = {missing[len(missing) * at // TIMED_BATCHES] for at in range(TIMED_BATCHES)}
-    batches: list[Sequence[Key]] = []
-    for shard in sorted(places):
-        keys = plan[shard]
-        start = max(0, (len(keys) - batch_size) // 2)
-        batches.append(keys[start : start + batch_size])
-    return batches
+def _timesteps(drawn: Drawn) -> int:
+    return len(next(iter(drawn.arrays.values())))
 
 
-def _encoded_share(manifest: Manifest, drawn: Sequence[Drawn]) -> dict[str, float]:
+def _encoded_share(manifest: Manifest, trial: Plan, drawn: Sequence[Drawn]) -> dict[str, float]:
+    """Bytes on disk per plain byte, of every array of which anything was predicted."""
     if not isinstance(manifest.profile, Compact):
         return {}
-    share = {}
-    for name, spec in array_specs(manifest).items():
-        parts = [rollout.arrays[name] for rollout in drawn]
-        files = ArrayFiles.of(spec, manifest.profile)
-        share[name] = sum(map(len, files.encode(parts))) / sum(part.nbytes for part in parts)
-    return share
+    by_key = {rollout.key: rollout.arrays for rollout in drawn}
+    together: dict[int | None, list[Mapping[str, Array]]] = {}
+    for shard, keys in enumerate(trial):
+        together.setdefault(trial.bucket_of(shard), []).extend(by_key[key] for key in keys)
+    encoded, plain = Counter[str](), Counter[str]()
+    for bucket, rollouts in together.items():
+        for name, files in ArrayFiles.of_all(manifest, bucket).items():
+            parts = [arrays[name] for arrays in rollouts]
+            encoded[name] += sum(map(len, files.encode(parts)))
+            plain[name] += sum(part.nbytes for part in parts)
+    return {name: encoded[name] / plain[name] for name in plain}
 
 
 def estimated(
@@ -148,7 +175,7 @@ def estimated(
     path: Path | ObjectUrl,
     free_floor: int,
 ) -> Estimate:
-    """Put together what a plan takes; `timed` is None exactly when no shard is missing.
+    """Put together what a plan takes; `timed` is None when the teacher has nothing left to predict.
 
     Expected lengths are scaled by how long the timed rollouts became; a store lies at `path` or
     will lie there.
@@ -162,7 +189,8 @@ def estimated(
     for name, size in sizes.items():
         targets[name.partition(".")[0]] += size
     rate = None if timed is None else timed.timesteps / timed.seconds
-    left, free = sum(counts[shard] for shard in missing), free_bytes(folder_here(path))
+    left = sum(counts[shard] for shard in _asked(manifest, plan, missing))
+    free = free_bytes(folder_here(path))
     return Estimate(
         samples=len(plan.sample_ids),
         rejected=rejected,
@@ -181,7 +209,9 @@ def estimated(
         free_bytes=free,
         free_floor=free_floor,
         # How much object storage holds, nobody knows.
-        fits=isinstance(path, ObjectUrl) or sum(missing_sizes.values()) + free_floor <= free,
+        fits=isinstance(path, ObjectUrl)
+        or not missing
+        or sum(missing_sizes.values()) + free_floor <= free,
     )
 
 

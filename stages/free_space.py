@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stages.errors import UserError
 from store import Plan, PredictionStore
-from store.encoding import array_specs
+from store.encoding import ArraySpec, array_specs
 from store.plan import Key
 from store.schema import Compact, Manifest
 
@@ -59,9 +59,15 @@ def plain_bytes(manifest: Manifest, plan: Plan, timesteps: Mapping[int, int]) ->
     found: Counter[str] = Counter()
     for shard, count in timesteps.items():
         for name, spec in array_specs(manifest, plan.bucket_of(shard)).items():
-            chunks = -(-count // spec.chunk_timesteps)  # the last one is filled up
-            found[name] += chunks * spec.chunk_timesteps * spec.row_bytes
+            found[name] += spec.row_bytes * _stored_timesteps(manifest, spec, count)
     return found
+
+
+def _stored_timesteps(manifest: Manifest, spec: ArraySpec, timesteps: int) -> int:
+    """Timesteps that take space: the last plain chunk is filled up; encoded, that is nothing."""
+    if isinstance(manifest.profile, Compact):
+        return timesteps
+    return -(-timesteps // spec.chunk_timesteps) * spec.chunk_timesteps
 
 
 def committed_share(store: PredictionStore) -> dict[str, float] | None:
@@ -87,6 +93,8 @@ def refuse_small_disk(store: PredictionStore, lengths: Lengths, floor: int) -> N
     Raises UserError, ShardError.
     """
     missing = store.missing()
+    if not missing:
+        return
     timesteps = dict(zip(missing, expected_timesteps(store.plan, missing, lengths), strict=True))
     plain = plain_bytes(store.manifest, store.plan, timesteps)
     encoded = isinstance(store.manifest.profile, Compact)

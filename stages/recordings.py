@@ -123,16 +123,25 @@ def load_audio(root: Path, audio: Audio) -> tuple[Tensor, int]:
     """
     if isinstance(audio.file, bytes):
         return read_audio(audio.file, audio.start_s, audio.length_s)
-    root = root.resolve()
+    return read_audio(_find(root.resolve(), audio.file), audio.start_s, audio.length_s)
+
+
+def _find(root: Path, file: str) -> Path:
+    """Path of a file of audio below a resolved root; raises AudioError."""
     for suffix in ("", *SUFFIXES):
-        path = (root / f"{audio.file}{suffix}").resolve()
-        if not path.is_relative_to(root):
-            raise AudioError(
-                f"audio outside the folder: {audio.file} (prepare.audio_root names the folder)"
-            )
-        if path.is_file():
-            return read_audio(path, audio.start_s, audio.length_s)
-    raise AudioError(f"missing audio: {audio.file}")
+        try:
+            path = (root / f"{file}{suffix}").resolve()
+            if not path.is_relative_to(root):
+                raise AudioError(
+                    f"audio outside the folder: {file} (prepare.audio_root names the folder)"
+                )
+            if path.is_file():
+                return path
+        except OSError as error:
+            raise AudioError(f"unreadable audio: {file}: {error.strerror}") from error
+        except (ValueError, RuntimeError) as error:  # a zero byte; links in a circle
+            raise AudioError(f"unreadable audio: {file!r}: {error}") from error
+    raise AudioError(f"missing audio: {file}")
 
 
 def _rows(table: Path, root: Path) -> Iterator[Recording]:

@@ -11,6 +11,8 @@ from stages.config import DatasetFacts
 from stages.errors import Refused
 from stages.family import Family, Sample
 
+AGAIN = "prepare the dataset again, or leave the sample out"
+
 
 def require_taught(family: Family, sample: Sample, codes: Tensor) -> None:
     """Refuse a recording, as its codes [T, C], that would teach nothing; raises `Refused`."""
@@ -26,8 +28,11 @@ def require_taught(family: Family, sample: Sample, codes: Tensor) -> None:
 
 
 def require_text(sample: Sample) -> None:
-    """Refuse a sample that has nothing to say; raises `Refused`."""
-    if not (sample["text"] or "").strip():
+    """Refuse a sample that has nothing to say, or no text where one must be; raises `Refused`."""
+    text = sample["text"]
+    if text is not None and not isinstance(text, str):
+        raise Refused(sample["sample_id"], "no text", f"text is {text!r:.200}; {AGAIN}")
+    if not (text or "").strip():
         raise Refused(sample["sample_id"], "empty text", "there is nothing to say; leave it out")
 
 
@@ -37,14 +42,16 @@ def require_frames(sample: Sample, column: str, facts: DatasetFacts) -> None:
     They are whole frames, one after the other, and each code is an entry of its codebook.
     """
     codes = np.asarray(sample[column])
-    advice = "prepare the dataset again, or leave the sample out"
+    if codes.ndim != 1 or (len(codes) and codes.dtype.kind not in "iu"):
+        found = f"{column} are {sample[column]!r:.200}, no list of integers; {AGAIN}"
+        raise Refused(sample["sample_id"], "no codes", found)
     rest = len(codes) % facts.codebooks
     if rest:
         raise Refused(
             sample["sample_id"],
             "truncated frame",
             f"{column} are {len(codes)}, so the last frame has {rest} of {facts.codebooks}; "
-            f"{advice}",
+            + AGAIN,
         )
     strange = np.flatnonzero((codes < 0) | (codes >= facts.codes_per_codebook))
     if len(strange):
@@ -53,17 +60,18 @@ def require_frames(sample: Sample, column: str, facts: DatasetFacts) -> None:
             sample["sample_id"],
             "code outside its codebook",
             f"{column} have {codes[strange[0]]} at place {place} of frame {frame}, but codebooks "
-            f"have 0 to {facts.codes_per_codebook - 1}; {advice}",
+            f"have 0 to {facts.codes_per_codebook - 1}; {AGAIN}",
         )
 
 
 def speaker_place(sample: Sample, speakers: Mapping[str, int], advice: str) -> int:
     """Return which of a model's speakers a sample's is; raises `Refused`."""
-    place = speakers.get(sample["speaker"])
+    speaker = sample["speaker"]
+    place = speakers.get(speaker) if isinstance(speaker, str) else None
     if place is None:
         raise Refused(
             sample["sample_id"],
             "unknown speaker",
-            f"{sample['speaker']!r} is not one of the model's speakers {list(speakers)}; {advice}",
+            f"{speaker!r} is not one of the model's speakers {list(speakers)}; {advice}",
         )
     return place

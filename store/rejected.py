@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from store.errors import StoreError
 from store.schema import Manifest
 from store.tables import read_table
 
@@ -26,6 +27,11 @@ def read_rejected(path: Path, manifest: Manifest) -> Rejected:
     """Read what a store leaves out; nothing where there is no such file. Raises StoreError."""
     if path.name not in manifest.files:
         return ()
-    table = read_table(path, manifest, COLUMNS.names)
+    table = read_table(path, manifest)
+    if not table.schema.equals(COLUMNS):
+        raise StoreError(
+            f"{path} has the columns {table.schema.names}, not {COLUMNS.names} of text: restore it "
+            "from a copy"
+        )
     columns = (table[name].to_pylist() for name in COLUMNS.names)
     return tuple(zip(*columns, strict=True))

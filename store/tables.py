@@ -15,6 +15,10 @@ from store.schema import Manifest
 from store.sums import read_summed
 
 ROW_GROUP_ROWS = 65536
+PLAIN_BYTES = 2**28
+MOST_TIMES = 4096
+"""A table of more than `PLAIN_BYTES` has at most so many times the bytes of its file: a column that
+repeats itself takes a thousandth, and what takes less was made to fill the memory."""
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -35,16 +39,15 @@ def table_bytes(table: pa.Table) -> bytes:
 
 def parse_table(content: bytes, source: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Table of a Parquet file, or some columns of it; raises StoreError naming `source`."""
+    file = _opened(content, source)
     with _parsing(source):
         # Not read_table: it waits for a pool of threads, even where it is told to use none.
-        return pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
+        return file.read(columns, use_threads=False)
 
 
 def open_table(path: Path, manifest: Manifest) -> pq.ParquetFile:
     """A Parquet file beside the manifest, whose sum is right; raises StoreError."""
-    content = _read_listed(path, manifest)
-    with _parsing(str(path)):
-        return pq.ParquetFile(pa.BufferReader(content))
+    return _opened(_read_listed(path, manifest), str(path))
 
 
 def column_blocks(file: pq.ParquetFile, column: str, source: str) -> Iterator[pa.Array]:
@@ -59,6 +62,26 @@ def read_table(path: Path, manifest: Manifest, columns: Sequence[str] | None = N
     file = open_table(path, manifest)
     with _parsing(str(path)):
         return file.read(columns, use_threads=False)
+
+
+def _opened(content: bytes, source: str) -> pq.ParquetFile:
+    """Open a file, of which nothing is decoded; raises StoreError for one that is far too large."""
+    with _parsing(source):
+        file = pq.ParquetFile(pa.BufferReader(content))
+    plain = _plain_bytes(file.metadata)
+    if plain > max(PLAIN_BYTES, MOST_TIMES * len(content)):
+        raise StoreError(
+            f"{source} has {len(content):,} bytes and would take {plain:,} in memory, which no "
+            "table of a store does: restore it from a copy"
+        )
+    return file
+
+
+def _plain_bytes(metadata: pq.FileMetaData) -> int:
+    """Bytes of all values without compression, where a text counts once, as a rule."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    columns = [group.column(n) for group in groups for n in range(group.num_columns)]
+    return sum(8 * column.num_values + column.total_uncompressed_size for column in columns)
 
 
 def _read_listed(path: Path, manifest: Manifest) -> bytes:

@@ -9,13 +9,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -31,24 +31,31 @@ from store.synthetic import (
     write_synthetic_shard,
 )
 
+LEAST_PIPE = 4096
+TELLS = LEAST_PIPE // 4
+"""Bytes that stand for a call in a pipe, which so holds four."""
 DISK_CALLS = ("mkdir", "open", "write", "fsync", "rename", "link")
 RACERS = 4
 
 
-def kill_at(step: int) -> None:
-    """Replace every call that touches the disk: the one with this number kills the process."""
+def before_disk_calls(do: Callable[[int], object]) -> None:
+    """Replace every call that touches the disk: `do` is told its number before it is done."""
     calls = count()
 
-    def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if next(calls) == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+            do(next(calls))
             return call(*args, **kwargs)
 
         return wrapper
 
     for name in DISK_CALLS:
-        setattr(os, name, deadly(getattr(os, name)))
+        setattr(os, name, watched(getattr(os, name)))
+
+
+def kill_at(step: int) -> None:
+    """Let the disk call with this number kill the process."""
+    before_disk_calls(lambda number: number == step and os.kill(os.getpid(), signal.SIGKILL))
 
 
 def crash(path: Path) -> None:
@@ -71,19 +78,20 @@ def crash(path: Path) -> None:
 
 
 def kill(path: Path, whole: Path, rounds: int) -> None:
-    """Compares every shard that is there after a kill, and makes the store anew when complete."""
+    """Kill a writer when it has come to a random disk call of its next shards, or a few behind.
+
+    Compares every shard that is there then, and empties the store when it is complete.
+    """
     chance = random.Random(rounds)
-    longest_s = 3 * one_commit_s(path)
     expected = {shard.name: tree(shard) for shard in (whole / "shards").iterdir()}
+    calls_of_shard = disk_calls(path)
     for _ in range(rounds):
-        store = PredictionStore.open(path)
-        child = os.fork()
-        if child == 0:
-            for shard in store.missing():
-                write_synthetic_shard(store, shard, mean_timesteps=8)
-            os._exit(0)
-        time.sleep(chance.uniform(0, longest_s))
+        child, told = writer_that_tells(path)
+        enough = chance.randrange(3 * calls_of_shard)
+        while enough > 0 and (heard := os.read(told, TELLS)):
+            enough -= len(heard) // TELLS
         os.kill(child, signal.SIGKILL)
+        os.close(told)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         found = {shard.name: tree(shard) for shard in (path / "shards").iterdir()}
         sound = all(content == expected[name] for name, content in found.items())
@@ -98,15 +106,35 @@ def kill(path: Path, whole: Path, rounds: int) -> None:
             shutil.rmtree(shard)
 
 
-def one_commit_s(path: Path) -> float:
-    """How long a process takes on this machine, as busy as it is, to commit a shard."""
-    store, began = PredictionStore.open(path), time.monotonic()
+def writer_that_tells(path: Path) -> tuple[int, int]:
+    """Start a process that writes what is missing, and says so before each disk call.
+
+    It gets no further ahead of who listens than the pipe holds, however slow the machine is.
+    """
+    store = PredictionStore.open(path)
+    told, tell = os.pipe()
+    fcntl.fcntl(tell, fcntl.F_SETPIPE_SZ, LEAST_PIPE)
     child = os.fork()
     if child == 0:
-        write_synthetic_shard(store, 0, mean_timesteps=8)
+        write, words = os.write, bytes(TELLS)
+        before_disk_calls(lambda _number: write(tell, words))
+        for shard in store.missing():
+            write_synthetic_shard(store, shard, mean_timesteps=8)
         os._exit(0)
+    os.close(tell)
+    return child, told
+
+
+def disk_calls(path: Path) -> int:
+    """How many disk calls a shard takes."""
+    child, told = writer_that_tells(path)
+    heard = 0
+    while not any((path / "shards").iterdir()):
+        heard += len(os.read(told, TELLS)) // TELLS
+    os.kill(child, signal.SIGKILL)
+    os.close(told)
     os.waitpid(child, 0)
-    return time.monotonic() - began
+    return heard
 
 
 def create(path: Path) -> None:

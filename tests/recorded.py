@@ -28,7 +28,7 @@ from stages.errors import UserError
 from stages.interruption import StopRequest
 from store import PredictionStore
 from store.schema import TableFacts
-from store.side_tables import SideTableWriter
+from store.side_tables import SideTable, SideTableWriter
 
 SHAPES = ((2, 4, 3), (2, 3, 4))
 CLASSES = ("zero", "one", "two")
@@ -73,6 +73,9 @@ class Images:
 
     def samples(self, split: str) -> Sequence[Mapping[str, Any]]:
         return [row for row in self.rows if row["split"] == split]
+
+    def table(self, name: str) -> SideTable:
+        return SideTable(self.path / "tables" / name, self.header.tables[name])
 
 
 def images(

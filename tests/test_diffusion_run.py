@@ -37,6 +37,7 @@ from stages.silence import silenced
 from store import PredictionStore, verify
 from tests.conftest import ROOT, Run, Worker, ask, write_run
 from tests.test_diffusion_pipelines import original_unet, original_vae
+from tests.test_free_space import array_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -308,6 +309,29 @@ def test_every_command_knows_the_finished_run(sdxl):
     student = json.loads(foretell("inspect", sdxl.root / "student", "--json").stdout)
     adapter = load_file(sdxl.root / "student" / LORA)
     assert student["architecture"]["parts"]["adapter"] == sum(t.numel() for t in adapter.values())
+
+
+def test_an_estimate_says_to_the_byte_what_the_finished_run_took(sdxl, tmp_path):
+    dataset = f"--set=dataset={sdxl.root / 'dataset'}"
+    own = ("--set=prepare=null", dataset, f"--set=runs={tmp_path / 'runs'}")
+    done = foretell("rollout", sdxl.path, "--estimate", "--json", *own)
+    assert not (tmp_path / "runs").exists()
+    found = json.loads(done.stdout)
+    assert (found["samples"], found["rollouts"], found["timesteps"]) == (9, 18, 54)
+    assert found["missing_bytes"] == sum(found["bytes"].values()) == found["bytes_in_all"]
+    assert found["bytes"] == array_bytes(PredictionStore.open(sdxl.root / "store"))
+    assert found["timesteps_per_s"] > 0
+
+
+def test_a_disk_that_is_too_small_is_refused_and_the_floor_is_heeded(sdxl, do, tmp_path):
+    own = ("prepare=null", f"dataset={sdxl.root / 'dataset'}", f"runs={tmp_path / 'runs'}")
+    said = do(sdxl, "rollout", code=2, options=(*own, "rollout.free_floor=1000000000000000"))
+    assert "the 18 missing shards of" in said
+    assert "rollout.disk_check: false" in said
+    floor = ("rollout.disk_check=false", "rollout.free_floor=1000000000000000")
+    said = do(sdxl, "rollout", code=1, options=(*own, *floor))
+    assert "lets no shard be begun with less than 1,000,000,000,000,000" in said
+    assert list((tmp_path / "runs/sdxl/store/shards").iterdir()) == []
 
 
 def test_a_second_run_does_nothing(sdxl):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from stages import free_space
 from stages.background_writer import BackgroundWriter, Drawn
+from stages.diffusion.record import record, rollout_rows, time_rows
+from stages.diffusion.record_plan import create_record_store, lay_out_records
 from stages.errors import UserError
+from stages.estimate import Estimate, estimated, missing_of
 from stages.free_space import (
     FloorReached,
     committed_share,
@@ -18,6 +23,7 @@ from stages.free_space import (
     refuse_small_disk,
     require_floor,
 )
+from stages.interruption import StopRequest
 from store import PredictionStore, verify
 from store.encoding import array_specs
 from store.schema import Compact, Profile, TopK
@@ -26,6 +32,7 @@ from store.synthetic import (
     synthetic_manifest,
     synthetic_store,
 )
+from tests.recorded import TARGETS, FakeDenoiser, config_of, images, planned, written
 from tests.test_garbage import foretell
 
 TIMESTEPS = 300
@@ -49,14 +56,18 @@ def write(store: PredictionStore, shard: int) -> None:
 
 def data_bytes(store: PredictionStore) -> int:
     """Bytes of the data files of all committed shards, without their indices and headers."""
-    store = PredictionStore.open(store.path)
-    found = 0
+    return sum(array_bytes(PredictionStore.open(store.path)).values())
+
+
+def array_bytes(store: PredictionStore) -> Counter[str]:
+    """The same, of every array."""
+    found: Counter[str] = Counter()
     for shard in store.committed:
         folder = store.folder(shard)
-        # Each of the chunks has 16 bytes in an index, which ends in 4 more.
-        index = 16 * -(-folder.record().rows // 256) + 4
-        sizes = (folder.record().files[f.data].bytes - index for f in folder.files.values())
-        found += sum(sizes)
+        for name, files in folder.files.items():
+            # Each of the chunks has 16 bytes in an index, which ends in 4 more.
+            index = 16 * files.chunk_count(folder.record().rows) + 4
+            found[name] += folder.record().files[files.data].bytes - index
     return found
 
 
@@ -65,8 +76,6 @@ def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 def test_free_space_is_that_of_the_nearest_folder_that_is_there(tmp_path: Path) -> None:
-    import shutil
-
     found = free_bytes(tmp_path / "not/yet/there")
     assert abs(found - shutil.disk_usage(tmp_path).free) < 2**30  # others write there too
 
@@ -90,6 +99,9 @@ def test_a_disk_is_refused_from_the_first_byte_that_is_lacking(
     assert f"the 2 missing shards of {store.path} will take about {needed:,} bytes" in message
     assert f"{needed + 999:,} are free" in message
     assert "rollout.disk_check: false" in message
+    for shard in (0, 2):
+        write(store, shard)
+    refuse_small_disk(PredictionStore.open(store.path), lengths, 10**18)  # nothing is missing
 
 
 def test_encoded_shards_are_measured_by_those_that_are_committed_and_before_only_warned_of(
@@ -216,7 +228,7 @@ def test_an_estimate_says_what_a_rollout_then_takes_and_writes_nothing(
     assert "timesteps/s" not in text, "nothing is left that could be timed"
 
 
-def test_an_estimate_warns_of_a_disk_that_is_too_small(run_of, monkeypatch: Any) -> None:
+def test_an_estimate_warns_of_a_disk_that_is_too_small(run_of) -> None:
     run = run_of("own", fitted=True, students=None)
     done = foretell("rollout", run.path, "--estimate", "--set", f"rollout.free_floor={HUGE}")
     assert (done.code, "IT DOES NOT FIT" in done.out) == (0, True)
@@ -240,6 +252,102 @@ def test_codes_that_are_given_and_other_targets_are_estimated_too(
     assert found["timesteps_per_s"] > 0
     assert found["missing_shards"] == 5
     assert not run.root.exists()
+
+
+ROWS = {
+    "forward": {"kind": "forward", "slots": 3},
+    "noise": {"kind": "forward", "slots": 3, "store_noise": True},
+    "trajectory": {"kind": "trajectory", "steps": 4, "keep": [0, 2]},
+}
+EACH = {"forward": 3, "noise": 3, "trajectory": 3}
+
+
+@pytest.mark.parametrize("profile", ["fast", "compact"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_an_estimate_of_a_diffusion_model_is_what_its_store_then_takes(
+    tmp_path: Path, kind: str, profile: str
+) -> None:
+    """Of samples of two shapes, some of which are their own targets."""
+    targets = ["teacher"] * 6 if kind == "trajectory" else TARGETS
+    dataset = images(tmp_path / "images", targets)
+    denoiser = FakeDenoiser(dataset.facts)
+    config = config_of(rows=ROWS[kind], profile={"kind": profile}, rollouts_per_shard=8)
+    laid = lay_out_records(config, denoiser, dataset, seed=7)
+
+    def estimate(missing: Sequence[int]) -> Estimate:
+        return estimated(
+            laid.manifest,
+            laid.plan,
+            missing,
+            lambda _key: rollout_rows(config.rows),
+            time_rows(denoiser, laid, missing, dataset, config),
+            rejected=0,
+            processes=2,
+            path=tmp_path / "store",
+            free_floor=0,
+        )
+
+    found = estimate(missing_of(tmp_path / "store", laid.plan))
+    assert not (tmp_path / "store").exists()
+    store = create_record_store(tmp_path / "store", config, denoiser, dataset, seed=7)
+    asked = [s for s in store.missing() if laid.manifest.buckets[laid.plan.buckets[s]].predicted]
+    assert record(denoiser, store, dataset, asked[:1], config, stop=StopRequest())
+    halfway = estimate(missing_of(store.path, laid.plan))
+    assert halfway.missing_shards == len(store.plan) - 1
+    assert record(denoiser, store, dataset, store.missing(), config, stop=StopRequest())
+    store = PredictionStore.open(store.path)
+
+    rows = sum(store.folder(shard).record().rows for shard in store.committed)
+    assert found.timesteps == rows == EACH[kind] * found.rollouts == EACH[kind] * len(store)
+    sizes = array_bytes(store)
+    assert set(found.bytes) == set(sizes)
+    if profile == "fast":
+        assert found.bytes == sizes
+    else:
+        assert sum(sizes.values()) / 2 < found.bytes_in_all < 2 * sum(sizes.values())
+    assert found.timesteps_per_s is not None
+    seconds = found.hours * 3600 * found.processes * found.timesteps_per_s
+    asked_rows = sum(store.folder(shard).record().rows for shard in asked)
+    assert seconds == pytest.approx(asked_rows), "what is not asked for takes no time"
+    after = estimate([])
+    assert (after.timesteps_per_s, after.hours, after.missing_bytes) == (None, 0, 0)
+    assert after.fits
+
+
+def test_what_is_timed_are_full_batches_of_rows_that_the_teacher_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    dataset = images(tmp_path / "images", ["data", "teacher"] * 6)
+    denoiser = FakeDenoiser(dataset.facts)
+    config = config_of(rows=ROWS["forward"], rollouts_per_shard=8, batch_size=6)
+    laid = lay_out_records(config, denoiser, dataset, seed=7)
+    timed = time_rows(denoiser, laid, range(len(laid.plan)), dataset, config)
+    assert timed is not None
+    assert (timed.rollouts, timed.timesteps, timed.expected) == (6, 18, 18)
+    assert denoiser.batches == [12] * 4, "both branches; the first batch also before it is timed"
+
+
+def test_a_recording_is_refused_by_a_small_disk_to_the_byte_and_stops_at_the_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = images(tmp_path / "images")
+    denoiser = FakeDenoiser(dataset.facts)
+    needed = data_bytes(written(tmp_path / "twin", dataset, denoiser))
+    store, config = planned(tmp_path / "store", dataset, denoiser, free_floor=1000)
+    each = rollout_rows(config.rows)
+    free(monkeypatch, needed + 1000)
+    refuse_small_disk(store, lambda _key: each, 1000)
+    free(monkeypatch, needed + 999)
+    with pytest.raises(UserError, match=f"will take about {needed:,} bytes"):
+        refuse_small_disk(store, lambda _key: each, 1000)
+    first, second, *_ = store.missing()
+    assert record(denoiser, store, dataset, [first], config, stop=StopRequest())
+    free(monkeypatch, 999)
+    with pytest.raises(FloorReached, match=r"999 bytes are free at .* less than 1,000"):
+        record(denoiser, store, dataset, [second], config, stop=StopRequest())
+    found = verify(store.path)
+    assert (found.ok, found.shards) == (True, 1)
+    assert list((store.path / "tmp").iterdir()) == []
 
 
 def test_an_estimate_of_a_store_of_other_settings_is_refused(run_of, tiny_run) -> None:

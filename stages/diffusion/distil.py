@@ -15,7 +15,12 @@ from stages.diffusion.conversion import Conversion
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.facts import Recording
 from stages.diffusion.losses import row_losses, weighting
-from stages.diffusion.matching import require_loss, require_match, require_targets
+from stages.diffusion.matching import (
+    require_loss,
+    require_match,
+    require_rows,
+    require_targets,
+)
 from stages.diffusion.row_targets import Question, RowTargets, TaughtRows, transfers
 from stages.diffusion.rows import Reading, RowBatch, StoreRows
 from stages.distributed import Place
@@ -57,6 +62,7 @@ def distil(
     require_match(denoiser, store)
     require_loss(denoiser, store, recording, config.loss)
     require_complete(store)
+    require_rows(store, recording)
     require_targets(store, recording)
     if config.loss.teaches == "prediction":
         conversion.require(config.loss.largest_factor)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import inf
 from typing import Any
 
 from stages.diffusion.config import DiffusionLossConfig
 from stages.diffusion.denoiser import Denoiser
+from stages.diffusion.draws import DRAWN
 from stages.diffusion.facts import MATCHED, ImageFacts, Recording
+from stages.diffusion.record_plan import COLUMNS, NOISE_COLUMN, STATE_COLUMN
 from stages.diffusion.row_targets import transfers
+from stages.diffusion.stored_row import SOURCES
 from stages.errors import UserError
 from stages.targets import require_scale
 from store import PredictionStore
+
+TAUGHT_BY = ("target", "weight")
+"""Columns of samples.parquet that say what a student learns of a sample."""
 
 
 def require_match(denoiser: Denoiser, store: PredictionStore) -> None:
@@ -85,12 +92,41 @@ def _require_scale(
         )
 
 
+def require_rows(store: PredictionStore, recording: Recording) -> None:
+    """Refuse a store without what every row of a recording has beside its prediction."""
+    manifest = store.manifest
+    wanted = [*COLUMNS, STATE_COLUMN] if recording.rows.kind == "trajectory" else [*COLUMNS]
+    if recording.rows.kind == "forward" and recording.rows.store_noise:
+        wanted.append(NOISE_COLUMN)
+    tables = {"latents", "conditions"} if ImageFacts.of(manifest).conditions else {"latents"}
+    lacking = {
+        "columns": [column.name for column in wanted if column not in manifest.columns],
+        "drawn": [name for name in DRAWN if name not in manifest.drawn],
+        "tables": sorted(tables - manifest.tables.keys()),
+        "conditions": [name for name in TAUGHT_BY if name not in manifest.conditions],
+    }
+    for field, names in lacking.items():
+        if names:
+            raise UserError(
+                f"{store.path} is no whole recording of a diffusion model: {field} of its "
+                f"manifest.json lack {', '.join(names)}, or have them of another type; restore it "
+                "from a copy, or record again"
+            )
+
+
 def require_targets(store: PredictionStore, recording: Recording) -> None:
     """Refuse a sample whose target is not in the store, and a store whose samples weigh nothing."""
     along, weighs = recording.rows.kind == "trajectory", False
     for sample, predicted in _samples(store):
-        sample_id, source = sample["sample_id"], sample["target"]
-        weighs |= sample["weight"] > 0
+        sample_id, source, weight = (sample[name] for name in ("sample_id", *TAUGHT_BY))
+        if source not in SOURCES or not isinstance(weight, float) or not 0 <= weight < inf:
+            raise UserError(
+                f"sample {sample_id!r} of {store.path} (samples.parquet) has the target "
+                f"{source!r:.200} and the weight {weight!r:.200}, but needs one of "
+                f"{', '.join(SOURCES)} and a finite number >= 0: restore it from a copy, or record "
+                "again"
+            )
+        weighs |= weight > 0
         if source != "data" and not predicted:
             raise UserError(
                 f"sample {sample_id!r} is to learn from {source!r}, but {store.path} holds no "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Protocol, TypeVar
@@ -18,32 +19,35 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stages.background_writer import BackgroundWriter
+from stages.background_writer import BackgroundWriter, Drawn
 from stages.diffusion.answers import (
     Answer,
     Ask,
     InFlight,
     Teacher,
 )
-from stages.diffusion.asked_rows import ConditionRows, GuidedRows
-from stages.diffusion.config import RecordConfig, TrajectoryRows
+from stages.diffusion.asked_rows import ConditionRows, GuidedRows, Rows
+from stages.diffusion.config import ForwardRows, RecordConfig, TrajectoryRows
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Sample, draws_by_key
 from stages.diffusion.facts import FAILED, Recording
 from stages.diffusion.forward_rows import ForwardShard, HostRows, forward_ask
 from stages.diffusion.parts import Asked, ask, passes_of, stored_parts
+from stages.diffusion.record_plan import LaidOut
 from stages.diffusion.schedule import Schedule
 from stages.diffusion.shard_work import Piece, Shard, ShardWork
 from stages.diffusion.trajectories import (
     TrajectoryShard,
+    kept_steps,
     trajectory_ask,
 )
 from stages.errors import UserError
+from stages.estimate import Timed, time_batches, trial_plan
 from stages.interruption import StopRequest
 from stages.loader import read_in_a_thread
 from stages.rollout import planned_rollouts
-from store import PredictionStore
-from store.schema import Dense
+from store import Plan, PredictionStore
+from store.schema import Dense, Manifest
 
 Item = TypeVar("Item")
 VALUE = "value"
@@ -70,15 +74,16 @@ def record(
     that is asked is on the device. A shard is encoded and committed in a thread of its own while
     the next one is asked for; one that was asked for whole is committed. A shard that another
     worker commits first is left to it. Rows whose prediction is not finite are asked for again in
-    float32, and else stored as failed. Raises NotFinite where a shard has too many of them, and
-    what the store raises.
+    float32, and else stored as failed. Raises NotFinite where a shard has too many of them,
+    FloorReached where less than `config.free_floor` bytes are free when a shard is begun, and what
+    the store raises.
     """
     recorder = _Recorder(denoiser, other, store, dataset, config.batch_size, stop)
     with (
         tqdm(
             total=planned_rollouts(store, shards), unit="rollout", desc="record", disable=None
         ) as bar,
-        BackgroundWriter(store) as writer,
+        BackgroundWriter(store, config.free_floor) as writer,
     ):
         for piece in recorder.pieces(shards):
             if piece.collect is not None:
@@ -90,12 +95,96 @@ def record(
     return not recorder.stopped
 
 
+@torch.inference_mode()
+def time_rows(
+    denoiser: Denoiser,
+    laid: LaidOut,
+    missing: Sequence[int],
+    dataset: Tables,
+    config: RecordConfig,
+    *,
+    other: Denoiser | None = None,
+) -> Timed | None:
+    """Ask for a few batches of missing shards and time them; nothing is written.
+
+    `laid` is the store as `config` lays it out, made or not. Returns None where the teacher has
+    nothing left to predict.
+    """
+    each = rollout_rows(config.rows)
+    together = 1 if isinstance(config.rows, TrajectoryRows) else each  # rows asked for as one
+    size = max(config.batch_size // together, 1)
+    trial = trial_plan(laid.manifest, laid.plan, missing, size)
+    if trial is None:
+        return None
+    recorder = _Recorder(
+        denoiser, other, _Trial(laid.manifest, trial, dataset), dataset, config.batch_size,
+        StopRequest(),
+    )  # fmt: skip
+
+    def predict(shards: Iterable[int]) -> Iterator[Drawn]:
+        for piece in recorder.pieces(shards):
+            assert piece.collect is not None
+            yield from piece.collect()
+
+    return time_batches(laid.manifest, trial, lambda _key: each, predict)
+
+
+def rollout_rows(rows: ForwardRows | TrajectoryRows) -> int:
+    """Count the rows of every rollout of a store."""
+    return len(kept_steps(rows)) if isinstance(rows, TrajectoryRows) else rows.slots
+
+
 class Samples(Protocol):
     """A dataset of images, of which only its samples are read here."""
 
     def samples(self, split: str) -> Sequence[Sample]:
         """Return the rows of a split."""
         ...
+
+
+class Tables(Samples, Protocol):
+    """A dataset of images with its side tables."""
+
+    def table(self, name: str) -> Rows:
+        """Open a table by its name."""
+        ...
+
+
+class Planned(Protocol):
+    """What is to be asked for: a store, or batches of one that need not be there."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is asked and kept."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """The keys of every shard."""
+        ...
+
+    def table(self, name: str) -> Rows:
+        """Open a side table by its name."""
+        ...
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether a shard is there already."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Batches that are asked for to be timed, each as a shard."""
+
+    manifest: Manifest
+    plan: Plan
+    dataset: Tables
+
+    def table(self, name: str) -> Rows:
+        return self.dataset.table(name)
+
+    def is_committed(self, _shard: int) -> bool:
+        return False
 
 
 class _Recorder:
@@ -105,7 +194,7 @@ class _Recorder:
         self,
         denoiser: Denoiser,
         other: Denoiser | None,
-        store: PredictionStore,
+        store: Planned,
         dataset: Samples,
         batch_size: int,
         stop: StopRequest,
@@ -131,7 +220,7 @@ class _Recorder:
         self._models = [denoiser] if other is None else [denoiser, other]
         if (recording.contrast.kind == "model") != (other is not None):
             raise UserError(
-                f"the store {store.path} has the contrast {recording.contrast.kind!r}, but "
+                f"the store has the contrast {recording.contrast.kind!r}, but "
                 f"{len(self._models)} models were given: give the second one exactly for 'model'"
             )
         for model in self._models:

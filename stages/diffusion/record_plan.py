@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 from pydantic import ValidationError
@@ -71,6 +71,14 @@ ELSEWHERE = Path()
 """Path of another model in a store, which is named by its fingerprint."""
 
 
+class LaidOut(NamedTuple):
+    """A store before it is made, but for its tables, which are the dataset's."""
+
+    manifest: Manifest
+    plan: Plan
+    samples: pa.Table
+
+
 class Header(Protocol):
     """What dataset.json says."""
 
@@ -120,11 +128,29 @@ def create_record_store(
 ) -> PredictionStore:
     """Create the store that a configuration describes, or open the one that is there.
 
+    Raises `StoreError` when `path` holds a store of other settings, another teacher or another
+    dataset, naming what differs, and what `lay_out_records` raises, which says what is given.
+    """
+    laid = lay_out_records(config, denoiser, dataset, seed=seed, other=other, quantized=quantized)
+    tables = {name: dataset.path / "tables" / name for name in dataset.header.tables}
+    return PredictionStore.create(path, *laid, tables=tables)
+
+
+def lay_out_records(
+    config: RecordConfig,
+    denoiser: Denoiser,
+    dataset: Images,
+    *,
+    seed: int,
+    other: Denoiser | None = None,
+    quantized: Quantized | None = None,
+) -> LaidOut:
+    """Lay out the store that a configuration describes; nothing is written.
+
     The samples of `config.split` are planned with all variations that the dataset drew of them.
     `other` is the second model of a contrast between two; `quantized` what the teacher was before
-    it was quantized, and the record of that. Raises `StoreError` when `path` holds a store of other
-    settings, another teacher or another dataset, naming what differs, and `UserError` for an empty
-    split, a dataset that does not fit the model, and settings that ask it for what it cannot give.
+    it was quantized, and the record of that. Raises `UserError` for an empty split, a dataset that
+    does not fit the model, and settings that ask it for what it cannot give.
     """
     _check_facts(denoiser, dataset.facts, "the teacher")
     _check_second_pass(config, denoiser, dataset.facts)
@@ -169,13 +195,8 @@ def create_record_store(
         )
     except ValidationError as error:
         raise misfit(error) from None
-    return PredictionStore.create(
-        path,
-        manifest,
-        _plan(draws, len(dataset.facts.buckets), config.rollouts_per_shard, seed),
-        _samples_table(samples),
-        tables={name: dataset.path / "tables" / name for name in dataset.header.tables},
-    )
+    plan = _plan(draws, len(dataset.facts.buckets), config.rollouts_per_shard, seed)
+    return LaidOut(manifest, plan, _samples_table(samples))
 
 
 def _check_facts(model: Denoiser, facts: ImageFacts, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,9 +21,9 @@ from stages.diffusion.config import (
     TimestepsConfig,
 )
 from stages.diffusion.conversion import Conversion, Placed
-from stages.diffusion.facts import SIZES, Recording
+from stages.diffusion.facts import SIZES, ImageFacts, Recording
 from stages.diffusion.noise import matches, noised, row_noise
-from stages.diffusion.stored_row import DATA, SOURCES, RowKey, StoredRow
+from stages.diffusion.stored_row import DATA, SOURCES, Described, RowKey, StoredRow
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.host_memory import HostMemory
@@ -127,6 +128,12 @@ class RowReader:
     world_size: int
     memory: HostMemory
     """Where batches are read into."""
+
+    @cached_property
+    def _told(self) -> Mapping[str, Described]:
+        """Tensors of a condition."""
+        facts = ImageFacts.of(self.store.manifest).conditions
+        return {name: (each.dtype, each.shape) for name, each in facts.items()}
 
     def __call__(self, position: int) -> list[RowBatch]:
         """Return the micro-batches of the global batch that starts at `position`.
@@ -280,9 +287,10 @@ class RowReader:
         return tensors
 
     def _conditions(self, cell: StoredRow) -> dict[str, np.ndarray]:
-        row, found = cell.drawn("condition"), {}
-        if row >= 0:
-            found = dict(self.store.table("conditions")[row])
+        row = cell.drawn("condition")
+        stored = self.store.table("conditions")[row] if row >= 0 else {}
+        cell.require(stored, self._told, "conditions")
+        found = {name: stored[name] for name in self._told}
         sizes = cell.image.get(SIZES)
         if sizes is not None:
             found[SIZES] = sizes

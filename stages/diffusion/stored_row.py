@@ -16,10 +16,13 @@ from stages.diffusion.target_sums import target_crc, target_names
 from stages.errors import UserError
 from store import PredictionStore
 from store.encoding import COLUMN
+from store.schema import Bucket, Latent
 from store.shard import Shard
 
 RowKey = tuple[str, int, int]
 """(sample_id, variation, slot)."""
+Described = tuple[str, tuple[int, ...]]
+"""Type and shape of a tensor."""
 SOURCES: tuple[TargetSource, ...] = get_args(TargetSource)
 _, DATA, PRIOR = range(3)
 """Places in `SOURCES`."""
@@ -82,10 +85,34 @@ class StoredRow:
         """Whether its trajectory has come to an end."""
         return bool(self.column("status", self.end) == END)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of its latents."""
+        manifest, bucket = self.store.manifest, self.store.plan.bucket_of(self.shard.number)
+        bearer = manifest.streams[0] if bucket is None else manifest.buckets[bucket]
+        assert isinstance(bearer, Latent | Bucket)
+        return bearer.shape
+
     @cached_property
     def image(self) -> Mapping[str, np.ndarray]:
-        """Row of the table `latents`."""
-        return self.store.table("latents")[self.drawn("latent")]
+        """Row of the table `latents`; raises `UserError` where it is of another shape."""
+        found = self.store.table("latents")[self.drawn("latent")]
+        wanted = {"latent": ("float16", self.shape)}
+        if "mask" in found:
+            wanted["mask"] = ("float16", (1, *self.shape[1:]))
+        self.require(found, wanted, "latents")
+        return found
+
+    def require(
+        self, found: Mapping[str, np.ndarray], wanted: Mapping[str, Described], table: str
+    ) -> None:
+        """Refuse tensors without those that are wanted, or of another type or shape."""
+        given = {n: (v.dtype.name, v.shape) for n, v in found.items() if n in wanted}
+        if given != wanted:
+            raise UserError(
+                f"{self}: the table {table!r} of {self.store.path} holds {given} for it, but "
+                f"{dict(wanted)} are needed: restore the store from a copy, or record again"
+            )
 
     def column(self, name: str, row: int | None = None) -> Any:
         """Return the number of a column at a place of the shard, its own if none is given."""

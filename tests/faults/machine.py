@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -46,3 +47,17 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def little_memory(more_bytes: int = 2**28) -> Iterator[None]:
+    """Let this process take so much more memory and no more: asking for it is a MemoryError."""
+    text = Path("/proc/self/status").read_text()
+    lines = dict(line.split(":", 1) for line in text.splitlines())
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = int(lines["VmData"].split()[0]) * 1024 + more_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,11 @@ from safetensors.torch import load_file
 from store import PredictionStore, verify
 from store.schema import Full, Profile
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
-from tests.conftest import Worker
+from tests.conftest import Run, Worker, write_run
 from tests.test_cli_runs import LONG, children, foretell, steps_done
 from tests.test_store_commit import by_profile, run, tree
 
-ROUNDS = 300
+ROUNDS = 260
 """Kills per profile."""
 
 
@@ -86,88 +87,104 @@ def test_a_repair_that_is_killed_at_any_disk_call_loses_nothing(tmp_path: Path) 
     assert all(step["there"] == (not step["moved"]) for step in steps)
 
 
-KILLS = 6
+KILLS = 5
 """Of each stage, end to end."""
 
 
-def kill_again_and_again(start: Callable[[], Worker], done: Callable[[], int], seed: int) -> None:
-    """Kill a stage amid its start, or a moment after it has done one more piece, by turns."""
+def kill_again_and_again(
+    start: Callable[[], Worker], done: Callable[[], int], drafts: Callable[[], set[str]], seed: int
+) -> None:
+    """Kill a stage at its start, after it has done some more pieces, and amid one, by turns."""
     chance = random.Random(seed)
     for attempt in range(KILLS):
-        worker, before = start(), done()
-        if attempt % 2:
-            moment = time.monotonic() + chance.uniform(0, 0.3)
-            code = worker.kill_when(lambda at=moment: time.monotonic() > at, signal.SIGKILL)
-        else:
-            code = worker.kill_when(lambda count=before: done() > count, signal.SIGKILL)
-        assert code == -signal.SIGKILL
+        enough, left = done() + 1 + chance.randrange(2), drafts()
+        worker = start()
+
+        def ready(kind: int = attempt % 3, enough: int = enough, left: set[str] = left) -> bool:
+            return kind == 0 or done() >= enough or (kind == 2 and bool(drafts() - left))
+
+        assert worker.kill_when(ready, signal.SIGKILL) == -signal.SIGKILL
 
 
 def shards_in(store: Path) -> int:
     return len(os.listdir(store / "shards")) if (store / "shards").exists() else 0
 
 
+def names_in(folder: Path, pattern: str) -> set[str]:
+    return {path.name for path in folder.glob(pattern)}
+
+
 def arrays_of(store: Path) -> dict[str, bytes]:
     return {name: content for name, content in tree(store).items() if name.startswith("shards/")}
 
 
-@pytest.fixture
-def runs(run_of, tiny_run):
-    """Two runs of both stages, whose work is in many small pieces."""
-    section = tiny_run.document["rollout"] | {
-        "variations": 8, "rollouts_per_shard": 2, "batch_size": 2
+def sections_of(document: dict[str, Any]) -> dict[str, Any]:
+    """Both stages in many small pieces."""
+    rollout = {"variations": 4, "rollouts_per_shard": 2, "batch_size": 2}
+    student = document["students"]["student"] | {"optimizer": LONG | {"steps": 160}}
+    return {"rollout": document["rollout"] | rollout, "students": {"student": student}}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    document = {
+        "name": "whole", "runs": str(folder), "seed": tiny_run.document["seed"],
+        "dataset": str(tiny_run.root / "dataset"),
+        "teacher": {"checkpoint": str(tiny_run.root / "teacher")},
     }  # fmt: skip
-    students = {
-        "student": tiny_run.document["students"]["student"] | {"optimizer": LONG | {"steps": 400}}
-    }
-
-    def make(name: str, **sections):
-        return run_of(name, fitted=True, rollout=section, students=students, **sections)
-
-    return make("own"), make("whole")
+    run = write_run(document | sections_of(tiny_run.document), folder)
+    run.do("rollout", "train:student")
+    return run.root
 
 
-@pytest.mark.slow
-def test_a_rollout_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
-    runs, start_worker
-) -> None:
-    own, whole = runs
-    path = own.root / "store"
-    kill_again_and_again(lambda: start_worker("rollout", own), lambda: shards_in(path), 1)
-    found = verify(path)
-    assert found.ok
-    assert found.not_committed
-    whole.do("rollout")
-    last = start_worker("rollout", own)
-    assert last.wait() == 0, last.stderr.read_text()
-    assert verify(path).ok
-    assert arrays_of(path) == arrays_of(whole.root / "store")
-    manifests = [(r.root / "store/manifest.json").read_bytes() for r in runs]
-    assert manifests[0] == manifests[1]
+@pytest.fixture
+def own(run_of: Callable[..., Run], tiny_run: Run) -> Run:
+    """The same run, to be killed."""
+    return run_of("own", fitted=True, **sections_of(tiny_run.document))
 
 
-@pytest.mark.slow
-def test_a_training_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(
-    runs, start_worker
-) -> None:
-    own, whole = runs
-    whole.do("rollout")
-    store = f"--set=store={whole.root / 'store'}"
-    assert start_worker("train:student", whole, store).wait() == 0
-    folder = own.root / "student"
-    start = partial(start_worker, "train:student", own, store)
-    kill_again_and_again(start, lambda: steps_done(folder), 2)
-    assert 20 <= steps_done(folder) < 400
-    last = start_worker("train:student", own, store)
-    assert last.wait() == 0, last.stderr.read_text()
-    ours, theirs = (load_file(r.root / "student/model.safetensors") for r in runs)
+def require_same_student(own: Path, whole: Path) -> None:
+    ours, theirs = (load_file(root / "student/model.safetensors") for root in (own, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow
-def test_commands_that_are_killed_with_all_their_workers_go_on_where_they_were(runs) -> None:
-    own, whole = runs
+def test_a_rollout_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
+    own, whole, start_worker
+) -> None:
+    path = own.root / "store"
+    start = partial(start_worker, "rollout", own)
+    drafts = partial(names_in, path / "tmp", "0*")
+    kill_again_and_again(start, lambda: shards_in(path), drafts, 1)
+    found = verify(path)
+    assert found.ok
+    assert found.not_committed
+    last = start_worker("rollout", own)
+    assert last.wait() == 0, last.stderr.read_text()
+    assert verify(path).ok
+    assert arrays_of(path) == arrays_of(whole / "store")
+    assert (path / "manifest.json").read_bytes() == (whole / "store/manifest.json").read_bytes()
 
+
+@pytest.mark.slow
+def test_a_training_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(
+    own, whole, start_worker
+) -> None:
+    store = f"--set=store={whole / 'store'}"
+    folder = own.root / "student"
+    start = partial(start_worker, "train:student", own, store)
+    drafts = partial(names_in, folder / "checkpoints", ".*")
+    kill_again_and_again(start, lambda: steps_done(folder) // 10, drafts, 2)
+    assert 20 <= steps_done(folder) < 160
+    last = start_worker("train:student", own, store)
+    assert last.wait() == 0, last.stderr.read_text()
+    require_same_student(own.root, whole)
+
+
+@pytest.mark.slow
+def test_commands_that_are_killed_with_all_their_workers_go_on_where_they_were(own, whole) -> None:
     def kill_when(ready: Callable[[], bool], *arguments: str) -> None:
         command = [sys.executable, "-m", "pipeline", *arguments]
         root = str(Path(__file__).parents[2])
@@ -184,7 +201,5 @@ def test_commands_that_are_killed_with_all_their_workers_go_on_where_they_were(r
     kill_when(lambda: steps_done(own.root / "student") >= 20, "run", str(own.path))
     done = foretell("run", own.path)
     assert done.returncode == 0, done.stderr
-    whole.do("rollout", "train:student")
-    assert arrays_of(own.root / "store") == arrays_of(whole.root / "store")
-    ours, theirs = (load_file(r.root / "student/model.safetensors") for r in runs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert arrays_of(own.root / "store") == arrays_of(whole / "store")
+    require_same_student(own.root, whole)
