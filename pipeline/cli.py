@@ -47,8 +47,8 @@ from store import StoreError
 from store import verify as check
 from store.convert import convert as convert_store
 from store.copying import copy_store
+from store.errors import SystemFailure
 from store.garbage import delete_garbage, find_garbage
-from store.object_client import ObjectStorageFailure
 from store.object_url import place_of
 from store.repair import after_repair, repairable
 from store.repair import repair as take_out
@@ -79,13 +79,13 @@ StorePath = Annotated[str, typer.Argument(help="Folder of a store.", show_defaul
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2, never a traceback.
 
-    Where object storage does not answer, the code is 1.
+    Where a disk or object storage refuses, the code is 1.
     """
     try:
         app()
     except (UserError, StoreError) as error:
         sys.stderr.write(f"foretell: {error}\n")
-        sys.exit(FAILED if isinstance(error, ObjectStorageFailure) else USAGE_ERROR)
+        sys.exit(FAILED if isinstance(error, SystemFailure) else USAGE_ERROR)
 
 
 def _stage(

@@ -64,8 +64,8 @@ class DamagedShard(ShardError):
     def advice(self) -> str:
         """Restore it, or make it again."""
         return (
-            f". Restore {self.folder} from a copy, or move it away and run the rollout again: only "
-            "missing shards are made"
+            f". Restore {self.folder} from a copy, or take it out of the store (`foretell verify "
+            "STORE --repair`) and run the rollout again: only missing shards are made"
         )
 
 
