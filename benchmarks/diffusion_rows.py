@@ -171,7 +171,7 @@ class Student:
         self._denoiser = unet(dataset.facts, options.widths, 1)
         self._denoiser.module.train()
         config = learning(self._denoiser, options.batch_size)
-        self._state = TrainingState(self._denoiser.module, config.optimizer, PLACE.device)
+        self._state = TrainingState(self._denoiser.module, config.optimizer, PLACE, "", "")
         recording = Recording.of(store.manifest)
         self.learner = RowLearner(self._denoiser, store, recording, config, 0, PLACE)
         self._schedule = Schedule(self._denoiser.schedule)

@@ -153,7 +153,7 @@ class Student:
             inject_adapter_in_model(adapters, self._family.module.model)
         self._family.module.train()
         optimizer = OptimizerConfig(steps=1, batch_size=options.batch_size)
-        self._state = TrainingState(self._family.module, optimizer, self._place.device)
+        self._state = TrainingState(self._family.module, optimizer, self._place, "", "")
 
     def steps(self, name: str) -> Steps:
         """Return the steps of a way: `ce`, `stored`, `two_models` or `two_guided`."""

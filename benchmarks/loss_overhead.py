@@ -142,7 +142,7 @@ class Student:
         self._family = build(options.layers)
         self._family.module.to(self.place.device).train()
         optimizer = OptimizerConfig(steps=1, batch_size=options.batch_size)
-        self._state = TrainingState(self._family.module, optimizer, self.place.device)
+        self._state = TrainingState(self._family.module, optimizer, self.place, "", "")
         wanted = options.precision == "auto" and computes_bf16(self.place.device)
         self._bf16 = wanted or options.precision == "bf16"
 

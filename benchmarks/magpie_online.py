@@ -159,9 +159,9 @@ class Rivals(Bench):
                 "optimizer": {"steps": 1000, "batch_size": self.shape.batch, "clip_norm": 2.5},
             }
         )
-        device = torch.device("cpu")
-        learner = TargetLearner(student, store, config, 0, Place(0, 1, device))
-        state = TrainingState(student.module, config.optimizer, device)
+        place = Place(0, 1, torch.device("cpu"))
+        learner = TargetLearner(student, store, config, 0, place)
+        state = TrainingState(student.module, config.optimizer, place, "", "")
 
         def step() -> None:
             batches = learner.batches(state.position)

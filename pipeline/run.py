@@ -87,7 +87,10 @@ def do_stage_among_peers(
     with tempfile.TemporaryDirectory(prefix="foretell-") as scratch:
         noted = Path(scratch) / "usage"
         os.environ["FORETELL_USAGE"] = str(noted)
-        code = work([stage, str(path), *(f"--set={override}" for override in overrides)], stop)
+        try:
+            code = work([stage, str(path), *(f"--set={override}" for override in overrides)], stop)
+        finally:
+            del os.environ["FORETELL_USAGE"]  # what is started later notes nothing here
         usages = [Usage.model_validate_json(noted.read_bytes())] if noted.exists() else []
     if os.environ["RANK"] == "0":
         _note(config, stage, code, time.monotonic() - started, usages)

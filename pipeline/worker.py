@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None, asked: StopRequest | None = Non
     _end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_TqdmHandler()])
     try:
-        at_signals = stop_request(at_once=options.stage in WHOLE)
+        at_signals = stop_request(at_once=options.stage in WHOLE, last=True)
         with at_signals if asked is None else nullcontext(asked) as stop:
             # Inside, so that a signal that comes with an error does not keep it from being said.
             return _attempt(options, stop)

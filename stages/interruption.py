@@ -56,10 +56,11 @@ def hold_back() -> None:
 
 
 @contextmanager
-def stop_request(at_once: bool = False) -> Iterator[StopRequest]:
+def stop_request(at_once: bool = False, *, last: bool = False) -> Iterator[StopRequest]:
     """Turn SIGINT, SIGTERM and SIGUSR1 into a `StopRequest` inside the block (main thread).
 
-    Signals that were held back when this process began arrive now.
+    Signals that were held back when this process began arrive now. With `last` they are ignored
+    after the block: what they would stop is done, and its end would look like a failure.
     """
     request = StopRequest(at_once)
     previous = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
@@ -68,4 +69,4 @@ def stop_request(at_once: bool = False) -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last else handler)

@@ -230,7 +230,7 @@ def test_the_code_and_the_header_in_the_documentation_are_right(tmp_path: Path) 
     text = (ROOT / "docs/format.md").read_text(encoding="utf-8")
     (header,) = re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)
     assert json.loads(header) | {"attributes": {}} == HEADER
-    mapping, stock = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    mapping, stock, _in_object_storage = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     store = synthetic_store(tmp_path, synthetic_manifest(TopK(k=3)), 2, 1, 2)
     write_synthetic_shard(store, 0, 300)
     names: dict[str, Any] = {}

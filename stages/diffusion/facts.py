@@ -9,7 +9,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from stages.diffusion.config import Contrast, PredictionType, Rows
 from stages.errors import UserError
-from store.schema import Manifest, Record
+from store.schema import Column, Manifest, Record
 
 Facts = TypeVar("Facts", bound=Record)
 MOST_FAULTS = 5
@@ -24,6 +24,18 @@ SIZES = "time_ids"
 OK, REPEATED, FAILED, END, NOT_ASKED = range(5)
 """Status of a row: predicted; predicted in float32, as it was not finite before; not finite, zeros
 are stored; end of a trajectory, where nothing is predicted; of a sample that is its own target."""
+
+COLUMNS = (
+    Column(name="t", dtype="float64"),
+    Column(name="alpha", dtype="float64"),
+    Column(name="sigma", dtype="float64"),
+    Column(name="x_t_crc", dtype="uint32"),
+    Column(name="x_t_sum", dtype="float64"),
+    Column(name="target_crc", dtype="uint32"),
+    Column(name="status", dtype="uint8"),
+)
+NOISE_COLUMN = Column(name="noise", dtype="float16", latent=True)
+STATE_COLUMN = Column(name="x_t", dtype="float16", latent=True)
 
 
 class ConditionFacts(Record):

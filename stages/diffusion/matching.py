@@ -9,8 +9,14 @@ from typing import Any
 from stages.diffusion.config import DiffusionLossConfig
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import DRAWN
-from stages.diffusion.facts import MATCHED, ImageFacts, Recording
-from stages.diffusion.record_plan import COLUMNS, NOISE_COLUMN, STATE_COLUMN
+from stages.diffusion.facts import (
+    COLUMNS,
+    MATCHED,
+    NOISE_COLUMN,
+    STATE_COLUMN,
+    ImageFacts,
+    Recording,
+)
 from stages.diffusion.row_targets import transfers
 from stages.diffusion.stored_row import SOURCES
 from stages.errors import UserError

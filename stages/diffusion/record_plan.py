@@ -22,7 +22,14 @@ from stages.diffusion.config import (
 )
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import DRAWN, Draw, Sample, draws_of
-from stages.diffusion.facts import MATCHED, ImageFacts, Recording
+from stages.diffusion.facts import (
+    COLUMNS,
+    MATCHED,
+    NOISE_COLUMN,
+    STATE_COLUMN,
+    ImageFacts,
+    Recording,
+)
 from stages.diffusion.schedule import Schedule
 from stages.errors import UserError
 from stages.quantization import Quantized
@@ -54,17 +61,6 @@ SAMPLES_SCHEMA = pa.schema(
         pa.field("weight", pa.float64(), nullable=False),
     ]
 )
-COLUMNS = (
-    Column(name="t", dtype="float64"),
-    Column(name="alpha", dtype="float64"),
-    Column(name="sigma", dtype="float64"),
-    Column(name="x_t_crc", dtype="uint32"),
-    Column(name="x_t_sum", dtype="float64"),
-    Column(name="target_crc", dtype="uint32"),
-    Column(name="status", dtype="uint8"),
-)
-NOISE_COLUMN = Column(name="noise", dtype="float16", latent=True)
-STATE_COLUMN = Column(name="x_t", dtype="float16", latent=True)
 PACKAGES = ("torch", "diffusers")
 """What a teacher's arithmetic depends on."""
 ELSEWHERE = Path()
