@@ -250,8 +250,10 @@ def verification_text(result: Verification) -> str:
         f"{'store' if d.shard is None else f'shard {d.shard}'}: {d.file}: {d.reason}"
         for d in result.bad
     ]
+    damaged = any(not d.unreadable for d in result.bad)
+    verdict = "sound" if result.ok else "DAMAGED" if damaged else "NOT ALL COULD BE READ"
     lines.append(
-        f"{'sound' if result.ok else 'DAMAGED'}: {result.shards} shards, {result.rollouts} "
+        f"{verdict}: {result.shards} shards, {result.rollouts} "
         f"rollouts, {result.timesteps} timesteps verified; "
         f"{len(result.not_committed)} planned shards are not committed"
     )

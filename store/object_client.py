@@ -55,6 +55,10 @@ class ObjectStorageFailure(SystemFailure):
     """Object storage refused a request, or did not answer for as long as one may wait."""
 
 
+class NotConfigured(StoreError):
+    """Nothing was asked: the environment does not say how, or a package is missing."""
+
+
 class Found(NamedTuple):
     """An object that a listing shows."""
 
@@ -242,7 +246,7 @@ class ObjectClient:
         try:
             import obstore  # noqa: PLC0415, an extra
         except ModuleNotFoundError:
-            raise StoreError(
+            raise NotConfigured(
                 f"{self.place} is in object storage, which needs a package: "
                 "pip install 'foretell[s3]'"
             ) from None
@@ -285,15 +289,15 @@ def endpoint_url() -> str:
 
 
 def _check_environment(place: ObjectUrl) -> str:
-    """Endpoint of the environment; raises StoreError for what would not work or could leak."""
+    """Endpoint of the environment; raises NotConfigured for what would not work or could leak."""
     endpoint = endpoint_url()
     if "@" in urlsplit(endpoint).netloc:
-        raise StoreError(
+        raise NotConfigured(
             "AWS_ENDPOINT_URL holds a user or password, which would end up in logs: give them as "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     if not any(os.environ.get(name) for name in CREDENTIALS):
-        raise StoreError(
+        raise NotConfigured(
             f"{place} needs credentials, and the environment has none: set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY (or AWS_SKIP_SIGNATURE=true for a public bucket), and "
             "AWS_ENDPOINT_URL for a server that is not Amazon's"

@@ -16,6 +16,7 @@ from store.errors import (
     explain_os_errors,
 )
 from store.layout import Layout, parse_shard
+from store.object_client import NotConfigured
 from store.object_url import ObjectUrl
 from store.plain_file import lies_at
 from store.reader import PredictionStore
@@ -63,10 +64,12 @@ def verify(
     """Read every byte of a store and check it against manifest, plan and records.
 
     `progress` may wrap the list of shards (tqdm). Raises neither for damage nor for what the system
-    does not let us read: it is in the result.
+    does not let us read: it is in the result. Raises NotConfigured where nothing can be asked.
     """
     try:
         store = PredictionStore.open(path, cached_shards=1)
+    except NotConfigured:
+        raise
     except StoreError as error:
         return _report(0, 0, 0, (), [_damage_of_store(layout_of(path), error)])
     layout = layout_of(path)

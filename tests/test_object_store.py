@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import zarr
 
+from pipeline.inspection_text import verification_text
 from store import DamagedShard, PredictionStore, StoreError, object_client, remote, verify
 from store.garbage import delete_garbage, find_garbage
 from store.layout import Layout
@@ -416,6 +417,7 @@ def test_a_server_that_does_not_answer_is_given_up_with_what_to_do(object_url, m
     (bad,) = verify(place).bad
     assert bad.unreadable
     assert bad.file == "manifest.json"
+    assert "NOT ALL COULD BE READ: 0 shards" in verification_text(verify(place))
 
 
 def test_waits_double_are_drawn_at_random_and_end_at_the_limit(object_url, monkeypatch) -> None:
@@ -450,8 +452,9 @@ def test_refused_credentials_are_said_at_once_and_never_shown(object_url, monkey
     assert "another-secret" not in str(failed.value)
     assert os.environ["AWS_ACCESS_KEY_ID"] not in str(failed.value)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    with pytest.raises(StoreError, match="needs credentials, and the environment has none"):
-        PredictionStore.open(object_url)
+    for ask in (PredictionStore.open, verify):
+        with pytest.raises(StoreError, match="needs credentials, and the environment has none"):
+            ask(object_url)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:{SECRET_KEY}@127.0.0.1:9")
     with pytest.raises(StoreError, match="AWS_ENDPOINT_URL holds a user or password") as failed:
         PredictionStore.open(object_url)
