@@ -21,6 +21,8 @@ from stages.sharing import in_turns, own_first
 from store.claims import UNCHANGED_LOOKS, Claims
 from tests.stopping import StopAfter
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 BEAT_S = 0.02
 FOREIGN = json.dumps({"owner": ["another-host"], "beat": "0"}).encode()

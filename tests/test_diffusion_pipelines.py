@@ -21,6 +21,8 @@ from stages.errors import UserError
 from stages.family import load_denoiser, load_image_encoder
 from stages.silence import silenced
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["a red fox", "two cats, a dog and, at the back, a very small horse"]
 HINT = "pip install 'foretell[diffusion]'"
 CPU = torch.device("cpu")

@@ -42,6 +42,8 @@ from tests.diffusion_stores import (
 )
 from tests.stopping import StopAfter
 
+pytestmark = pytest.mark.slow
+
 HERE = Place(0, 1, torch.device("cpu"))
 ROWS = len(SAMPLES) * IMAGES * TEXTS * SLOTS
 TRAJECTORY = TrajectoryRows(kind="trajectory", steps=5)

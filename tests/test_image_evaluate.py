@@ -23,6 +23,8 @@ from stages.diffusion.schedule import Schedule
 from stages.errors import UserError
 from stages.interruption import StopRequest
 
+pytestmark = pytest.mark.slow
+
 FLOW = ScheduleFacts(kind="flow", prediction="flow", train_timesteps=1000)
 SHARE = 0.25
 """Of x in what a `Painted` takes for the image."""

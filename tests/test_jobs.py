@@ -32,6 +32,8 @@ from stages.report_schema import StageCost
 from tests.conftest import ROOT, write_run
 from tests.slurm_stand_in import StandIn, stand_in
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "rollout.split=a b'c\"d $(touch pwned) `touch pwned`;\\ \n#SBATCH --x\n*"
 SHOWING = (
     "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('FORETELL_SIGNAL')]))"

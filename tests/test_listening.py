@@ -32,6 +32,8 @@ from tests.browser import Browser, find_chromium
 from tests.test_cli import foretell
 from tests.test_report import HOSTILE, Outline
 
+pytestmark = pytest.mark.slow
+
 SYSTEMS = ("codec_copy", "teacher_guided", "teacher_unguided", "student")
 MODELS = SYSTEMS[1:]
 

@@ -31,6 +31,8 @@ from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic
 from tests.object_server import BUCKET, SECRET_KEY, FaultyProxy, ObjectServer
 from tests.test_store_commit import by_profile, tree
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 MANIFEST = synthetic_manifest(TopK(k=4, moments=True))
 WRITERS = 3

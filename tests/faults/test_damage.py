@@ -22,6 +22,8 @@ from store.verify import Damage
 from tests.row_stores import rows_store
 from tests.test_store_commit import tree
 
+pytestmark = pytest.mark.slow
+
 FLIPS = 350
 """Single bits, of every kind of store."""
 REPAIRED = 30

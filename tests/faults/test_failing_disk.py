@@ -23,6 +23,8 @@ from tests.faults.machine import require_program, small_disk
 from tests.test_cli_runs import LONG
 from tests.test_store_commit import tree
 
+pytestmark = pytest.mark.slow
+
 POINTS = ("posix/io/rw/write", "posix/io/sync/fsync", "posix/io/dir/rename", "posix/io/oc/open")
 ADVICE = {errno.ENOSPC: "the disk is full: free space", errno.EIO: "check it (dmesg)"}
 ONE_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}

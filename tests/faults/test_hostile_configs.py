@@ -19,6 +19,8 @@ from pipeline.config import load_config
 from stages.errors import UserError
 from tests.conftest import ROOT, tiny_document
 
+pytestmark = pytest.mark.slow
+
 MEMORY_BYTES = 2**28
 """That a process may take to refuse a hostile file, beside its interpreter and libraries."""
 LONGEST_MESSAGE = 20_000

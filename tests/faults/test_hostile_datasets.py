@@ -21,6 +21,8 @@ from store import StoreError
 from tests.faults.machine import little_memory
 from tests.faults.test_hostile_stores import values
 
+pytestmark = pytest.mark.slow
+
 RATE_HZ = 8000
 SAMPLES = 4000
 

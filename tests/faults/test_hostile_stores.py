@@ -27,6 +27,8 @@ from store.tables import parse_table, table_bytes
 from tests.faults.machine import little_memory
 from tests.faults.test_damage import KINDS, everything
 
+pytestmark = pytest.mark.slow
+
 HOSTILE_TEXTS = ("", "..", "../../etc", "/etc/passwd", "a\0b", "\ud7ff✓", "x" * 600, "shards/00000")
 HOSTILE_NUMBERS = (0, -1, 1, 2**31 - 1, 2**31, 2**53, 2**63, 2**70, 1e300, -0.5)
 leaves = st.none() | st.booleans() | st.sampled_from((*HOSTILE_TEXTS, *HOSTILE_NUMBERS))

@@ -30,6 +30,8 @@ from tests.diffusion_stores import TEACHERS, FakeDenoiser, Written, config_of, w
 from tests.faults.machine import little_memory
 from tests.faults.test_hostile_stores import places, put, reseal_manifest, rewrite, values
 
+pytestmark = pytest.mark.slow
+
 HERE = Place(0, 1, torch.device("cpu"))
 TRAJECTORY = Written(rows=TrajectoryRows(kind="trajectory", steps=3), samples=TEACHERS)
 LATENTS, CONDITIONS = (f"tables/{name}/00000.safetensors" for name in ("latents", "conditions"))

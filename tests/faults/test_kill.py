@@ -25,6 +25,8 @@ from tests.conftest import Run, Worker, write_run
 from tests.test_cli_runs import LONG, children, foretell, steps_done
 from tests.test_store_commit import by_profile, run, tree
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 260
 """Kills per profile."""
 

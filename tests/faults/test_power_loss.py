@@ -13,6 +13,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.faults.machine import require_mount, require_program, require_root
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 15
 MAKE = {"ext4": ("mkfs.ext4", "e2fsprogs", "-q", "-F"), "xfs": ("mkfs.xfs", "xfsprogs", "-q", "-f")}
 IMAGE_BYTES = 2**29

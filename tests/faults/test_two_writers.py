@@ -15,6 +15,8 @@ from store.schema import Full
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from tests.test_store_commit import by_profile, tree
 
+pytestmark = pytest.mark.slow
+
 WRITERS = 4
 
 
