@@ -24,7 +24,7 @@ from stages.config import RolloutConfig
 from stages.families.codec_lm import CodecLM
 from stages.interruption import StopRequest
 from stages.rollout import policy_for, rollout, split
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from store import PredictionStore
 
 CFG_SCALE = 2.0
@@ -69,7 +69,9 @@ def fresh_store(
     )
     samples = samples_of(shard * options.shards)
     return create_store(
-        path, config, family, samples, facts=family.facts, dataset_fingerprint="none", seed=0
+        path,
+        family,
+        lay_out(config, family, samples, facts=family.facts, dataset_fingerprint="none", seed=0),
     )
 
 

@@ -17,7 +17,7 @@ from stages.diffusion.config import DenoiserConfig, DistilConfig, RecordConfig, 
 from stages.diffusion.conversion import Conversion
 from stages.diffusion.facts import ConditionFacts, ImageFacts, Recording
 from stages.diffusion.record import record
-from stages.diffusion.record_plan import create_record_store
+from stages.diffusion.record_plan import create_record_store, lay_out_records
 from stages.diffusion.row_targets import RowTargets, TaughtRows
 from stages.diffusion.rows import Reading, StoreRows
 from stages.diffusion.schedule import facts_of
@@ -135,7 +135,9 @@ def unet(facts: ImageFacts, widths: Sequence[int], seed: int) -> Any:
 
 def planned(path: Path, denoiser: Any, dataset: Images, batch_size: int) -> PredictionStore:
     """An empty store of both parts."""
-    return create_record_store(path, settings(batch_size), denoiser, dataset, seed=0)
+    return create_record_store(
+        path, dataset, lay_out_records(settings(batch_size), denoiser, dataset, seed=0)
+    )
 
 
 def settings(batch_size: int) -> RecordConfig:

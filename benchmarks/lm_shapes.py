@@ -18,7 +18,7 @@ from stages.families.causal_lm_tiny import save_tiny, tiny_config, tiny_tokenize
 from stages.family import Sample
 from stages.interruption import StopRequest
 from stages.rollout import rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 
 CFG_SCALE = 1.5
 SLOTS = ((0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (2, 2), (2, 3))
@@ -160,7 +160,9 @@ class Bench:
             }
         )  # fmt: skip
         store = create_store(
-            path, config, family, samples, facts=self.facts, dataset_fingerprint="", seed=0
+            path,
+            family,
+            lay_out(config, family, samples, facts=self.facts, dataset_fingerprint="", seed=0),
         )
         by_id = {sample["sample_id"]: sample for sample in samples}
         done = rollout(

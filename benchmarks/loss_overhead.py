@@ -34,7 +34,7 @@ from stages.host_batches import TargetBatch
 from stages.interruption import StopRequest
 from stages.optimization import Objective, TrainingState
 from stages.rollout import rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from stages.train import TargetLearner
 from store import PredictionStore
 
@@ -126,7 +126,9 @@ def write_store(path: Path, name: str, options: argparse.Namespace) -> None:
     )  # fmt: skip
     samples = recordings(options.batch_size * options.batches, options.timesteps, 256)
     store = create_store(
-        path, config, family, samples, facts=family.facts, dataset_fingerprint="none", seed=0
+        path,
+        family,
+        lay_out(config, family, samples, facts=family.facts, dataset_fingerprint="none", seed=0),
     )
     by_id = {sample["sample_id"]: sample for sample in samples}
     shards, stop = store.missing(), StopRequest()

@@ -18,7 +18,7 @@ from stages.families.nemo_archive import archive_fingerprint
 from stages.interruption import StopRequest
 from stages.model_config import MagpieTeacher
 from stages.rollout import rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 
 CFG_SCALE = 2.5
 CONTEXT_FRAMES = 107
@@ -136,7 +136,9 @@ class Bench:
         )
         samples = self.samples(count)
         store = create_store(
-            path, config, self.family, samples, facts=self.facts, dataset_fingerprint="", seed=0
+            path,
+            self.family,
+            lay_out(config, self.family, samples, facts=self.facts, dataset_fingerprint="", seed=0),
         )
         by_id = {sample["sample_id"]: sample for sample in samples}
         done = rollout(

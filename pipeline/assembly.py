@@ -151,8 +151,7 @@ class Assembly:
                 refused = read_refused(draws)
                 drawn = draw_plan(config, teacher, samples, self._config.seed, refused)
                 origin = draw_origin(draws, draw_settings(config, drawn, self._config.seed))
-            store = create_store(
-                path,
+            laid = lay_out(
                 config,
                 teacher,
                 samples,
@@ -165,6 +164,7 @@ class Assembly:
                 quantized=quantized,
                 quantization=teachers.audited(config, teacher, quantized, full),
             )
+            store = create_store(path, teacher, laid)
         if config.disk_check:
             refuse_small_disk(store, _lengths(config, teacher, samples, replay), config.free_floor)
         share = self._share
@@ -360,8 +360,7 @@ class Assembly:
         )
         path = self._folders.report / "reference"
         teacher, quantized = Teachers(self._config, dataset, device).for_rollout(settings)
-        store = create_store(
-            path,
+        laid = lay_out(
             settings,
             teacher,
             list(samples.values()),
@@ -371,6 +370,7 @@ class Assembly:
             quantized=quantized,
             quantization=None if quantized is None else quantized.record,
         )
+        store = create_store(path, teacher, laid)
         finished = rollout(
             teacher,
             store,

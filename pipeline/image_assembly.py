@@ -41,7 +41,7 @@ from stages.diffusion.holding import quantize_denoiser
 from stages.diffusion.prepare import prepare_images
 from stages.diffusion.previews import Previews, StudentGallery, render
 from stages.diffusion.record import record, rollout_rows, time_rows
-from stages.diffusion.record_plan import create_record_store, lay_out_records
+from stages.diffusion.record_plan import LaidOut, create_record_store, lay_out_records
 from stages.distributed import choose_device, peak_device_bytes, place
 from stages.errors import UserError
 from stages.estimate import Estimate, estimated, missing_of
@@ -122,15 +122,8 @@ class ImageAssembly:
 
     def _rollout(self) -> bool:
         config, dataset, models = self._stage_one()
-        store = create_record_store(
-            self._folders.store,
-            config,
-            models.teacher,
-            dataset,
-            seed=self._config.seed,
-            quantized=models.quantized,
-            other=models.other,
-        )
+        laid = self._laid_out(config, dataset, models)
+        store = create_record_store(self._folders.store, dataset, laid)
         if config.disk_check:
             rows = rollout_rows(config.rows)
             refuse_small_disk(store, lambda _key: rows, config.free_floor)
@@ -158,14 +151,7 @@ class ImageAssembly:
     def estimate(self) -> Estimate:
         """Say what stage one will take, by a few batches; nothing is written."""
         config, dataset, models = self._stage_one()
-        laid = lay_out_records(
-            config,
-            models.teacher,
-            dataset,
-            seed=self._config.seed,
-            quantized=models.quantized,
-            other=models.other,
-        )
+        laid = self._laid_out(config, dataset, models)
         path, rows = self._folders.store, rollout_rows(config.rows)
         missing = missing_of(path, laid.plan)
         return estimated(
@@ -178,6 +164,16 @@ class ImageAssembly:
             processes=config.processes,
             path=path,
             free_floor=config.free_floor,
+        )
+
+    def _laid_out(self, config: RecordConfig, dataset: ImageDataset, models: _Models) -> LaidOut:
+        return lay_out_records(
+            config,
+            models.teacher,
+            dataset,
+            seed=self._config.seed,
+            quantized=models.quantized,
+            other=models.other,
         )
 
     def _stage_one(self) -> tuple[RecordConfig, ImageDataset, _Models]:

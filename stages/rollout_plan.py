@@ -38,46 +38,15 @@ class LaidOut(NamedTuple):
     rejected: Rejected
 
 
-def create_store(
-    path: Path | ObjectUrl,
-    config: RolloutConfig,
-    family: Family,
-    samples: Sequence[Sample],
-    *,
-    facts: DatasetFacts,
-    dataset_fingerprint: str,
-    seed: int,
-    student_fingerprint: str = "",
-    replay: Replay | None = None,
-    refused: Rejected = (),
-    quantized: Quantized | None = None,
-    quantization: Quantization | None = None,
-) -> PredictionStore:
-    """Create the store that a rollout configuration describes, or open the one that is there.
+def create_store(path: Path | ObjectUrl, family: Family, laid: LaidOut) -> PredictionStore:
+    """Create the store that was laid out for a teacher, or open the one that is there.
 
     Raises `StoreError` when `path` holds a store of other settings, another teacher or another
-    dataset, naming what differs, and what `lay_out` raises, which says what is given.
+    dataset, naming what differs.
     """
-    laid = lay_out(
-        config,
-        family,
-        samples,
-        facts=facts,
-        dataset_fingerprint=dataset_fingerprint,
-        seed=seed,
-        student_fingerprint=student_fingerprint,
-        replay=replay,
-        refused=refused,
-        quantized=quantized,
-        quantization=quantization,
-    )
+    heads = family.head_weights() if isinstance(laid.manifest.target, Hidden) else None
     return PredictionStore.create(
-        path,
-        laid.manifest,
-        laid.plan,
-        laid.samples,
-        heads=family.head_weights() if isinstance(config.target, Hidden) else None,
-        rejected=laid.rejected,
+        path, laid.manifest, laid.plan, laid.samples, heads=heads, rejected=laid.rejected
     )
 
 

@@ -22,7 +22,7 @@ from stages.architecture import Architecture
 from stages.diffusion.config import RecordConfig, ScheduleConfig
 from stages.diffusion.facts import ConditionFacts, ImageFacts, ScheduleFacts
 from stages.diffusion.record import record
-from stages.diffusion.record_plan import create_record_store
+from stages.diffusion.record_plan import create_record_store, lay_out_records
 from stages.diffusion.schedule import facts_of
 from stages.errors import UserError
 from stages.interruption import StopRequest
@@ -201,7 +201,9 @@ def planned(
     path: Path, dataset: Images, denoiser: FakeDenoiser, *, other: Any = None, **changes: Any
 ) -> tuple[PredictionStore, RecordConfig]:
     config = config_of(**changes)
-    store = create_record_store(path, config, denoiser, dataset, seed=7, other=other)
+    store = create_record_store(
+        path, dataset, lay_out_records(config, denoiser, dataset, seed=7, other=other)
+    )
     return store, config
 
 

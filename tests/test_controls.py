@@ -16,7 +16,7 @@ from stages.interruption import StopRequest
 from stages.losses import kl_divergence
 from stages.model_config import CodecLMConfig
 from stages.rollout import rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from stages.sampling import mask_forbidden
 from stages.targets import DenseTarget
 from stages.train import train
@@ -74,7 +74,9 @@ def store_of(path: Path, teacher: CodecLM, samples: list[dict], scale: float, **
     }
     config = RolloutConfig.model_validate(plain | changes)
     store = create_store(
-        path, config, teacher, samples, facts=FACTS, dataset_fingerprint="d", seed=0
+        path,
+        teacher,
+        lay_out(config, teacher, samples, facts=FACTS, dataset_fingerprint="d", seed=0),
     )
     by_id = {sample["sample_id"]: sample for sample in samples}
     assert rollout(teacher, store, by_id, store.missing(), batch_size=8, stop=StopRequest())

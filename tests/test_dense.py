@@ -20,7 +20,7 @@ from stages.family import Branch, Branches, Scores, Step
 from stages.guidance import guide
 from stages.interruption import StopRequest
 from stages.rollout import rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from stages.train import TargetLearner, train
 from store import PredictionStore, verify
 from store.schema import Latent
@@ -125,7 +125,9 @@ def store_of(
     )  # fmt: skip
     teacher = Field(0)
     store = create_store(
-        path, config, teacher, SAMPLES, facts=FACTS, dataset_fingerprint="d", seed=0
+        path,
+        teacher,
+        lay_out(config, teacher, SAMPLES, facts=FACTS, dataset_fingerprint="d", seed=0),
     )
     by_id = {sample["sample_id"]: sample for sample in SAMPLES}
     size = config.batch_size

@@ -27,7 +27,7 @@ from stages.diffusion.noise import noised, row_noise
 from stages.diffusion.prepare import prepare_images
 from stages.diffusion.previews import Previews, StudentGallery, render
 from stages.diffusion.record import record
-from stages.diffusion.record_plan import create_record_store
+from stages.diffusion.record_plan import create_record_store, lay_out_records
 from stages.distributed import Place
 from stages.family import load_denoiser
 from stages.interruption import StopRequest
@@ -69,7 +69,9 @@ def recorded(require, tmp_path_factory) -> tuple[ImageDataset, Path]:
     stage_one = RecordConfig.model_validate(
         {"rows": {"kind": "forward", "slots": 4}, "rollouts_per_shard": 8, "batch_size": 32}
     )
-    store = create_record_store(folder / "store", stage_one, teacher, dataset, seed=3)
+    store = create_record_store(
+        folder / "store", dataset, lay_out_records(stage_one, teacher, dataset, seed=3)
+    )
     assert record(teacher, store, dataset, store.missing(), stage_one, stop=StopRequest())
     render(teacher, dataset, PreviewConfig(samples=2, steps=4), SCALE, folder / "previews")
     return dataset, folder

@@ -289,7 +289,9 @@ def test_an_estimate_of_a_diffusion_model_is_what_its_store_then_takes(
 
     found = estimate(missing_of(tmp_path / "store", laid.plan))
     assert not (tmp_path / "store").exists()
-    store = create_record_store(tmp_path / "store", config, denoiser, dataset, seed=7)
+    store = create_record_store(
+        tmp_path / "store", dataset, lay_out_records(config, denoiser, dataset, seed=7)
+    )
     asked = [s for s in store.missing() if laid.manifest.buckets[laid.plan.buckets[s]].predicted]
     assert record(denoiser, store, dataset, asked[:1], config, stop=StopRequest())
     halfway = estimate(missing_of(store.path, laid.plan))

@@ -25,7 +25,7 @@ from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.replay import open_replay
 from stages.rollout import rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from stages.train import TargetLearner, require_match
 from store import PredictionStore
 from tests.magpie_models import VOCABULARY, Models, batch_of, frames_of, quiet, samples_of, training
@@ -68,7 +68,9 @@ def store_of(models: Models, teacher: Any, path: Path, target: dict[str, Any]) -
     least, limit = (6, 8) if teacher.layout.frames_per_step == 1 else (4, 5)
     config = RolloutConfig.model_validate(drawn(limit, least, target))
     store = create_store(
-        path, config, teacher, SAMPLES, facts=models.facts(), dataset_fingerprint="", seed=3
+        path,
+        teacher,
+        lay_out(config, teacher, SAMPLES, facts=models.facts(), dataset_fingerprint="", seed=3),
     )
     by_id = {sample["sample_id"]: sample for sample in SAMPLES}
     assert rollout(teacher, store, by_id, store.missing(), batch_size=4, stop=StopRequest())
@@ -191,9 +193,18 @@ def test_a_student_of_the_decoders_streams_learns_as_from_a_store_of_these_alone
     source = {"source": "replay", "replay": tmp_path / "both"}
     config = RolloutConfig.model_validate(drawn(8, 6, target) | source)
     alone = create_store(
-        tmp_path / "alone", config, teacher, SAMPLES, facts=models.facts(),
-        dataset_fingerprint="", seed=3, replay=replay,
-    )  # fmt: skip
+        tmp_path / "alone",
+        teacher,
+        lay_out(
+            config,
+            teacher,
+            SAMPLES,
+            facts=models.facts(),
+            dataset_fingerprint="",
+            seed=3,
+            replay=replay,
+        ),
+    )
     by_id = {sample["sample_id"]: sample for sample in SAMPLES}
     assert rollout(
         teacher, alone, by_id, alone.missing(), batch_size=4, stop=StopRequest(), draws=replay

@@ -25,7 +25,7 @@ from stages.host_batches import Span, host_batch, restored_batch
 from stages.host_memory import HostMemory
 from stages.interruption import StopRequest
 from stages.measure import _compare
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from stages.sampling import mask_forbidden
 from stages.slot_layout import SlotLayout
 from stages.train import TargetLearner, train
@@ -270,7 +270,11 @@ def test_a_recording_of_which_nothing_is_predicted_is_named_before_it_is_scored(
     config = RolloutConfig.model_validate({"source": "dataset", "sampler": {"max_timesteps": 30}})
     teacher, path = family_of(0, kind=Nothing), tmp_path / "store"
     with pytest.raises(UserError, match=r"'clip 0': nothing to learn from"):
-        create_store(path, config, teacher, SAMPLES, facts=FACTS, dataset_fingerprint="d", seed=0)
+        create_store(
+            path,
+            teacher,
+            lay_out(config, teacher, SAMPLES, facts=FACTS, dataset_fingerprint="d", seed=0),
+        )
     assert not path.exists()
 
 

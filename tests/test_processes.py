@@ -28,7 +28,7 @@ from stages.families.codec_lm import CodecLM
 from stages.interruption import StopRequest
 from stages.model_config import CodecLMConfig
 from stages.rollout import rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from store import PredictionStore
 from tests.conftest import Run, write_run
 from tests.test_optimization import checkpointed, free_port, log_of
@@ -87,7 +87,9 @@ def store(tmp_path_factory) -> PredictionStore:
     teacher.condition_dropout = 0.1
     path = tmp_path_factory.mktemp("processes") / "store"
     made = create_store(
-        path, config, teacher, samples, facts=FACTS, dataset_fingerprint="d", seed=0
+        path,
+        teacher,
+        lay_out(config, teacher, samples, facts=FACTS, dataset_fingerprint="d", seed=0),
     )
     by_id = {sample["sample_id"]: sample for sample in samples}
     assert rollout(teacher, made, by_id, made.missing(), batch_size=3, stop=StopRequest())

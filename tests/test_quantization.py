@@ -34,7 +34,7 @@ from stages.quantization import (
     weight_bytes,
 )
 from stages.rollout import rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from store import PredictionStore, StoreError, verify
 from store.schema import Latent
 from tests.conftest import TINY_MODEL
@@ -571,9 +571,19 @@ def test_scoring_a_stored_rollout_again_with_the_quantized_teacher_gives_what_wa
         }
     )  # fmt: skip
     store = create_store(
-        tmp_path / "store", config, family, samples, facts=family.facts, dataset_fingerprint="d",
-        seed=4, quantized=quantized, quantization=quantized.record,
-    )  # fmt: skip
+        tmp_path / "store",
+        family,
+        lay_out(
+            config,
+            family,
+            samples,
+            facts=family.facts,
+            dataset_fingerprint="d",
+            seed=4,
+            quantized=quantized,
+            quantization=quantized.record,
+        ),
+    )
     by_id = {sample["sample_id"]: sample for sample in samples}
     assert rollout(family, store, by_id, [0], batch_size=2, stop=StopRequest())
     store = PredictionStore.open(store.path)

@@ -19,7 +19,7 @@ from stages.diffusion import full_precision
 from stages.diffusion.facts import ImageFacts, Recording
 from stages.diffusion.noise import row_noise
 from stages.diffusion.record import record
-from stages.diffusion.record_plan import create_record_store
+from stages.diffusion.record_plan import create_record_store, lay_out_records
 from stages.diffusion.schedule import Schedule
 from stages.diffusion.shard_work import refuse_failed
 from stages.errors import UserError
@@ -560,7 +560,9 @@ def test_the_rows_of_a_quantized_teacher_are_failed_at_once(tmp_path, faulty, ca
         denoiser.architecture(),
     )  # fmt: skip
     store = create_record_store(
-        tmp_path / "store", config, denoiser, dataset, seed=7, quantized=quantized
+        tmp_path / "store",
+        dataset,
+        lay_out_records(config, denoiser, dataset, seed=7, quantized=quantized),
     )
     assert store.manifest.fingerprints.teacher == "before"
     assert store.manifest.quantization == quantized.record

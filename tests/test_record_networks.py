@@ -22,7 +22,7 @@ from stages.diffusion.noise import matches, noised, row_noise
 from stages.diffusion.prepare import prepare_images
 from stages.diffusion.previews import Previews, render
 from stages.diffusion.record import record
-from stages.diffusion.record_plan import create_record_store
+from stages.diffusion.record_plan import create_record_store, lay_out_records
 from stages.family import load_denoiser
 from stages.interruption import StopRequest
 from store import PredictionStore, verify
@@ -65,7 +65,7 @@ def teacher(require: Callable[[str, str], None], digits: ImageDataset):
 
 def written(path: Path, dataset, denoiser, **changes) -> PredictionStore:
     config = RecordConfig.model_validate({"samples": 6, "rollouts_per_shard": 4} | changes)
-    store = create_record_store(path, config, denoiser, dataset, seed=3)
+    store = create_record_store(path, dataset, lay_out_records(config, denoiser, dataset, seed=3))
     assert record(denoiser, store, dataset, store.missing(), config, stop=StopRequest())
     return PredictionStore.open(path)
 

@@ -25,7 +25,7 @@ from stages.interruption import StopRequest
 from stages.rejections import kind_of
 from stages.replay import open_replay
 from stages.rollout import rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from store import PredictionStore, StoreError, verify
 from tests.conftest import Run
 from tests.test_cli_runs import foretell
@@ -155,9 +155,18 @@ def test_a_replay_refuses_by_the_lengths_of_the_codes_that_it_is_given(tmp_path)
     small = teacher_of(max_timesteps=limit)
     replay = open_replay(first.path, small, "d", tmp_path / "again")
     store = create_store(
-        tmp_path / "again", config_of(source="replay", replay=first.path), small, samples,
-        facts=small.facts, dataset_fingerprint="d", seed=4, replay=replay,
-    )  # fmt: skip
+        tmp_path / "again",
+        small,
+        lay_out(
+            config_of(source="replay", replay=first.path),
+            small,
+            samples,
+            facts=small.facts,
+            dataset_fingerprint="d",
+            seed=4,
+            replay=replay,
+        ),
+    )
     too_long = {sample_id for sample_id, length in longest.items() if length > limit}
     assert kinds(store) == dict.fromkeys(too_long, "too long for the model")
     by_id = {sample["sample_id"]: sample for sample in samples}

@@ -16,7 +16,7 @@ from stages.families.codec_lm import CodecLM
 from stages.interruption import StopRequest
 from stages.replay import Replay, open_replay
 from stages.rollout import rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from stages.sampling import keyed_seed
 from store import PredictionStore, StoreError, verify
 from store.schema import Dense
@@ -46,9 +46,18 @@ def begun(
     config = config_of(source="replay", replay=replayed, **changes)
     replay = open_replay(replayed, family, "d", path)
     store = create_store(
-        path, config, family, samples, facts=family.facts, dataset_fingerprint="d", seed=9,
-        replay=replay,
-    )  # fmt: skip
+        path,
+        family,
+        lay_out(
+            config,
+            family,
+            samples,
+            facts=family.facts,
+            dataset_fingerprint="d",
+            seed=9,
+            replay=replay,
+        ),
+    )
     return store, replay, config.batch_size
 
 

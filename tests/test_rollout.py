@@ -21,7 +21,7 @@ from stages.interruption import StopRequest
 from stages.model_config import CodecLMConfig
 from stages.philox import uniforms
 from stages.rollout import predict, refuse_not_finite, rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from stages.sampling import keyed_seed
 from stages.targets import load_heads, restore
 from store import PredictionStore, StoreError, verify
@@ -101,7 +101,9 @@ def config_of(**changes) -> RolloutConfig:
 def store_of(path: Path, family: CodecLM, samples: list[dict], *, seed: int = 4, **changes):
     config = config_of(**changes)
     return create_store(
-        path, config, family, samples, facts=family.facts, dataset_fingerprint="d", seed=seed
+        path,
+        family,
+        lay_out(config, family, samples, facts=family.facts, dataset_fingerprint="d", seed=seed),
     ), config
 
 
@@ -701,12 +703,15 @@ def test_a_store_of_something_else_is_refused_naming_what_differs(tmp_path, diff
     with pytest.raises(StoreError) as caught:
         create_store(
             tmp_path / "store",
-            config_of(**changes),
             teacher_of(seed=given.get("teacher", 0)),
-            samples[: given.get("samples", 7)],
-            facts=facts_of(),
-            dataset_fingerprint=given.get("dataset", "d"),
-            seed=given.get("seed", 4),
+            lay_out(
+                config_of(**changes),
+                teacher_of(seed=given.get("teacher", 0)),
+                samples[: given.get("samples", 7)],
+                facts=facts_of(),
+                dataset_fingerprint=given.get("dataset", "d"),
+                seed=given.get("seed", 4),
+            ),
         )
     assert words in str(caught.value)
     assert str(tmp_path / "store") in str(caught.value)
@@ -765,9 +770,17 @@ def test_a_teacher_of_another_audio_codec_is_refused(tmp_path):
     other = facts_of().model_copy(update={"audio_codec": "cd"})
     with pytest.raises(UserError, match=r"audio codec.*'ab'.*'cd'"):
         create_store(
-            tmp_path / "store", config_of(), teacher_of(), samples_of(),
-            facts=other, dataset_fingerprint="d", seed=4,
-        )  # fmt: skip
+            tmp_path / "store",
+            teacher_of(),
+            lay_out(
+                config_of(),
+                teacher_of(),
+                samples_of(),
+                facts=other,
+                dataset_fingerprint="d",
+                seed=4,
+            ),
+        )
 
 
 def shard_bytes(store: Path) -> dict[str, bytes]:

@@ -23,7 +23,7 @@ from stages.losses import stream_weights
 from stages.measure import _compare
 from stages.model_config import CodecLMConfig
 from stages.rollout import rollout
-from stages.rollout_plan import create_store
+from stages.rollout_plan import create_store, lay_out
 from stages.sampling import mask_forbidden
 from stages.train import TargetLearner, require_match, train
 from store import PredictionStore
@@ -91,7 +91,9 @@ def store_of(path: Path, kind: str, model: dict = MODEL, profile: str = "fast") 
     )  # fmt: skip
     teacher = family_of(0, model)
     store = create_store(
-        path, config, teacher, SAMPLES, facts=FACTS, dataset_fingerprint="d", seed=0
+        path,
+        teacher,
+        lay_out(config, teacher, SAMPLES, facts=FACTS, dataset_fingerprint="d", seed=0),
     )
     by_id = {sample["sample_id"]: sample for sample in SAMPLES}
     assert rollout(teacher, store, by_id, store.missing(), batch_size=3, stop=StopRequest())

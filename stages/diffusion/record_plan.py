@@ -112,22 +112,12 @@ class Images(Protocol):
         ...
 
 
-def create_record_store(
-    path: Path | ObjectUrl,
-    config: RecordConfig,
-    denoiser: Denoiser,
-    dataset: Images,
-    *,
-    seed: int,
-    other: Denoiser | None = None,
-    quantized: Quantized | None = None,
-) -> PredictionStore:
-    """Create the store that a configuration describes, or open the one that is there.
+def create_record_store(path: Path | ObjectUrl, dataset: Images, laid: LaidOut) -> PredictionStore:
+    """Create the store that was laid out for a dataset, or open the one that is there.
 
     Raises `StoreError` when `path` holds a store of other settings, another teacher or another
-    dataset, naming what differs, and what `lay_out_records` raises, which says what is given.
+    dataset, naming what differs.
     """
-    laid = lay_out_records(config, denoiser, dataset, seed=seed, other=other, quantized=quantized)
     tables = {name: dataset.path / "tables" / name for name in dataset.header.tables}
     return PredictionStore.create(path, *laid, tables=tables)
 
