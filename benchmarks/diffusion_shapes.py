@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from stages.architecture import Architecture
-from stages.diffusion.config import DenoiserConfig, DistilConfig, RecordConfig, ScheduleConfig
 from stages.diffusion.conversion import Conversion
 from stages.diffusion.facts import ConditionFacts, ImageFacts, Recording
+from stages.diffusion.model_config import DenoiserConfig, ScheduleConfig
 from stages.diffusion.record import record
+from stages.diffusion.record_config import RecordConfig
 from stages.diffusion.record_plan import create_record_store, lay_out_records
 from stages.diffusion.row_targets import RowTargets, TaughtRows
 from stages.diffusion.rows import Reading, StoreRows
 from stages.diffusion.schedule import facts_of
+from stages.diffusion.train_config import DistilConfig
 from stages.distributed import Place
 from stages.family import load_denoiser
 from stages.interruption import StopRequest

@@ -7,15 +7,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.run_config import CommonRun, OneTeacher, RoundConfig
-from stages.diffusion.config import (
-    DenoiserConfig,
-    DenoisingFitConfig,
-    DiffusionTeacher,
-    DistilConfig,
-    ImageEvaluateConfig,
-    ImagesConfig,
-    RecordConfig,
-)
+from stages.diffusion.image_config import ImagesConfig
+from stages.diffusion.model_config import DenoiserConfig, DiffusionTeacher
+from stages.diffusion.record_config import RecordConfig
+from stages.diffusion.train_config import DenoisingFitConfig, DistilConfig, ImageEvaluateConfig
 
 
 class DenoisingTeacherConfig(OneTeacher):

@@ -23,13 +23,6 @@ from pipeline.progress import stage_identity
 from pipeline.record import own_usage
 from pipeline.results import write_image_report
 from pipeline.run_config import given
-from stages.diffusion.config import (
-    DiffusionTeacher,
-    DistilConfig,
-    ImageEvaluateConfig,
-    ModelContrast,
-    RecordConfig,
-)
 from stages.diffusion.dataset import ImageDataset, read_header
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.distil import distil
@@ -38,10 +31,13 @@ from stages.diffusion.facts import ImageFacts, Recording
 from stages.diffusion.fit import fit_denoiser
 from stages.diffusion.generate import ImageContender
 from stages.diffusion.holding import quantize_denoiser
+from stages.diffusion.model_config import DiffusionTeacher
 from stages.diffusion.prepare import prepare_images
 from stages.diffusion.previews import Previews, StudentGallery, render
 from stages.diffusion.record import record, rollout_rows, time_rows
+from stages.diffusion.record_config import ModelContrast, RecordConfig
 from stages.diffusion.record_plan import LaidOut, create_record_store, lay_out_records
+from stages.diffusion.train_config import DistilConfig, ImageEvaluateConfig
 from stages.distributed import choose_device, peak_device_bytes, place
 from stages.errors import UserError
 from stages.estimate import Estimate, estimated, missing_of

@@ -12,7 +12,7 @@ from pipeline.identity import identity
 from pipeline.inputs import contents
 from pipeline.record import read_records
 from stages.config import RolloutConfig
-from stages.diffusion.config import RecordConfig
+from stages.diffusion.record_config import RecordConfig
 from stages.errors import UserError
 from stages.saved_model import is_saved
 from store import PredictionStore

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, JsonValue
 
 from stages.architecture import Architecture
 from stages.causal_lm_config import CausalLMConfig
-from stages.diffusion.config import DenoiserConfig
+from stages.diffusion.model_config import DenoiserConfig
 from stages.errors import UserError
 from stages.model_config import CodecLMConfig, FamilyName, MagpieConfig
 

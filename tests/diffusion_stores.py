@@ -16,19 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.diffusion import schedule
-from stages.diffusion.config import (
+from stages.diffusion.facts import ConditionFacts, ImageFacts, Recording, ScheduleFacts
+from stages.diffusion.model_config import DenoiserConfig, LoraConfig, ScheduleConfig
+from stages.diffusion.noise import checksum, row_noise
+from stages.diffusion.record_config import (
     AdapterContrast,
-    DenoiserConfig,
-    DistilConfig,
     ForwardRows,
-    LoraConfig,
-    ScheduleConfig,
     TrajectoryRows,
     UnconditionalContrast,
 )
-from stages.diffusion.facts import ConditionFacts, ImageFacts, Recording, ScheduleFacts
-from stages.diffusion.noise import checksum, row_noise
 from stages.diffusion.schedule import Schedule
+from stages.diffusion.train_config import DistilConfig
 from stages.errors import UserError
 from store import PredictionStore
 from store.plan import Plan

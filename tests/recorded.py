@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.architecture import Architecture
-from stages.diffusion.config import RecordConfig, ScheduleConfig
 from stages.diffusion.facts import ConditionFacts, ImageFacts, ScheduleFacts
+from stages.diffusion.model_config import ScheduleConfig
 from stages.diffusion.record import record
+from stages.diffusion.record_config import RecordConfig
 from stages.diffusion.record_plan import create_record_store, lay_out_records
 from stages.diffusion.schedule import facts_of
 from stages.errors import UserError

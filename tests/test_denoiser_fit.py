@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stages.diffusion.config import DenoisingFitConfig
 from stages.diffusion.fit import ImageLearner, fit_denoiser
 from stages.diffusion.losses import weighting
+from stages.diffusion.train_config import DenoisingFitConfig
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.interruption import StopRequest

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.diffusion.config import DenoiserConfig, LoraConfig, ScheduleConfig
 from stages.diffusion.facts import ConditionFacts, ImageFacts, ScheduleFacts
+from stages.diffusion.model_config import DenoiserConfig, LoraConfig, ScheduleConfig
 from stages.errors import UserError
 from stages.family import load_denoiser
 from stages.saved_model import is_saved, saved_family, saved_model

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.diffusion.config import DiffusionLossConfig, MaskConfig
 from stages.diffusion.losses import error_of, row_losses, weighting
 from stages.diffusion.predictions import convert, factor, of_pair
+from stages.diffusion.train_config import DiffusionLossConfig, MaskConfig
 
 ERRORS = ["mse", "l1", "huber", "log_cosh"]
 WEIGHTINGS = ["constant", "min_snr", "soft_min_snr", "debiased", "p2"]

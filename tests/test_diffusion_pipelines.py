@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.diffusion.config import DenoiserConfig, DiffusionTeacher, LoraConfig
 from stages.diffusion.facts import ConditionFacts, ImageFacts
+from stages.diffusion.model_config import DenoiserConfig, DiffusionTeacher, LoraConfig
 from stages.errors import UserError
 from stages.family import load_denoiser, load_image_encoder
 from stages.silence import silenced

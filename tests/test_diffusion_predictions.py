@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.diffusion.config import ScheduleConfig
+from stages.diffusion.model_config import ScheduleConfig
 from stages.diffusion.predictions import convert, factor, of_pair
 from stages.diffusion.schedule import Schedule, facts_of
 from stages.guidance import guide

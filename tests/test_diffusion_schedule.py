@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from stages.diffusion.config import ScheduleConfig, TimestepsConfig
 from stages.diffusion.facts import ScheduleFacts
+from stages.diffusion.model_config import ScheduleConfig, TimestepsConfig
 from stages.diffusion.schedule import GRID, Schedule, ddpm_facts, facts_of
 from stages.errors import UserError
 

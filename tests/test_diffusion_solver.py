@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.diffusion.config import ScheduleConfig
+from stages.diffusion.model_config import ScheduleConfig
 from stages.diffusion.predictions import convert, of_pair
 from stages.diffusion.schedule import Schedule, facts_of
 from stages.diffusion.solver import State, step, trajectory

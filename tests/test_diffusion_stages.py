@@ -9,25 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from stages.diffusion.config import (
-    DenoiserConfig,
-    DenoisingFitConfig,
-    DistilConfig,
-    ImagesConfig,
-    PreviewConfig,
-    RecordConfig,
-    ScheduleConfig,
-    StudentPreviews,
-)
 from stages.diffusion.dataset import ImageDataset
 from stages.diffusion.distil import distil
 from stages.diffusion.facts import ImageFacts, Recording
 from stages.diffusion.fit import fit_denoiser
+from stages.diffusion.image_config import ImagesConfig
+from stages.diffusion.model_config import DenoiserConfig, ScheduleConfig
 from stages.diffusion.noise import noised, row_noise
 from stages.diffusion.prepare import prepare_images
 from stages.diffusion.previews import Previews, StudentGallery, render
 from stages.diffusion.record import record
+from stages.diffusion.record_config import PreviewConfig, RecordConfig
 from stages.diffusion.record_plan import create_record_store, lay_out_records
+from stages.diffusion.train_config import DenoisingFitConfig, DistilConfig, StudentPreviews
 from stages.distributed import Place
 from stages.family import load_denoiser
 from stages.interruption import StopRequest

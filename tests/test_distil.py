@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from stages.diffusion.config import AdapterContrast, TrajectoryRows
 from stages.diffusion.distil import RowLearner, distil
 from stages.diffusion.facts import ConditionFacts, Recording
 from stages.diffusion.losses import weighting
+from stages.diffusion.record_config import AdapterContrast, TrajectoryRows
 from stages.diffusion.stored_row import SOURCES
 from stages.distributed import Place
 from stages.errors import UserError

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import nn
 
 from stages.architecture import Architecture
-from stages.diffusion.config import ImageEvaluateConfig
 from stages.diffusion.evaluate import evaluate_images, write_png
 from stages.diffusion.facts import ConditionFacts, ImageFacts, ScheduleFacts
 from stages.diffusion.generate import Gallery, ImageContender, items_of, to_look_at
 from stages.diffusion.judge import DigitsJudge, require_digits
 from stages.diffusion.noise import normal
 from stages.diffusion.schedule import Schedule
+from stages.diffusion.train_config import ImageEvaluateConfig
 from stages.errors import UserError
 from stages.interruption import StopRequest
 

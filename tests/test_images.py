@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.diffusion.config import ImageBucketsConfig
+from stages.diffusion.image_config import ImageBucketsConfig
 from stages.diffusion.images import place, read_image, to_tensor, to_uint8
 from stages.rejections import Rejection
 from tests.fake_images import gradient

@@ -19,8 +19,8 @@ from stages.dataset import Dataset
 from stages.diffusion import dataset as dataset_module
 from stages.diffusion import images as images_module
 from stages.diffusion import prepare as module
-from stages.diffusion.config import ImagesConfig
 from stages.diffusion.dataset import ImageDataset
+from stages.diffusion.image_config import ImagesConfig
 from stages.diffusion.images import to_uint8
 from stages.diffusion.noise import normal
 from stages.diffusion.prepare import prepare_images

@@ -12,16 +12,12 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from stages.diffusion import previews as previews_module
-from stages.diffusion.config import (
-    AdapterContrast,
-    DiffusionTeacher,
-    ModelContrast,
-    PreviewConfig,
-    StudentPreviews,
-)
+from stages.diffusion.model_config import DiffusionTeacher
 from stages.diffusion.noise import normal
 from stages.diffusion.previews import Previews, StudentGallery, grid, render
+from stages.diffusion.record_config import AdapterContrast, ModelContrast, PreviewConfig
 from stages.diffusion.schedule import Schedule
+from stages.diffusion.train_config import StudentPreviews
 from stages.errors import UserError
 from tests.recorded import SHAPES, FakeDenoiser, by_hand, facts_of_images, images
 

@@ -10,18 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from stages.diffusion.config import (
-    DenoiserConfig,
-    ImagesConfig,
-    PreviewConfig,
-    RecordConfig,
-    ScheduleConfig,
-)
 from stages.diffusion.dataset import ImageDataset
+from stages.diffusion.image_config import ImagesConfig
+from stages.diffusion.model_config import DenoiserConfig, ScheduleConfig
 from stages.diffusion.noise import matches, noised, row_noise
 from stages.diffusion.prepare import prepare_images
 from stages.diffusion.previews import Previews, render
 from stages.diffusion.record import record
+from stages.diffusion.record_config import PreviewConfig, RecordConfig
 from stages.diffusion.record_plan import create_record_store, lay_out_records
 from stages.family import load_denoiser
 from stages.interruption import StopRequest

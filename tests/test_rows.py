@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from stages.diffusion.config import ForwardRows, TimestepsConfig, TrajectoryRows
 from stages.diffusion.conversion import Conversion
 from stages.diffusion.facts import Recording
+from stages.diffusion.model_config import TimestepsConfig
+from stages.diffusion.record_config import ForwardRows, TrajectoryRows
 from stages.diffusion.rows import Reading, RowBatch, RowReader, StoreRows, row_order
 from stages.diffusion.schedule import Schedule
 from stages.diffusion.stored_row import SOURCES

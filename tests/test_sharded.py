@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from stages.checkpoint import load_latest
 from stages.config import FitConfig, OptimizerConfig
-from stages.diffusion.config import AdapterContrast, LoraConfig
 from stages.diffusion.distil import distil
+from stages.diffusion.model_config import LoraConfig
+from stages.diffusion.record_config import AdapterContrast
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.fit import CodeLearner

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.diffusion.config import Contrast
 from stages.diffusion.draws import UNCONDITIONAL_ROW, Draw
 from stages.diffusion.facts import SIZES
 from stages.diffusion.parts import Asked, scale_of
+from stages.diffusion.record_config import Contrast
 
 CACHED_ROWS = 64
 """Rows of a side table that are kept: those of one sample follow on each other."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stages.diffusion.config import ImagesConfig
+from stages.diffusion.image_config import ImagesConfig
 from stages.sampling import keyed_seed
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from stages.diffusion.config import ImagesConfig
 from stages.diffusion.denoiser import ImageEncoder
+from stages.diffusion.image_config import ImagesConfig
 from stages.diffusion.kept_batches import KeptBatches, Tensors, batches_of
 from stages.diffusion.screened_images import ScreenedImages
 from stages.diffusion.table_parts import table_writer

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.diffusion.config import PredictionType
 from stages.diffusion.facts import ScheduleFacts
+from stages.diffusion.model_config import PredictionType
 from stages.diffusion.predictions import convert, factor, over
 from stages.diffusion.schedule import Schedule
 from stages.errors import UserError

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.architecture import Architecture
-from stages.diffusion.config import DenoiserConfig, DiffusionTeacher
 from stages.diffusion.facts import ConditionFacts, ImageFacts, ScheduleFacts
+from stages.diffusion.model_config import DenoiserConfig, DiffusionTeacher
 
 Conditions = Mapping[str, Tensor]
 """Encoded conditions [b, ...] by name, as in `ImageFacts.conditions`, and what a network is told of

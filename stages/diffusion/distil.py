@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stages.diffusion.config import DiffusionLossConfig, DistilConfig
 from stages.diffusion.conversion import Conversion
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.facts import Recording
@@ -23,6 +22,7 @@ from stages.diffusion.matching import (
 )
 from stages.diffusion.row_targets import Question, RowTargets, TaughtRows, transfers
 from stages.diffusion.rows import Reading, RowBatch, StoreRows
+from stages.diffusion.train_config import DiffusionLossConfig, DistilConfig
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.interruption import StopRequest

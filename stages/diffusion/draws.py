@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.diffusion.config import TargetSource
+from stages.diffusion.image_config import TargetSource
 from store.plan import Key
 
 Sample = Mapping[str, Any]

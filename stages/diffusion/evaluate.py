@@ -17,7 +17,6 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from stages.diffusion import judge as judges
-from stages.diffusion.config import ImageEvaluateConfig
 from stages.diffusion.dataset import ImageDataset, ImageDecoder
 from stages.diffusion.draws import Sample
 from stages.diffusion.frechet import (
@@ -38,6 +37,7 @@ from stages.diffusion.generate import (
 )
 from stages.diffusion.images import to_uint8
 from stages.diffusion.judge import DigitsJudge
+from stages.diffusion.train_config import ImageEvaluateConfig
 from stages.interruption import StopRequest
 from stages.metrics import Bootstrap, Ratio, comparisons, ratio
 from stages.publish import claim, publish_file, replace_file

@@ -7,7 +7,8 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, JsonValue, ValidationError
 
-from stages.diffusion.config import Contrast, PredictionType, Rows
+from stages.diffusion.model_config import PredictionType
+from stages.diffusion.record_config import Contrast, Rows
 from stages.errors import UserError
 from store.schema import Column, Manifest, Record
 

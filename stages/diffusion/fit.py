@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from stages.config import LoaderConfig
-from stages.diffusion.config import DenoisingFitConfig, DiffusionLossConfig
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.facts import SIZES, ImageFacts
 from stages.diffusion.losses import row_losses, weighting
@@ -21,6 +20,7 @@ from stages.diffusion.noise import noised, normal
 from stages.diffusion.predictions import of_pair
 from stages.diffusion.rows import CONDITION, of_one_kind, packed
 from stages.diffusion.schedule import Schedule
+from stages.diffusion.train_config import DenoisingFitConfig, DiffusionLossConfig
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.host_memory import HostMemory

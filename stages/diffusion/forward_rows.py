@@ -10,11 +10,11 @@ from torch import Tensor
 
 from stages.diffusion.answers import Ask, Cell
 from stages.diffusion.asked_rows import GuidedRows, HostAsked
-from stages.diffusion.config import ForwardRows
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Draw
 from stages.diffusion.noise import checksum, noised, row_noise
 from stages.diffusion.parts import Asked, Passes, ask, stored_parts
+from stages.diffusion.record_config import ForwardRows
 from stages.diffusion.schedule import Schedule
 from store.encoding import COLUMN
 from store.schema import Dense

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from stages.architecture import Architecture
 from stages.diffusion.asked_rows import ConditionRows
-from stages.diffusion.config import ImageEvaluateConfig
 from stages.diffusion.dataset import ImageDataset
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Draw, Sample, draws_of
@@ -25,6 +24,7 @@ from stages.diffusion.noise import normal
 from stages.diffusion.parts import Asked, Passes, ask, mixed
 from stages.diffusion.schedule import Schedule
 from stages.diffusion.solver import Predict, trajectory
+from stages.diffusion.train_config import ImageEvaluateConfig
 from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.publish import replace_file

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import torch
 
-from stages.diffusion.config import StorageMethod
 from stages.diffusion.denoiser import Denoiser
+from stages.diffusion.model_config import StorageMethod
 from stages.quantization import quantize, require_layers
 from store.schema import Quantization
 

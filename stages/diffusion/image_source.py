@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.diffusion.config import TargetSource
+from stages.diffusion.image_config import TargetSource
 from stages.diffusion.images import Mode, read_image
 from stages.errors import UserError
 from stages.rejections import Rejection

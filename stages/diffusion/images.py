@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from stages.diffusion.config import ImageBucketsConfig, ImagesConfig
+from stages.diffusion.image_config import ImageBucketsConfig, ImagesConfig
 from stages.rejections import Rejection
 from stages.sampling import keyed_seed
 

@@ -13,8 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from stages.diffusion.conditions_pass import Rows
-from stages.diffusion.config import ImagesConfig, PipelineEncoderConfig
 from stages.diffusion.denoiser import ImageEncoder
+from stages.diffusion.image_config import ImagesConfig, PipelineEncoderConfig
 from stages.diffusion.image_source import ImageSource
 from stages.diffusion.images import Crop, Mode, cut, cut_mask, resize, resize_mask, to_tensor
 from stages.diffusion.kept_batches import KeptBatches, Tensors, batches_of

@@ -13,12 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.diffusion.config import (
-    DiffusionLossConfig,
-    ErrorName,
-    PredictionType,
-    WeightingName,
-)
+from stages.diffusion.model_config import PredictionType
+from stages.diffusion.train_config import DiffusionLossConfig, ErrorName, WeightingName
 
 ENDS = (1e-12, 1e12)
 """Signal-to-noise ratios are held in this range, where every weight has come to its limit."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from math import inf
 from typing import Any
 
-from stages.diffusion.config import DiffusionLossConfig
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import DRAWN
 from stages.diffusion.facts import (
@@ -19,6 +18,7 @@ from stages.diffusion.facts import (
 )
 from stages.diffusion.row_targets import transfers
 from stages.diffusion.stored_row import SOURCES
+from stages.diffusion.train_config import DiffusionLossConfig
 from stages.errors import UserError
 from stages.targets import require_scale
 from store import PredictionStore

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stages.diffusion.config import Contrast, TargetSource
 from stages.diffusion.denoiser import Conditions, Denoiser
+from stages.diffusion.image_config import TargetSource
 from stages.diffusion.predictions import over
+from stages.diffusion.record_config import Contrast
 from stages.guidance import guide
 from store.schema import Dense
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stages.diffusion.config import PredictionType
+from stages.diffusion.model_config import PredictionType
 
 LEAST = 2.0**-40
 """A smaller determinant says nothing: float32 would be amplified to noise, and then to infinity."""

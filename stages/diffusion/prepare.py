@@ -14,7 +14,6 @@ from pydantic import JsonValue
 
 from stages.dataset_folder import SPLITS, refuse_other_settings
 from stages.diffusion.conditions_pass import CaptionsPass, Rows, write_labels
-from stages.diffusion.config import DigitsConfig, ImagesConfig, PipelineEncoderConfig
 from stages.diffusion.dataset import (
     DECODER,
     IMAGES_VERSION,
@@ -28,6 +27,7 @@ from stages.diffusion.dataset import (
 )
 from stages.diffusion.denoiser import ImageEncoder
 from stages.diffusion.facts import ConditionFacts, ImageFacts
+from stages.diffusion.image_config import DigitsConfig, ImagesConfig, PipelineEncoderConfig
 from stages.diffusion.image_source import Digits, ImageFolder, ImageSource
 from stages.diffusion.images import Mode
 from stages.diffusion.kept_batches import KeptBatches

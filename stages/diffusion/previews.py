@@ -18,20 +18,16 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from stages.diffusion.asked_rows import ConditionRows, Rows, moved
-from stages.diffusion.config import (
-    Contrast,
-    PreviewConfig,
-    StudentPreviews,
-    UnconditionalContrast,
-)
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Sample, draws_of
 from stages.diffusion.facts import ImageFacts
 from stages.diffusion.images import to_uint8
 from stages.diffusion.noise import normal
 from stages.diffusion.parts import Asked, Passes, ask, mixed
+from stages.diffusion.record_config import Contrast, PreviewConfig, UnconditionalContrast
 from stages.diffusion.schedule import Schedule
 from stages.diffusion.solver import Predict, trajectory
+from stages.diffusion.train_config import StudentPreviews
 from stages.errors import UserError
 from stages.publish import publish_folder, replace_file
 

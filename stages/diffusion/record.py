@@ -27,12 +27,12 @@ from stages.diffusion.answers import (
     Teacher,
 )
 from stages.diffusion.asked_rows import ConditionRows, GuidedRows, Rows
-from stages.diffusion.config import ForwardRows, RecordConfig, TrajectoryRows
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Sample, draws_by_key
 from stages.diffusion.facts import FAILED, Recording
 from stages.diffusion.forward_rows import ForwardShard, HostRows, forward_ask
 from stages.diffusion.parts import Asked, ask, passes_of, stored_parts
+from stages.diffusion.record_config import ForwardRows, RecordConfig, TrajectoryRows
 from stages.diffusion.record_plan import LaidOut
 from stages.diffusion.schedule import Schedule
 from stages.diffusion.shard_work import Piece, Shard, ShardWork

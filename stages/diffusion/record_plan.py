@@ -12,14 +12,6 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 from pydantic import ValidationError
 
-from stages.diffusion.config import (
-    AdapterContrast,
-    Contrast,
-    ForwardRows,
-    ModelContrast,
-    RecordConfig,
-    TrajectoryRows,
-)
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import DRAWN, Draw, Sample, draws_of
 from stages.diffusion.facts import (
@@ -29,6 +21,14 @@ from stages.diffusion.facts import (
     STATE_COLUMN,
     ImageFacts,
     Recording,
+)
+from stages.diffusion.record_config import (
+    AdapterContrast,
+    Contrast,
+    ForwardRows,
+    ModelContrast,
+    RecordConfig,
+    TrajectoryRows,
 )
 from stages.diffusion.schedule import Schedule
 from stages.errors import UserError

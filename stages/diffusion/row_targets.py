@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.diffusion.config import DiffusionLossConfig, PredictionType
 from stages.diffusion.conversion import Conversion
 from stages.diffusion.denoiser import Conditions
 from stages.diffusion.facts import Recording
+from stages.diffusion.model_config import PredictionType
 from stages.diffusion.predictions import of_pair, over
 from stages.diffusion.rows import CONDITION, RowBatch
 from stages.diffusion.stored_row import DATA, PRIOR
 from stages.diffusion.target_sums import TARGET
+from stages.diffusion.train_config import DiffusionLossConfig
 from stages.guidance import guide
 from stages.packed import Packed
 from stages.targets import Mixture, read_scales

@@ -15,15 +15,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from stages.data import planned_samples
-from stages.diffusion.config import (
-    DistilConfig,
-    PredictionType,
-    TimestepsConfig,
-)
 from stages.diffusion.conversion import Conversion, Placed
 from stages.diffusion.facts import SIZES, ImageFacts, Recording
+from stages.diffusion.model_config import PredictionType, TimestepsConfig
 from stages.diffusion.noise import matches, noised, row_noise
 from stages.diffusion.stored_row import DATA, SOURCES, Described, RowKey, StoredRow
+from stages.diffusion.train_config import DistilConfig
 from stages.distributed import Place
 from stages.errors import UserError
 from stages.host_memory import HostMemory

@@ -15,8 +15,8 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from stages.diffusion.config import ScheduleConfig, TimestepsConfig
 from stages.diffusion.facts import ScheduleFacts
+from stages.diffusion.model_config import ScheduleConfig, TimestepsConfig
 from stages.errors import UserError
 from stages.sampling import keyed_generator
 

@@ -11,7 +11,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from stages.diffusion.captions import draw_captions
-from stages.diffusion.config import ImagesConfig
+from stages.diffusion.image_config import ImagesConfig
 from stages.diffusion.image_source import ImageRow, ImageSource, Listed
 from stages.diffusion.images import Crop, Mode, Placement, draw_crop, place, resize_mask
 from stages.errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.diffusion.config import PredictionType
+from stages.diffusion.model_config import PredictionType
 from stages.diffusion.predictions import combine, factor
 from stages.diffusion.schedule import Schedule
 from stages.errors import UserError

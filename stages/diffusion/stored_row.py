@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from stages.diffusion.config import TargetSource
 from stages.diffusion.facts import END, OK, REPEATED
+from stages.diffusion.image_config import TargetSource
 from stages.diffusion.noise import matches
 from stages.diffusion.target_sums import target_crc, target_names
 from stages.errors import UserError

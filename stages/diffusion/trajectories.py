@@ -10,12 +10,12 @@ from torch import Tensor
 
 from stages.diffusion.answers import Answer, Ask, Cell
 from stages.diffusion.asked_rows import GuidedRows
-from stages.diffusion.config import TrajectoryRows
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.draws import Draw
 from stages.diffusion.facts import END, FAILED
 from stages.diffusion.forward_rows import HostRows, noise_of
 from stages.diffusion.parts import Asked, Passes, ask, guided_value, stored_parts
+from stages.diffusion.record_config import TrajectoryRows
 from stages.diffusion.schedule import Schedule
 from stages.diffusion.solver import trajectory
 from store.encoding import COLUMN

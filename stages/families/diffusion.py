@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stages.architecture import Architecture, parameters_by_part
-from stages.diffusion.config import DenoiserConfig, DiffusionTeacher
 from stages.diffusion.denoiser import Conditions
 from stages.diffusion.facts import ImageFacts, ScheduleFacts
+from stages.diffusion.model_config import DenoiserConfig, DiffusionTeacher
 from stages.diffusion.schedule import facts_of
 from stages.errors import UserError
 from stages.families import diffusion_adapters as adapters

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages.diffusion.config import LoraConfig
+from stages.diffusion.model_config import LoraConfig
 from stages.errors import UserError
 from stages.families.diffusion_library import (
     FluxPipeline,

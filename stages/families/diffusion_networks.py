@@ -432,4 +432,4 @@ KINDS: dict[str, Kind] = {
          "time_text_embed.guidance_embedder.linear_2."),
     ),
 }  # fmt: skip
-"""Class of diffusers → what is known of it; the keys are `stages.diffusion.config.NetworkClass`."""
+"""Class of diffusers → what is known of it; the keys are `NetworkClass` of the settings."""

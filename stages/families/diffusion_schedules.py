@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from stages.diffusion.config import PredictionType
 from stages.diffusion.facts import ScheduleFacts
+from stages.diffusion.model_config import PredictionType
 from stages.errors import UserError
 from stages.families.diffusion_library import DDPMScheduler, reading
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from stages.dataset import Dataset
-from stages.diffusion.config import TrajectoryRows
 from stages.diffusion.distil import distil
+from stages.diffusion.record_config import TrajectoryRows
 from stages.distributed import Place
 from stages.errors import Refused, UserError
 from stages.interruption import StopRequest
