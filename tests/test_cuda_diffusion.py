@@ -171,17 +171,7 @@ def test_batches_through_page_locked_memory_are_equal(tmp_path, workers):
 def models(require, tmp_path_factory) -> Callable[..., Path]:
     require("diffusers", test_diffusion_run.HINT)
     require("peft", test_diffusion_run.HINT)
-    from stages.families.diffusion_tiny import save_tiny
-
-    folder = tmp_path_factory.mktemp("models")
-
-    def make(kind: str, seed: int = 0) -> Path:
-        path = folder / f"{kind}-{seed}"
-        if not path.exists():
-            save_tiny(kind, path, seed=seed)
-        return path
-
-    return make
+    return test_diffusion_run.tiny_pipelines(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -69,10 +69,12 @@ def _needed(require):
 
 @pytest.fixture(scope="module")
 def models(_needed, tmp_path_factory) -> Callable[..., Path]:
-    """Folder of a tiny pipeline of a kind, and of a seed."""
-    from stages.families.diffusion_tiny import save_tiny
+    return tiny_pipelines(tmp_path_factory.mktemp("models"))
 
-    folder = tmp_path_factory.mktemp("models")
+
+def tiny_pipelines(folder: Path) -> Callable[..., Path]:
+    """Return what gives the folder of a tiny pipeline of a kind, and of a seed."""
+    from stages.families.diffusion_tiny import save_tiny
 
     def make(kind: str, seed: int = 0) -> Path:
         path = folder / f"{kind}-{seed}"

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages.checkpoint import load_latest, published
-from stages.config import DatasetFacts, RolloutConfig
+from stages.config import RolloutConfig
 from stages.families.codec_lm import CodecLM
 from stages.interruption import StopRequest
 from stages.model_config import CodecLMConfig
@@ -32,20 +32,13 @@ from stages.rollout_plan import create_store, lay_out
 from store import PredictionStore
 from tests.conftest import Run, write_run
 from tests.test_optimization import checkpointed, free_port, log_of
+from tests.test_train import FACTS
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 120
 """For what must end within a minute; a machine under load may take longer for everything."""
-FACTS = DatasetFacts(
-    alphabet=" abcdefg",
-    speakers=("low", "high"),
-    codebooks=2,
-    codes_per_codebook=14,
-    frame_rate_hz=25.0,
-    audio_codec="ab",
-)
 MODEL = {
     "family": "codec_lm", "d_model": 16, "heads": 2, "text_layers": 1, "decoder_layers": 2,
     "feed_forward": 24, "dropout": 0.0, "max_timesteps": 80, "max_characters": 20,
