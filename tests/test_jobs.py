@@ -227,8 +227,10 @@ def test_fitting_on_several_nodes_is_done_by_the_processes_that_srun_started(run
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr("pipeline.run.launch", None)  # it would start others
+    before = dict(os.environ)
     with pytest.raises(typer.Exit) as ended:
         fit(run.path)
+    assert dict(os.environ) == before, "what is started later would inherit it"
     assert ended.value.exit_code == FINISHED
     assert progress(run.load(), "fit").state == "done"
 

@@ -1,0 +1,55 @@
+"""What becomes of signals around the block in which they are a request to stop."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.interruption import STOP_SIGNALS
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = """
+import os, sys
+from stages.interruption import hold_back, stop_request
+
+number, last, when = int(sys.argv[1]), sys.argv[2] == "last", sys.argv[3]
+if when == "before":
+    hold_back()
+    os.kill(os.getpid(), number)
+with stop_request(last=last) as stop:
+    if when == "within":
+        os.kill(os.getpid(), number)
+    print(sorted(stop.signals))
+if when == "after":
+    os.kill(os.getpid(), number)
+print("ended")
+"""
+
+
+def said_by(number: int, last: str, when: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT, str(int(number)), last, when]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_after_the_last_block_does_not_look_like_a_failure(number):
+    done = said_by(number, "last", "after")
+    assert (done.returncode, done.stdout) == (0, "[]\nended\n")
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_after_any_other_block_a_signal_does_what_it_did_before(number):
+    done = said_by(number, "another", "after")
+    assert done.returncode in (-number, 1 if number == signal.SIGINT else -number)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("when", ["before", "within"])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_in_the_block_or_held_back_before_it_is_a_request(number, when):
+    done = said_by(number, "last", when)
+    assert (done.returncode, done.stdout) == (0, f"[{int(number)}]\nended\n")
