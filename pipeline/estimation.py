@@ -10,6 +10,7 @@ from pipeline.assembly import Assembly
 from pipeline.config import Run
 from pipeline.image_assembly import ImageAssembly
 from pipeline.run_config import RunConfig
+from pipeline.status import span
 from stages.errors import UserError
 from stages.estimate import Estimate
 from stages.interruption import StopRequest
@@ -37,7 +38,7 @@ def estimate_text(found: Estimate) -> str:
     ]
     if found.timesteps_per_s is not None:
         lines.append(
-            f"about {found.hours:.2f} hours for {found.processes} processes of "
+            f"about {span(3600 * found.hours)} with rollout.processes: {found.processes}, of "
             f"{found.timesteps_per_s:,.1f} timesteps/s each, as {found.timed_rollouts} rollouts "
             "took that were not stored"
         )

@@ -154,7 +154,7 @@ def status_text(status: RunStatus) -> str:
 def _store_text(store: StoreState) -> str:
     parts = [f"{store.bytes:,} bytes"]
     parts += [f"{store.shards_per_min:.3g} shards/min"] if store.shards_per_min else []
-    parts += [f"{_span(store.left_s)} left"] if store.left_s else []
+    parts += [f"{span(store.left_s)} left"] if store.left_s else []
     return ", ".join(parts)
 
 
@@ -172,6 +172,9 @@ def _jobs_text(jobs: JobsOfStage) -> list[str]:
     return lines
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """Return a time as a person says it: 3 h 05 min, 12 min, or 40 s."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

@@ -24,7 +24,7 @@ from pipeline.record import StageRecord, Usage, read_record, write_record
 from pipeline.results import stage_costs
 from pipeline.run import own_code
 from pipeline.slurm import QueueEntry, queue, requeue_if_asked
-from pipeline.status import run_status, status_text
+from pipeline.status import run_status, span, status_text
 from pipeline.submission import read_jobs, resubmit, submission_text, submit
 from stages.errors import UserError
 from stages.interruption import StopRequest
@@ -650,3 +650,9 @@ def test_tasks_that_run_at_once_note_what_they_cost_each_for_itself(job_run):
     assert progress(config, "rollout").state == "partial"
     write_record(folder, record.model_copy(update={"identity": "x", "finished": True}), "1/2")
     assert progress(config, "rollout").state == "stale"
+
+
+def test_times_are_told_in_the_unit_that_a_person_waits_in():
+    times = {0: "0 s", 41.4: "41 s", 60: "1 min", 3540: "59 min", 3600: "1 h 00 min"}
+    assert {seconds: span(seconds) for seconds in times} == times
+    assert span(90_000) == "25 h 00 min"
