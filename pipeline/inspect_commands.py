@@ -1,0 +1,67 @@
+"""`foretell inspect` and its sub-commands: each parses, calls one function, and prints."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+from typer.core import TyperGroup
+
+from pipeline.inspection import describe_key, describe_model, describe_store, is_model
+from pipeline.inspection_text import store_text
+from pipeline.printing import Json, print_document
+from stages.errors import UserError
+from store.object_url import place_of
+
+DEFAULT = "show"
+"""The command that `foretell inspect STORE` stands for."""
+
+
+class DefaultGroup(TyperGroup):
+    """A group of commands in which the default one needs no name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the default command's name before what begins with no name of a command."""
+        named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if named or not args else [DEFAULT, *args])
+
+
+inspect_app = typer.Typer(
+    cls=DefaultGroup,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    options_metavar="",
+    subcommand_metavar="STORE [OPTIONS] | COMMAND [ARGS]...",
+    help="Show what is in a store, down to one timestep, or how large a model is.\n\n"
+    f"`foretell inspect STORE` is short for `foretell inspect {DEFAULT} STORE`, whose options "
+    f"`foretell inspect {DEFAULT} --help` lists. A folder that is called like a command is "
+    "reached as ./diff.",
+)
+
+
+@inspect_app.command(DEFAULT)
+def show(
+    store: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE", help="Folder of a store or a model, or s3://….", show_default=False
+        ),
+    ],
+    key: Annotated[
+        str | None, typer.Option(help="SAMPLE/VARIATION or SAMPLE/VARIATION/TIMESTEP.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a store, down to one timestep, or how large a model is."""
+    path = place_of(store)
+    if is_model(path):
+        if key is not None:
+            raise UserError(f"--key {key} is for a store, but {path} is the folder of a model")
+        document = describe_model(path)
+    elif key is None:
+        document = describe_store(path, partial(tqdm, unit="shard", disable=None))
+    else:
+        document = describe_key(path, key)
+    print_document(document, as_json, lambda: store_text(document))
