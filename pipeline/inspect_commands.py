@@ -12,6 +12,8 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
+from pipeline.comparison import describe_difference
+from pipeline.comparison_text import difference_text
 from pipeline.inspection import (
     Document,
     describe_key,
@@ -22,7 +24,7 @@ from pipeline.inspection import (
 )
 from pipeline.inspection_csv import csv_text
 from pipeline.inspection_text import store_text
-from pipeline.printing import Json
+from pipeline.printing import Json, print_document
 from stages.errors import UserError
 from store import PredictionStore
 from store.object_url import place_of
@@ -92,6 +94,30 @@ def show(
     else:
         parts = store_parts(PredictionStore.open(path), everything, BAR)
     print_parts(parts, as_json, as_csv)
+
+
+@inspect_app.command()
+def diff(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="Store (folder or s3://…), run folder, model folder, or configuration.",
+            show_default=False,
+        ),
+    ],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="Another one of its kind.", show_default=False)
+    ],
+    everything: Annotated[
+        bool, typer.Option("--all", help="Compare every common rollout, not 256 of them.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what differs between two stores or two runs: settings, codes, and KL of the targets."""
+    bar = partial(tqdm, unit="rollout", leave=False, disable=None)
+    found = describe_difference(place_of(a), place_of(b), everything, bar)
+    print_document(found, as_json, lambda: difference_text(found))
 
 
 def refuse_together(options: dict[str, bool]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from store.errors import ShardError
 from store.shard import Shard
 
 Document = dict[str, Any]
+Item = TypeVar("Item")
 Progress = Callable[[Sequence[int]], Iterable[int]]
 
 MOST_SHARDS = 16
@@ -35,10 +36,10 @@ LEVELS = 8
 MEASURES = ("entropy", "code_probability", "kept_mass", "tail_mass")
 
 
-def spread(shards: Sequence[int], count: int) -> list[int]:
-    """Choose `count` shards that lie evenly over a list, its first and last among them."""
-    places = np.linspace(0, len(shards) - 1, min(count, len(shards))).round().astype(int)
-    return [shards[place] for place in np.unique(places)]
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Choose `count` items that lie evenly over a list, its first and last among them."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[place] for place in np.unique(places)]
 
 
 def shards_to_read(store: PredictionStore, stored_bytes: int, everything: bool) -> list[int]:
