@@ -247,7 +247,7 @@ class Assembly:
         """Ask the teacher of a round again for some rollouts of its store; nothing is written."""
         config, device, dataset = self._rollout_inputs(round_name)
         store = PredictionStore.open(self._folders.store_of(round_name))
-        keys = chosen_keys(store.keys(), len(store), choice.fraction, choice.seed)
+        keys = chosen_keys(list(store.keys()), choice.fraction, choice.seed)
         teacher, quantized = Teachers(self._config, dataset, device).for_rollout(config, round_name)
         require_same_codes(teacher, store)
         with progress(len(keys)) as bar:

@@ -6,9 +6,8 @@ is summed up per stream, or per noise level, and per rollout.
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple, Protocol
 
@@ -25,7 +24,6 @@ from store.schema import (
     Full,
     Hidden,
     Manifest,
-    Profile,
     Quantization,
     Record,
     Sampled,
@@ -44,6 +42,8 @@ of the type between 8 and 16, where logits of a trained model lie.
 """
 RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 2.0**-6, "fp16": 2.0**-9}
 """The same of continuous predictions, as a share of their root mean square."""
+TYPE_ERROR = {"float16": 2.0**-11, "float32": 2.0**-24}
+"""Largest rounding of a stored number, as a share of it."""
 REDRAWN_SHARE = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.05}
 """Share of the draws that such differences may turn into others."""
 HIDDEN_LOSS_NATS = 1e-4
@@ -108,7 +108,8 @@ class StoreDrift(Record):
     @property
     def largest_mean(self) -> float:
         """The largest mean over a stream or noise level, or over a rollout."""
-        return max((each.mean for each in (*self.parts, *self.worst)), default=0.0)
+        means = [part.mean for part in self.parts] + [rollout.mean for rollout in self.worst]
+        return max(means)
 
     @property
     def not_finite(self) -> int:
@@ -120,20 +121,19 @@ class StoreDrift(Record):
         return self.not_finite == 0 and self.largest_mean <= limit
 
 
-def chosen_keys(keys: Iterable[Key], count: int, fraction: float, seed: int) -> list[Key]:
-    """Choose a share of `count` keys, rounded up, by a hash of (seed, key); in the given order.
+def chosen_keys(keys: Sequence[Key], fraction: float, seed: int) -> list[Key]:
+    """Choose a share of `keys`, rounded up, by a hash of (seed, key); in the given order.
 
     Neither their order nor shards, batches or processes move the choice. Raises `UserError` for a
     share that is none, or without keys.
     """
     if not 0 < fraction <= 1:
-        raise UserError(f"--fraction {fraction} must be above 0 and at most 1")
-    if not count:
-        raise UserError("the store holds no rollout yet, so there is nothing to audit")
-    wanted = math.ceil(fraction * count)
-    hashed = ((keyed_seed(seed, "audit", *key), place, key) for place, key in enumerate(keys))
-    least = heapq.nsmallest(wanted, hashed)
-    return [key for _, _, key in sorted(least, key=lambda each: each[1])]
+        raise UserError(f"--fraction {fraction:g} must be above 0 and at most 1")
+    if not keys:
+        raise UserError("the store holds no prediction yet, so there is nothing to audit")
+    hashed = [keyed_seed(seed, "audit", *key) for key in keys]
+    wanted = math.ceil(fraction * len(keys))
+    return [keys[place] for place in sorted(np.argsort(hashed, kind="stable")[:wanted])]
 
 
 class _Place(NamedTuple):
@@ -211,7 +211,12 @@ class DriftTally:
             sums.add(values, weighed, agreed)
 
     def result(self) -> StoreDrift:
-        """Return what was found."""
+        """Return what was found; raises `UserError` where nothing was compared."""
+        if not self._places:
+            raise UserError(
+                "none of the chosen rollouts holds a prediction: raise --fraction, or choose "
+                "others with --seed"
+            )
         rollouts = [
             RolloutDrift(
                 sample_id=sample_id,
@@ -251,49 +256,38 @@ def limit_of(manifest: Manifest, precision: str, *, quantized: bool) -> Limit:
     of small divergences add up at worst.
     """
     arithmetic = "bf16" if quantized and precision == "fp32" else precision
-    scale = manifest.guidance.scale
+    scale, target = manifest.guidance.scale, manifest.target
     gain = abs(scale) + abs(1 - scale)
-    told = f"{arithmetic} arithmetic" + (f", guided at {scale:g}" if scale != 1 else "")
-    match measure_of(manifest):
-        case "redrawn":
-            return Limit(REDRAWN_SHARE[arithmetic], f"draws that {told} may move")
-        case "squared_error":
-            rounding = 2.0**-11 if manifest.target.dtype == "float16" else 2.0**-24  # type: ignore[union-attr]
-            value = gain**2 * (RELATIVE_ERROR[arithmetic] + rounding) ** 2
-            return Limit(value, f"{told}, and rounding to {manifest.target.dtype}")  # type: ignore[union-attr]
-        case _:
-            computed = (gain * LOGIT_ERROR[arithmetic]) ** 2 / 2
-            stored = _storage_loss(manifest, gain)
-            value = (math.sqrt(computed) + math.sqrt(stored)) ** 2
-            return Limit(
-                value,
-                f"{told}: {computed:.1e} nats; storage ({_stored_as(manifest)}): {stored:.1e}",
-            )
+    told = f"{arithmetic} arithmetic" + (f" guided at {scale:g}" if scale != 1 else "")
+    if isinstance(target, Sampled):
+        return Limit(REDRAWN_SHARE[arithmetic], f"draws that {told} may move")
+    if isinstance(target, Dense):
+        value = (gain * (RELATIVE_ERROR[arithmetic] + TYPE_ERROR[target.dtype])) ** 2
+        return Limit(value, f"{told}, stored in {target.dtype}")
+    computed, stored = (gain * LOGIT_ERROR[arithmetic]) ** 2 / 2, _storage_loss(manifest, target)
+    form = "compact" if _compact(manifest) else target.dtype
+    return Limit(
+        (math.sqrt(computed) + math.sqrt(stored)) ** 2,
+        f"{told}: {computed:.1e} nats; {target.kind} stored in {form}: {stored:.1e} nats",
+    )
 
 
-def _storage_loss(manifest: Manifest, gain: float) -> float:
+def _storage_loss(manifest: Manifest, target: TopK | Full | Hidden) -> float:
     """Return the KL in nats that rounding what is stored may cost."""
-    profiles = [*(ancestor.profile for ancestor in manifest.lineage), manifest.profile]
-    amplified = gain**2 if manifest.branches == "both" else 1.0
-    target = manifest.target
-    half = target.dtype == "float16" if isinstance(target, Hidden | Full | TopK) else False
+    scale, rounding = manifest.guidance.scale, TYPE_ERROR[target.dtype]
+    gain = (abs(scale) + abs(1 - scale)) ** 2 if manifest.branches == "both" else 1.0
     if isinstance(target, Hidden):
-        steps = [2.0**-11 if half else 2.0**-24, *(p.hidden_step for p in _compact(profiles))]
-        return amplified * HIDDEN_LOSS_NATS * sum((256 * step) ** 2 for step in steps)
+        steps = [rounding, *(profile.hidden_step for profile in _compact(manifest))]
+        return gain * HIDDEN_LOSS_NATS * sum((256 * step) ** 2 for step in steps)
     # Relative to its row's maximum a likely logit is not below −ln V.
-    type_error = (2.0**-11 if half else 2.0**-24) * math.log(manifest.vocabulary)
-    losses = [type_error**2 / 2, *(profile.loss_nats for profile in _compact(profiles))]
-    return amplified * sum(losses)
+    losses = [profile.loss_nats for profile in _compact(manifest)]
+    return gain * ((rounding * math.log(manifest.vocabulary)) ** 2 / 2 + sum(losses))
 
 
-def _compact(profiles: Sequence[Profile]) -> list[Compact]:
+def _compact(manifest: Manifest) -> list[Compact]:
+    """Return the lossy profiles that the values went through."""
+    profiles = [*(ancestor.profile for ancestor in manifest.lineage), manifest.profile]
     return [profile for profile in profiles if isinstance(profile, Compact)]
-
-
-def _stored_as(manifest: Manifest) -> str:
-    kinds = [manifest.profile.kind, *(a.profile.kind for a in manifest.lineage)]
-    compact = ", compact" if "compact" in kinds else ""
-    return f"{manifest.target.kind} in {getattr(manifest.target, 'dtype', '')}{compact}"
 
 
 class AuditedStore(Record):
