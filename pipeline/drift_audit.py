@@ -91,7 +91,8 @@ def _table(drift: StoreDrift) -> list[str]:
 
 def _header(drift: StoreDrift) -> Sequence[str]:
     name = "level" if drift.measure == "squared_error" else "stream"
-    return name, "predictions", "mean", "p99", "largest", "same likeliest"
+    likeliest = ("same likeliest",) if drift.measure == "kl" else ()
+    return name, "predictions", "mean", "p99", "largest", *likeliest
 
 
 def _row(part: PartDrift) -> Sequence[str]:
@@ -100,6 +101,6 @@ def _row(part: PartDrift) -> Sequence[str]:
         name += f" {part.part}"
     if part.temperature != 1:
         name += f" at T={part.temperature:g}"
-    agreement = "" if part.agreement is None else f"{part.agreement:.2%}"
+    agreement = () if part.agreement is None else (f"{part.agreement:.2%}",)
     numbers = (f"{value:.1e}" for value in (part.mean, part.p99, part.largest))
-    return name, f"{part.predictions:,}", *numbers, agreement
+    return name, f"{part.predictions:,}", *numbers, *agreement
