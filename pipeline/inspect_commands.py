@@ -159,7 +159,7 @@ def audio(
     ],
     dataset: Annotated[
         Path | None,
-        typer.Option(help="Folder of the dataset, whose audio codec decodes; the run's own."),
+        typer.Option(help="Folder of the dataset with the audio codec. [default: the run's]"),
     ] = None,
     recording: Annotated[
         bool, typer.Option("--recording", help="The recording behind the rollout instead.")
@@ -167,7 +167,10 @@ def audio(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write what the stored codes of a rollout sound like; needs the audio codec."""
+    """Write a rollout as it sounds to a WAV file.
+
+    Its stored codes are decoded; no model is loaded but the audio codec.
+    """
     clip = export_clip(
         place_of(store), key, output, dataset=dataset, recording=recording, overwrite=force
     )
@@ -186,13 +189,14 @@ def audit(
     limit: Annotated[
         float | None,
         typer.Option(
-            help="Largest mean drift of a stream or rollout, in nats (a share, for draws and "
-            "images); what arithmetic and storage explain."
+            help="Largest mean drift of a stream or rollout, in nats (a share for draws and "
+            "images). [default: what arithmetic and storage explain]"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the rollouts.", min=0)] = 0,
     round_: Annotated[
-        str | None, typer.Option("--round", help="Audit the store of this round.")
+        str | None,
+        typer.Option("--round", help="Audit the store of this round. [default: the run's own]"),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -200,7 +204,10 @@ def audit(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Ask the teacher again for some rollouts; exit code 1 where the store holds something else."""
+    """Ask the teacher again and compare.
+
+    Exit code 1 where the store holds something else than the teacher predicts.
+    """
     from pipeline.drift_audit import audit_document, audit_of, audit_text  # noqa: PLC0415, torch
     from stages.drift import AuditChoice  # noqa: PLC0415, likewise
 
