@@ -21,6 +21,7 @@ from pipeline.inspection import (
     Document,
     describe_key,
     describe_model,
+    describe_rollout,
     describe_shard,
     is_model,
     store_parts,
@@ -123,6 +124,35 @@ def diff(
     bar = partial(tqdm, unit="rollout", leave=False, disable=None)
     found = describe_difference(place_of(a), place_of(b), everything, bar)
     print_document(found, as_json, lambda: difference_text(found))
+
+
+@inspect_app.command()
+def plot(
+    store: Annotated[
+        str,
+        typer.Argument(metavar="STORE", help="Folder of a store, or s3://….", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png or .svg.")],
+    key: Annotated[
+        str | None, typer.Option(help="SAMPLE/VARIATION: a picture of this rollout.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Read the arrays of every shard, not of a few.")
+    ] = False,
+) -> None:
+    """Draw the distributions of a store, or how sure the teacher was along one rollout."""
+    from pipeline.plots import check_format, plot_rollout, plot_store  # noqa: PLC0415, matplotlib
+
+    refuse_together({"--key": key is not None, "--all": everything})
+    check_format(output)
+    path = place_of(store)
+    if key is None:
+        parts = store_parts(PredictionStore.open(path), everything, BAR)
+        plot_store(reduce(dict.__or__, parts), str(path), output)
+    else:
+        streams = [stream.name for stream in PredictionStore.open(path).manifest.streams]
+        plot_rollout(describe_rollout(path, key), streams, output)
+    typer.echo(f"wrote {output}")
 
 
 def refuse_together(options: dict[str, bool]) -> None:

@@ -314,6 +314,14 @@ def describe_key(path: Path | ObjectUrl, key: str) -> Document:
     )
 
 
+def describe_rollout(path: Path | ObjectUrl, key: str) -> Document:
+    """Return what is stored of SAMPLE/VARIATION; raises as `describe_key`, or for a timestep."""
+    document = describe_key(path, key)
+    if "timestep" in document:
+        raise UserError(f"key {key!r} is of one timestep, but a rollout is asked for: leave it out")
+    return document
+
+
 def _audio(timesteps: int, manifest: Manifest) -> Document:
     """Seconds of audio of some timesteps, where they are audio."""
     seconds = manifest.timestep_s
