@@ -70,10 +70,15 @@ def audit_text(found: AuditedStore) -> str:
         f"worst rollout  {worst.mean:.1e}  {worst.sample_id!r} variation {worst.variation}",
         f"largest mean   {drift.largest_mean:.1e} {sign} {found.limit:.1e}, the limit:",
         fill(found.limit_from, initial_indent="  ", subsequent_indent="  "),
-        f"{'it holds what' if found.ok else 'IT DOES NOT HOLD WHAT'} "
-        f"{'this' if found.teacher_matches else 'ANOTHER'} teacher predicts",
+        _verdict(found),
     ]
     return "\n".join(lines)
+
+
+def _verdict(found: AuditedStore) -> str:
+    teacher = "this teacher" if found.teacher_matches else "this other teacher"
+    holds = f"it holds what {teacher} predicts"
+    return holds if found.ok else f"it does not hold what {teacher} predicts".upper()
 
 
 def _table(drift: StoreDrift) -> list[str]:

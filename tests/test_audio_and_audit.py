@@ -242,7 +242,7 @@ def test_a_limit_that_a_person_sets_is_the_one_that_counts(audited):
     found = json.loads(done.stdout)
     assert (found["ok"], found["limit"], found["limit_from"]) == (False, 1e-12, "--limit")
     assert audited("--limit", "1e-12").stdout.endswith(
-        "IT DOES NOT HOLD WHAT this teacher predicts\n"
+        "IT DOES NOT HOLD WHAT THIS TEACHER PREDICTS\n"
     )
 
 
@@ -262,7 +262,7 @@ def test_another_teacher_is_named_and_measured(audited, tiny_run, tmp_path):
     assert found["largest_mean"] > 1e-3
     text = audited(teacher=other).stdout
     assert "ANOTHER TEACHER\n  of the store  " in text
-    assert text.endswith("IT DOES NOT HOLD WHAT ANOTHER teacher predicts\n")
+    assert text.endswith("IT DOES NOT HOLD WHAT THIS OTHER TEACHER PREDICTS\n")
 
 
 def test_another_teacher_that_predicts_the_same_is_named_and_passes(audited, tiny_run, tmp_path):
@@ -273,7 +273,7 @@ def test_another_teacher_that_predicts_the_same_is_named_and_passes(audited, tin
     done = audited(teacher=other)
     assert done.returncode == 0
     assert "ANOTHER TEACHER" in done.stdout
-    assert done.stdout.endswith("it holds what ANOTHER teacher predicts\n")
+    assert done.stdout.endswith("it holds what this other teacher predicts\n")
 
 
 def test_ctrl_c_ends_an_audit_with_more_to_do(audited, monkeypatch):
