@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
+from pipeline.audio_export import clip_text, export_clip
 from pipeline.inspection import describe_key, describe_model, describe_store, is_model
 from pipeline.inspection_text import store_text
 from pipeline.printing import Json, print_document
@@ -65,3 +67,29 @@ def show(
     else:
         document = describe_key(path, key)
     print_document(document, as_json, lambda: store_text(document))
+
+
+@inspect_app.command()
+def audio(
+    store: Annotated[
+        str, typer.Argument(help="Folder of a store, or s3://BUCKET/PREFIX.", show_default=False)
+    ],
+    key: Annotated[str, typer.Argument(help="SAMPLE/VARIATION.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="WAV file to write.", show_default=False)
+    ],
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the dataset, whose audio codec decodes; the run's own."),
+    ] = None,
+    recording: Annotated[
+        bool, typer.Option("--recording", help="The recording behind the rollout instead.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write what the stored codes of a rollout sound like; needs the audio codec."""
+    clip = export_clip(
+        place_of(store), key, output, dataset=dataset, recording=recording, overwrite=force
+    )
+    print_document(clip.model_dump() | {"audio_s": clip.audio_s}, as_json, lambda: clip_text(clip))
