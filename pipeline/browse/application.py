@@ -69,18 +69,18 @@ class Browse:
         """Decodes codes of the store; raises `UserError` where that cannot be."""
         return StoredAudio.open(self._store(), self.dataset)
 
-    def silence(self) -> str | None:
-        """Why nothing of the store can be heard; None where it can."""
-        try:
-            self.audio  # noqa: B018, it looks for the audio codec
-        except UserError as error:
-            return str(error)
-        return None
-
     def overview(self, _: Request) -> Response:
         """What is shown: the store, and the names of the runs."""
-        shown = None if self.store is None else overview(self.index) | {"silence": self.silence()}
+        shown = None if self.store is None else overview(self.index) | self._heard()
         return JSONResponse({"store": shown, "runs": [run.name for run in self.runs]})
+
+    def _heard(self) -> dict[str, str | bool | None]:
+        """Why nothing of the store can be heard, and whether recordings can be; loads no codec."""
+        try:
+            dataset = self.audio.dataset
+        except UserError as error:
+            return {"silence": str(error), "recordings": False}
+        return {"silence": None, "recordings": (dataset / "samples.parquet").is_file()}
 
     def rollouts(self, request: Request) -> Response:
         """A page of the rollouts that match."""

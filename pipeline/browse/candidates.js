@@ -37,8 +37,8 @@ function streams(found, stream, entropyOf, pick) {
       make("td", {}, significant(entropyOf(at))),
       make("td", {}, percent(each.tail_mass)));
   });
-  const heads = ["stream", "drawn", "probability", "entropy, nats", "tail"];
-  return make("div", { class: "tall scroll" }, make("table", { id: "streams" },
+  const heads = ["stream", "drawn", "probability", "nats", "tail"];
+  return make("div", { class: "tall scroll", tabindex: "0", role: "region", "aria-label": "Streams" }, make("table", { id: "streams" },
     make("caption", {}, "Streams"),
     make("thead", {}, make("tr", {}, heads.map((head) => make("th", { scope: "col" }, head)))),
     make("tbody", {}, rows)));
@@ -69,7 +69,7 @@ function bars(stream, alone) {
     stream.level === undefined ? null : `greatest logit ${significant(stream.level)}`,
   ].filter(Boolean).join("; ");
   return make("div", { class: alone ? "one" : null },
-    make("div", { class: "tall scroll" }, make("table", { id: "candidates" },
+    make("div", { class: "tall scroll", tabindex: "0", role: "region", "aria-label": "Candidates" }, make("table", { id: "candidates" },
       make("caption", {}, `Candidates of ${plain(stream.stream)}`),
       make("thead", {}, make("tr", {}, heads.map(([head, name]) =>
         make(head ? "th" : "td", { scope: head ? "col" : null, class: name || null, "aria-hidden": head ? null : "true" }, head)))),

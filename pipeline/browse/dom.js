@@ -74,12 +74,12 @@ export function significant(value) {
 export function percent(share) {
   if (share === null || share === undefined) return "–";
   const value = 100 * share;
-  if (value === 0) return "0 %";
-  return value < 0.01 ? "< 0.01 %" : `${value >= 10 ? value.toFixed(1) : value.toFixed(2)} %`;
+  if (value === 0) return "0\u00a0%";
+  return value < 0.01 ? "<\u00a00.01\u00a0%" : `${value >= 10 ? value.toFixed(1) : value.toFixed(2)}\u00a0%`;
 }
 
 export function duration(seconds) {
-  if (seconds < 60) return `${seconds.toFixed(2)} s`;
+  if (seconds < 60) return `${seconds.toFixed(2)}\u00a0s`;
   const minutes = Math.round(seconds / 60);
   return minutes < 90 ? `${minutes} min` : `${(seconds / 3600).toFixed(1)} h`;
 }

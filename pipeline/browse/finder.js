@@ -33,6 +33,10 @@ export function prepareFinder(store) {
   byId("next").addEventListener("click", () => attempt(() => find(start + pageRollouts)));
   byId("further").addEventListener("click", () => attempt(() => find(start)));
   byId("rollouts").addEventListener("keydown", (event) => attempt(() => walk(event)));
+  byId("rollouts").addEventListener("click", (event) => {
+    // Where the list lies above the rollout, who chose one is taken to it.
+    if (event.target.closest("a") && matchMedia("(max-width: 900px)").matches) byId("rollout").scrollIntoView();
+  });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "/" || event.target.matches("input, select, textarea")) return;
     event.preventDefault();

@@ -43,7 +43,7 @@ export function heatMap(rollout, streams, timestep_s, choose) {
     "aria-valuemin": "0", "aria-valuemax": String(steps - 1), "aria-describedby": "map-hint",
   }, canvas, cell, heard);
   const legend = make("canvas", { "aria-hidden": "true" });
-  const [least, most] = [make("span"), make("span")];
+  const [least, most, note] = [make("span"), make("span"), make("span")];
   const select = make("select", { "aria-label": "Quantity of the map", onchange: show },
     rollout.quantities.map((quantity, at) => make("option", { value: at }, quantity.title)));
   const height = Math.max(LEAST_ROW_PX, Math.min(MOST_ROW_PX, MAP_PX / streams.length)) * streams.length;
@@ -61,6 +61,7 @@ export function heatMap(rollout, streams, timestep_s, choose) {
       values[y][x] === null ? null : (values[y][x] - low) / (high - low || 1));
     least.textContent = significant(low);
     most.textContent = `${significant(high)} ${quantity().unit}`.trim();
+    note.textContent = quantity().note ? `What is shown is ${quantity().note}.` : "";
     mark();
   }
 
@@ -114,11 +115,11 @@ export function heatMap(rollout, streams, timestep_s, choose) {
     ? `Rows are the streams, ${streams[0].name} on top, ${streams.at(-1).name} below; columns the timesteps. `
     : "Columns are the timesteps. ";
   const box = make("div", { class: "map" },
-    make("div", { class: "bar-of-map" }, make("h3", {}, "Over time"), select,
+    make("div", { class: "bar-of-map" }, make("div", {}, make("h3", {}, "Over time"), select),
       make("span", { class: "scale" }, least, legend, most)),
     cells,
     make("div", { class: "axis", "aria-hidden": "true" }, make("span", {}, "0"), make("span", {}, end)),
-    make("p", { class: "hint", id: "map-hint" }, `${rows}Click, or use the arrow keys, to look into one.`),
+    make("p", { class: "hint", id: "map-hint" }, `${rows}Click, or use the arrow keys, to look into one. `, note),
     table());
 
   // The same numbers for who cannot see the map; made when opened, for it may be long.

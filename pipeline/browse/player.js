@@ -1,8 +1,11 @@
 // A clip to hear and to see: waveform, spectrogram, and where in them it plays.
 
-import { address, ask, attempt, make, makeSvg } from "./dom.js";
+import { address, ask, make, makeSvg } from "./dom.js";
 
 const players = new Set();
+
+// Clips are fetched when they come near to where a person looks.
+const NEAR = { rootMargin: "500px" };
 
 // One clip. `where` are the parameters of its address; `hear` gets the time while it plays.
 export function player(title, where, { colour = 1, details = null, hear = null } = {}) {
@@ -28,7 +31,6 @@ export function player(title, where, { colour = 1, details = null, hear = null }
   audio.addEventListener("play", () => {
     for (const other of players) if (other !== audio) other.pause();
   });
-  audio.addEventListener("error", () => attempt(() => ask("api/outline", where)));
   sight.addEventListener("click", (event) => {
     const { left, width } = sight.getBoundingClientRect();
     seek(((event.clientX - left) / width) * seconds);
@@ -36,10 +38,20 @@ export function player(title, where, { colour = 1, details = null, hear = null }
   });
 
   function seek(time) {
-    audio.currentTime = Math.max(0, Math.min(time, seconds));
+    audio.currentTime = Math.max(0, Math.min(time, seconds || Infinity));
   }
 
+  // Why a clip cannot be heard stands in its place, and others go on.
   async function draw() {
+    try {
+      await drawSight();
+    } catch (error) {
+      sight.replaceWith(make("p", {}, error.message));
+      audio.remove();
+    }
+  }
+
+  async function drawSight() {
     const facts = await ask("api/outline", where);
     seconds = facts.seconds;
     sight.append(
@@ -51,8 +63,21 @@ export function player(title, where, { colour = 1, details = null, hear = null }
     );
   }
 
+  const watch = new IntersectionObserver((seen) => {
+    if (!seen.some(({ isIntersecting }) => isIntersecting)) return;
+    watch.disconnect();
+    draw();
+  }, NEAR);
+  watch.observe(sight);
   players.add(audio);
-  return { box, audio, seek, draw, release: () => { audio.pause(); players.delete(audio); } };
+
+  function release() {
+    watch.disconnect();
+    audio.pause();
+    players.delete(audio);
+  }
+
+  return { box, audio, seek, release };
 }
 
 function outline(points) {

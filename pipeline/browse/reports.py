@@ -78,9 +78,7 @@ def describe_run(run: RunFolder) -> Document:
         return document
     report = run.report()
     systems = report.systems
-    shown = [
-        name for name in MAIN_METRICS if any(getattr(s, name, None) for s in systems.values())
-    ]
+    shown = [name for name in MAIN_METRICS if any(getattr(s, name, None) for s in systems.values())]
     return document | {
         "run": report.run,
         "samples": report.samples,

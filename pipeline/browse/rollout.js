@@ -34,6 +34,7 @@ function draw(store, key, found) {
   shown?.players.forEach((each) => each.release());
   const map = heatMap(found, store.streams, store.timestep_s, (timestep, stream) => attempt(async () => {
     history.replaceState(null, "", `#${keyOf(key.sample, key.variation, timestep)}`);
+    for (const each of shown.players) if (each.audio.paused) each.seek(timestep * store.timestep_s);
     await showTimestep(timestep, stream);
   }));
   const players = store.silence ? [] : clips(store, key, map);
@@ -52,7 +53,6 @@ function draw(store, key, found) {
       make("div", { class: "step", id: "step" })),
     columns(found),
   ].filter(Boolean));
-  attempt(async () => { for (const each of players) await each.draw(); });
 }
 
 function step(by) {
@@ -71,7 +71,7 @@ function head(store, found) {
     ...found.drawn,
   };
   const texts = Object.entries(found.conditions);
-  const first = texts.find(([, value]) => typeof value === "string");
+  const first = texts.find(([name]) => name === store.main_text);
   const others = texts.filter((each) => each !== first);
   return make("section", { class: "head" },
     make("h2", { id: "sample", tabindex: "-1" }, plain(found.sample_id)),

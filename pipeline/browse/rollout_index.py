@@ -27,6 +27,7 @@ PAGE_ROLLOUTS = 40
 ENTROPY_BUDGET_S = 1.5
 """Time that one request may spend on computing entropies."""
 EXCERPT_LETTERS = 140
+MAIN_TEXTS = ("text", "caption", "prompt")
 
 
 class Query(Record):
@@ -146,10 +147,17 @@ class RolloutIndex:
             if field.name != "sample_id" and _is_text(field.type)
         }
 
+    @cached_property
+    def main_text(self) -> str | None:
+        """The text condition that says most of a sample: the one of `MAIN_TEXTS`, or the first."""
+        names = [name for name in MAIN_TEXTS if name in self._texts] or list(self._texts)
+        return names[0] if names else None
+
     def excerpt(self, row: int) -> str:
-        """The beginning of the first text condition of a row's sample; empty without one."""
-        text = next(iter(self._texts.values()), None)
-        value = None if text is None else text[int(self.samples[row])].as_py()
+        """The beginning of the main text of a row's sample; empty without one."""
+        if self.main_text is None:
+            return ""
+        value = self._texts[self.main_text][int(self.samples[row])].as_py()
         return (value or "")[:EXCERPT_LETTERS]
 
     def find(self, query: Query) -> Document:
@@ -217,8 +225,9 @@ class RolloutIndex:
         return {str(row): float(v) for row in rows if not np.isnan(v := self.entropies[row])}
 
     def _entropy(self, row: int) -> float:
-        arrays = self.store[self.key(row)].arrays
-        return float(statistics_of(self.store, arrays).entropy.mean())
+        entropy = statistics_of(self.store, self.store[self.key(row)].arrays).entropy
+        assert entropy is not None
+        return float(entropy.mean())
 
     def checked(self, rows: Sequence[int]) -> list[int]:
         """Rows of the index; raises `StoreError` for one that it does not have."""

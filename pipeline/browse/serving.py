@@ -44,24 +44,45 @@ class Listening:
             )
 
 
-def serve(
+@dataclass(frozen=True)
+class PageServer:
+    """A page that takes connections, which `run` answers."""
+
+    address: str
+    """What to open, with the token where one is needed."""
+    bound: socket.socket
+    server: uvicorn.Server
+
+    def run(self) -> None:
+        """Answer until `server.should_exit` is set or the process is interrupted."""
+        with self.bound:
+            self.server.run(sockets=[self.bound])
+
+
+def page_server(browse: Browse, listening: Listening) -> PageServer:
+    """Listen; raises `UserError` where the address is in use or not this machine's."""
+    local = is_loopback(listening.host)
+    token = listening.token or (None if local else secrets.token_urlsafe(24))
+    bound = _bound(listening)
+    port = bound.getsockname()[1]
+    app = Guard(application(browse), token, local, f"foretell-{port}")
+    server = uvicorn.Server(_server_config(app))
+    return PageServer(_address(listening.host, port, token), bound, server)
+
+
+def serve_page(
     browse: Browse, listening: Listening, tell: Callable[[str], None], *, open_browser: bool
 ) -> None:
     """Serve until interrupted; `tell` gets the address once connections are taken.
 
-    Raises `UserError` where the address is in use or not this machine's.
+    Raises `UserError` as `page_server` does.
     """
-    with _bound(listening) as bound:
-        port = bound.getsockname()[1]
-        local = is_loopback(listening.host)
-        token = listening.token or (None if local else secrets.token_urlsafe(24))
-        app = Guard(application(browse), token, local, f"foretell-{port}")
-        address = _address(listening.host, port, token)
-        tell(address)
-        if open_browser:
-            webbrowser.open(address)
-        with suppress(KeyboardInterrupt):  # which is how a person ends it
-            uvicorn.Server(_server_config(app)).run(sockets=[bound])
+    page = page_server(browse, listening)
+    tell(page.address)
+    if open_browser:
+        webbrowser.open(page.address)
+    with suppress(KeyboardInterrupt):  # which is how a person ends it
+        page.run()
 
 
 def browse_of(place: str, runs: Sequence[Path], dataset: Path | None) -> Browse:

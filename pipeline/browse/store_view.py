@@ -15,7 +15,6 @@ from pipeline.row_statistics import statistics_of
 from stages.errors import UserError
 from store import PredictionStore, Rollout
 from store.encoding import COLUMN, Array
-from store.schema import Dense
 
 Document = dict[str, Any]
 
@@ -53,6 +52,7 @@ def overview(index: RolloutIndex) -> Document:
         "longest": int(index.lengths.max(initial=0)),
         "stop_reasons": dict(zip(reasons.tolist(), counts.tolist(), strict=True)),
         "has_entropy": index.has_entropy,
+        "main_text": index.main_text,
         "damaged": index.damaged,
     }
 
@@ -83,33 +83,27 @@ def describe_rollout(index: RolloutIndex, sample_id: str, variation: int) -> Doc
 
 
 def _quantities(store: PredictionStore, rollout: Rollout) -> list[Document]:
-    """What there is to see of every timestep and stream: title, unit and values [C][T]."""
-    if isinstance(store.manifest.target, Dense):
-        return [
-            _quantity(f"root mean square of {name}", "", np.sqrt(_mean_square(values)))
-            for name, values in rollout.arrays.items()
-            if values.ndim > 2
-        ]
+    """What there is to see of every timestep and stream: title, unit, note and values [C][T]."""
     found = statistics_of(store, rollout.arrays)
+    entropy_is = "" if found.entropy_is in (None, "exact") else f"a {found.entropy_is}"
     named = [
-        ("entropy", "nats", found.entropy),
-        ("probability of the drawn code", "", found.probability),
-        ("tail mass", "", found.tail_mass),
+        ("entropy", "nats", entropy_is.replace("a estimate", "an estimate"), found.entropy),
+        ("probability of the drawn code", "", "", found.code_probability),
+        ("tail mass", "", "", found.tail_mass),
+        *((f"root mean square of {name}", "", "", values) for name, values in found.rms.items()),
+        *((f"norm of {name}", "", "", values) for name, values in found.norm.items()),
     ]
-    return [_quantity(*entry) for entry in named if entry[2] is not None]
+    return [
+        {"title": title, "unit": unit, "note": note, "values": _finite(values)}
+        for title, unit, note, values in named
+        if values is not None
+    ]
 
 
-def _quantity(title: str, unit: str, values: Array) -> Document:
-    """`values` [T, C]; what is no finite number becomes None."""
-    rounded = np.round(values.astype(np.float64), 4).T.tolist()
-    whole = [[value if math.isfinite(value) else None for value in row] for row in rounded]
-    return {"title": title, "unit": unit, "values": whole}
-
-
-def _mean_square(values: Array) -> Array:
-    """[T, C] of values [T, C, …]."""
-    squares = np.square(values.astype(np.float64))
-    return squares.reshape(*values.shape[:2], -1).mean(-1)
+def _finite(values: Array) -> list[list[float | None]]:
+    """[C][T] of values [T, C], with few digits; what is no finite number becomes None."""
+    rows = values.astype(np.float64).T.tolist()
+    return [[float(f"{v:.5g}") if math.isfinite(v) else None for v in row] for row in rows]
 
 
 def _columns(rollout: Rollout) -> dict[str, list[float]]:
