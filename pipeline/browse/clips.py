@@ -94,7 +94,7 @@ def _levels_db(waveform: FloatArray, rate_hz: int) -> FloatArray:
     frames = np.lib.stride_tricks.sliding_window_view(padded, size)
     hop = max(size // 4, -(-len(frames) // SPECTROGRAM_COLUMNS))
     power = np.square(np.abs(np.fft.rfft(frames[::hop] * np.hanning(size), axis=-1)))
-    return 10 * np.log10(_in_mels(power.T, rate_hz) + 1e-10)
+    return np.asarray(10 * np.log10(_in_mels(power.T, rate_hz) + 1e-10))
 
 
 def _in_mels(power: FloatArray, rate_hz: int) -> FloatArray:
@@ -104,4 +104,4 @@ def _in_mels(power: FloatArray, rate_hz: int) -> FloatArray:
     place = np.clip(hz / (rate_hz / 2) * (len(power) - 1), 0, len(power) - 1)
     below = np.minimum(place.astype(int), len(power) - 2)
     share = (place - below)[:, None]
-    return power[below] + share * (power[below + 1] - power[below])
+    return np.asarray(power[below] + share * (power[below + 1] - power[below]))

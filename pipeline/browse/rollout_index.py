@@ -15,7 +15,7 @@ from pydantic import Field
 from pipeline.row_statistics import statistics_of
 from store import PredictionStore, StoreError
 from store.errors import ShardError
-from store.plan import Key
+from store.plan import Integers, Key
 from store.schema import Dense, Record
 from store.shard import RolloutTable
 from store.threads import in_threads
@@ -110,8 +110,8 @@ class RolloutIndex:
         return np.array(reasons, dtype=object)
 
     @cached_property
-    def samples(self) -> Rows:
-        """[R] number of the sample of every rollout."""
+    def samples(self) -> Integers:
+        """[R] int32 number of the sample of every rollout."""
         return self.store.plan.samples[self._positions]
 
     @cached_property
@@ -198,7 +198,7 @@ class RolloutIndex:
         """[S] whether the id or a text condition of a sample holds some text."""
         columns = [self.store.plan.sample_ids, *self._texts.values()]
         found = [pc.match_substring(c, text, ignore_case=True).fill_null(False) for c in columns]
-        return np.logical_or.reduce([np.asarray(column) for column in found])
+        return np.asarray(np.logical_or.reduce([np.asarray(column) for column in found]))
 
     def _by_entropy(self, rows: Rows, query: Query) -> tuple[Rows, int]:
         """The rows whose entropy is known and in the bounds, and of how many it is known."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import uvicorn
+from uvicorn.config import Config
+from uvicorn.server import Server
 
 from pipeline.browse.application import Browse, application
 from pipeline.browse.guard import Guard, is_loopback
@@ -51,7 +52,7 @@ class PageServer:
     address: str
     """What to open, with the token where one is needed."""
     bound: socket.socket
-    server: uvicorn.Server
+    server: Server
 
     def run(self) -> None:
         """Answer until `server.should_exit` is set or the process is interrupted."""
@@ -66,7 +67,7 @@ def page_server(browse: Browse, listening: Listening) -> PageServer:
     bound = _bound(listening)
     port = bound.getsockname()[1]
     app = Guard(application(browse), token, local, f"foretell-{port}")
-    server = uvicorn.Server(_server_config(app))
+    server = Server(_server_config(app))
     return PageServer(_address(listening.host, port, token), bound, server)
 
 
@@ -139,9 +140,9 @@ def _address(host: str, port: int, token: str | None) -> str:
     return f"http://{shown}:{port}/{query}"
 
 
-def _server_config(app: Any) -> uvicorn.Config:
+def _server_config(app: Any) -> Config:
     """No log of requests, for their addresses may hold the token."""
-    return uvicorn.Config(
+    return Config(
         app,
         http="h11",
         ws="none",

@@ -93,10 +93,13 @@ def _quantities(store: PredictionStore, rollout: Rollout) -> list[Document]:
         *((f"root mean square of {name}", "", "", values) for name, values in found.rms.items()),
         *((f"norm of {name}", "", "", values) for name, values in found.norm.items()),
     ]
+    known = [entry for entry in named if entry[-1] is not None]
+    if not known:  # a rollout whose teacher was not asked; its timesteps can be chosen all the same
+        unknown = np.full((len(rollout), len(store.manifest.streams)), np.nan)
+        known = [("nothing was predicted", "", "", unknown)]
     return [
         {"title": title, "unit": unit, "note": note, "values": _finite(values)}
-        for title, unit, note, values in named
-        if values is not None
+        for title, unit, note, values in known
     ]
 
 
