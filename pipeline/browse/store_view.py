@@ -67,7 +67,7 @@ def describe_rollout(index: RolloutIndex, sample_id: str, variation: int) -> Doc
         "variation": variation,
         "variations": index.variations(sample_id),
         "conditions": {
-            name: value[:LONGEST_CONDITION] if isinstance(value, str) else value
+            name: str(value)[:LONGEST_CONDITION]
             for name, value in store.sample(sample_id).items()
             if name != "sample_id" and isinstance(value, str | int | float)
         },
@@ -85,22 +85,26 @@ def describe_rollout(index: RolloutIndex, sample_id: str, variation: int) -> Doc
 def _quantities(store: PredictionStore, rollout: Rollout) -> list[Document]:
     """What there is to see of every timestep and stream: title, unit, note and values [C][T]."""
     found = statistics_of(store, rollout.arrays)
-    entropy_is = "" if found.entropy_is in (None, "exact") else f"a {found.entropy_is}"
-    named = [
-        ("entropy", "nats", entropy_is.replace("a estimate", "an estimate"), found.entropy),
-        ("probability of the drawn code", "", "", found.code_probability),
-        ("tail mass", "", "", found.tail_mass),
-        *((f"root mean square of {name}", "", "", values) for name, values in found.rms.items()),
-        *((f"norm of {name}", "", "", values) for name, values in found.norm.items()),
+    note = {"lower bound": "a lower bound", "estimate": "an estimate, too low"}
+    known = [
+        _quantity("entropy", found.entropy, "nats", note.get(found.entropy_is or "", "")),
+        _quantity("probability of the drawn code", found.code_probability),
+        _quantity("tail mass", found.tail_mass),
+        *(_quantity(f"root mean square of {name}", values) for name, values in found.rms.items()),
+        *(_quantity(f"norm of {name}", values) for name, values in found.norm.items()),
     ]
-    known = [entry for entry in named if entry[-1] is not None]
-    if not known:  # a rollout whose teacher was not asked; its timesteps can be chosen all the same
-        unknown = np.full((len(rollout), len(store.manifest.streams)), np.nan)
-        known = [("nothing was predicted", "", "", unknown)]
-    return [
-        {"title": title, "unit": unit, "note": note, "values": _finite(values)}
-        for title, unit, note, values in known
-    ]
+    if any(known):
+        return [quantity for quantity in known if quantity]
+    # The teacher was not asked for this rollout; its timesteps can be chosen all the same.
+    unknown = np.full((len(rollout), len(store.manifest.streams)), np.nan)
+    return [_quantity("nothing was predicted", unknown)]
+
+
+def _quantity(title: str, values: Array | None, unit: str = "", note: str = "") -> Document:
+    """Nothing where there are no values [T, C]."""
+    if values is None:
+        return {}
+    return {"title": title, "unit": unit, "note": note, "values": _finite(values)}
 
 
 def _finite(values: Array) -> list[list[float | None]]:
