@@ -8,11 +8,13 @@ let start = 0;
 let asked = 0;
 let matched = 0;
 let pageRollouts = 1;
+let hasEntropy = true; // of the store
 
 const links = () => [...byId("rollouts").querySelectorAll("a")];
 
 export function prepareFinder(store) {
   const form = byId("filters");
+  hasEntropy = store.has_entropy;
   for (const [reason, times] of Object.entries(store.stop_reasons)) {
     form.elements.stop_reason.append(make("option", { value: reason }, `${plain(reason)} (${number(times)})`));
   }
@@ -74,7 +76,7 @@ function told(found, open) {
 const numbers = ({ timesteps, seconds, stop_reason: reason, entropy }) => [
   count(timesteps, "step"),
   seconds === null ? null : duration(seconds),
-  plain(reason),
+  hasEntropy ? plain(reason) : null, // rollouts of codes alone end for a reason
   entropy === null ? null : `${significant(entropy)} nats`,
 ].filter(Boolean).join(" · ");
 
@@ -88,7 +90,7 @@ function entry(row) {
 // Entropies of a page come behind it, for the teacher's predictions must be read for them.
 async function fillEntropies(mine, rows) {
   const unknown = rows.filter(({ entropy }) => entropy === null);
-  if (!unknown.length || byId("filters").elements.least_entropy === undefined) return;
+  if (!unknown.length || !hasEntropy) return;
   const found = await ask("api/entropies", { rows: unknown.map(({ row }) => row).join(",") });
   if (mine !== asked) return;
   for (const row of unknown.filter(({ row: at }) => at in found)) {
