@@ -122,13 +122,13 @@ def require_candidates(
 
 
 def place_of_cell(browser: Browser, timestep: int, stream: int, timesteps: int) -> list[float]:
-    """Middle of a cell of the map, scrolled into view."""
+    """A place in a cell of the map, near its right lower corner, scrolled into view."""
     browser.run("document.querySelector('.cells').scrollIntoView({ block: 'center' })")
     left, top, width, height = browser.run(
         "(({ left, top, width, height }) => [left, top, width, height])"
         "(document.querySelector('.cells canvas').getBoundingClientRect())"
     )
-    return [left + (timestep + 0.5) / timesteps * width, top + (stream + 0.5) / 2 * height]
+    return [left + (timestep + 0.8) / timesteps * width, top + (stream + 0.8) / 2 * height]
 
 
 def test_a_click_into_the_map_shows_the_candidates_of_that_timestep_and_stream(
@@ -138,13 +138,16 @@ def test_a_click_into_the_map_shows_the_candidates_of_that_timestep_and_stream(
     require_candidates(browser, store, ("sample-5", 1, 0), 0)
     timesteps = len(store["sample-5", 1])
     assert timesteps > 3
-    browser.click(*place_of_cell(browser, 3, 1, timesteps))
-    browser.wait("document.querySelector('#at').textContent.startsWith('Timestep 3 ')")
-    require_candidates(browser, store, ("sample-5", 1, 3), 1)
-    assert "timestep=3" in browser.run("location.hash")
+    browser.click(*place_of_cell(browser, 2, 0, timesteps))
+    browser.wait("document.querySelector('#at').textContent.startsWith('Timestep 2 ')")
+    require_candidates(browser, store, ("sample-5", 1, 2), 0)
+    browser.click(*place_of_cell(browser, 1, 1, timesteps))
+    browser.wait("document.querySelector('#at').textContent.startsWith('Timestep 1 ')")
+    require_candidates(browser, store, ("sample-5", 1, 1), 1)
+    assert "timestep=1" in browser.run("location.hash")
     said = browser.run("document.querySelector('#told').innerText")
-    code = store["sample-5", 1, 3].codes[1]
-    assert said.startswith(f"Timestep 3 at 0.24 s, backbone.1: drew code {code} with ")
+    code = store["sample-5", 1, 1].codes[1]
+    assert said.startswith(f"Timestep 1 at 0.08 s, backbone.1: drew code {code} with ")
 
 
 def test_hostile_ids_are_text_and_are_reached_from_the_list_and_by_their_address(
