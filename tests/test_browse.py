@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -212,7 +211,6 @@ def test_the_command_tells_its_address_and_ends_quietly_when_interrupted(
     with subprocess.Popen(
         [*command, "--token", TOKEN, str(store.path)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
     ) as process:  # fmt: skip
         assert process.stdout is not None
         address = process.stdout.readline().strip()
@@ -224,6 +222,21 @@ def test_the_command_tells_its_address_and_ends_quietly_when_interrupted(
         rest, told = process.communicate(timeout=30)
     assert (process.returncode, rest, told) == (0, "", "")
     assert address == f"http://127.0.0.1:{page.port}/?token={TOKEN}"
+
+
+def test_torch_is_loaded_by_who_listens_alone(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", ["a"])
+    script = (
+        "import sys; from pipeline.browse.serving import browse_of;"
+        "from tests.served_pages import served\n"
+        "with served(browse_of(sys.argv[1], [], None)) as page:\n"
+        "    page.get('/api/overview'), page.get('/api/rollouts', order='most_entropy')\n"
+        "    page.get('/api/timestep', sample='a', variation=0, timestep=0)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-W", "error", "-c", script, str(store.path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_run_brings_its_store_and_a_store_its_run(tmp_path: Path) -> None:
