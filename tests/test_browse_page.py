@@ -320,8 +320,8 @@ def test_teacher_and_student_are_seen_and_heard_side_by_side(
         browser.open(page.address)
         browser.wait("document.querySelectorAll('.sight img').length === 4")
         browser.wait("[...document.images].every(i => i.complete && i.naturalHeight === 128)")
-        labels = "[...document.querySelectorAll('.clip h4')].slice(0, 2).map(h => h.innerText)"
-        assert browser.run(labels) == ["teacher, guided", "student"]
+        labels = "[...document.querySelectorAll('.clip h4')].slice(0, 2).map(h => h.textContent)"
+        assert browser.run(labels) == ["teacher, guided1.50\u00a0s", "student1.50\u00a0s"]
         heading = browser.run("document.querySelector('.card h3').textContent")
         assert heading == "\\u0001\\u001b[31m" + HOSTILE[0]
         browser.run("document.querySelector('.sight').scrollIntoView({ block: 'center' })")
@@ -352,7 +352,7 @@ def test_a_rollout_of_a_run_is_decoded_and_heard(browser: Browser, tiny_run: Run
     with served(browse) as page:
         browser.open(f"{page.address}#{urlencode({'sample': sample_id, 'variation': variation})}")
         browser.wait("document.querySelectorAll('.sight img').length === 2")
-        titles = "[...document.querySelectorAll('.clip h4')].map(h => h.innerText)"
+        titles = "[...document.querySelectorAll('.clip h4')].map(h => h.childNodes[1].textContent)"
         assert browser.run(titles) == [
             "Rollout of the teacher", "The recording, through the audio codec"
         ]  # fmt: skip

@@ -1,6 +1,6 @@
 // A clip to hear and to see: waveform, spectrogram, and where in them it plays.
 
-import { address, ask, make, makeSvg } from "./dom.js";
+import { address, ask, duration, make, makeSvg } from "./dom.js";
 
 const players = new Set();
 
@@ -14,8 +14,9 @@ export function player(title, where, { colour = 1, details = null, hear = null }
   });
   const mark = make("span", { class: "mark", hidden: true });
   const sight = make("div", { class: "sight" });
+  const length = make("span", { class: "length" });
   const box = make("div", { class: `clip c${colour}` },
-    make("h4", {}, make("span", { class: "dot" }), title), sight, audio, details);
+    make("h4", {}, make("span", { class: "dot" }), title, length), sight, audio, details);
   let seconds = 0;
 
   function follow() {
@@ -54,6 +55,7 @@ export function player(title, where, { colour = 1, details = null, hear = null }
   async function drawSight() {
     const facts = await ask("api/outline", where);
     seconds = facts.seconds;
+    length.textContent = duration(seconds);
     sight.append(
       outline(facts.outline),
       make("img", {
