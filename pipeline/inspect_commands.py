@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial, reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +14,30 @@ from tqdm import tqdm
 from typer.core import TyperGroup
 
 from pipeline.audio_export import clip_text, export_clip
-from pipeline.inspection import describe_key, describe_model, describe_store, is_model
+from pipeline.comparison import describe_difference
+from pipeline.comparison_text import difference_text
+from pipeline.config import load_config
+from pipeline.inspection import (
+    Document,
+    describe_key,
+    describe_model,
+    describe_shard,
+    is_model,
+    store_parts,
+)
+from pipeline.inspection_csv import csv_text
 from pipeline.inspection_text import store_text
+from pipeline.launch import FAILED, FINISHED, MORE_TO_DO
 from pipeline.printing import Json, print_document
 from stages.errors import UserError
+from stages.interruption import stop_request
+from store import PredictionStore
 from store.object_url import place_of
 
 DEFAULT = "show"
 """The command that `foretell inspect STORE` stands for."""
+BAR = partial(tqdm, unit="shard", leave=False, disable=None)
+"""Shows progress on a terminal."""
 
 
 class DefaultGroup(TyperGroup):
@@ -43,6 +62,9 @@ inspect_app = typer.Typer(
 )
 
 
+Csv = Annotated[bool, typer.Option("--csv", help="Print one table of comma-separated values.")]
+
+
 @inspect_app.command(DEFAULT)
 def show(
     store: Annotated[
@@ -54,45 +76,53 @@ def show(
     key: Annotated[
         str | None, typer.Option(help="SAMPLE/VARIATION or SAMPLE/VARIATION/TIMESTEP.")
     ] = None,
+    shard: Annotated[int | None, typer.Option(help="Number of a shard.", min=0)] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Read the arrays of every shard, not of a few.")
+    ] = False,
     as_json: Json = False,
+    as_csv: Csv = False,
 ) -> None:
     """Show what is in a store, down to one timestep, or how large a model is."""
+    asked = {"--key": key is not None, "--shard": shard is not None, "--all": everything}
+    refuse_together({"--json": as_json, "--csv": as_csv})
+    refuse_together(asked)
     path = place_of(store)
     if is_model(path):
-        if key is not None:
-            raise UserError(f"--key {key} is for a store, but {path} is the folder of a model")
-        document = describe_model(path)
-    elif key is None:
-        document = describe_store(path, partial(tqdm, unit="shard", disable=None))
+        for option in (name for name, given in asked.items() if given):
+            raise UserError(f"{option} is for a store, but {path} is the folder of a model")
+        parts = iter([describe_model(path)])
+    elif key is not None:
+        parts = iter([describe_key(path, key)])
+    elif shard is not None:
+        parts = iter([describe_shard(path, shard)])
     else:
-        document = describe_key(path, key)
-    print_document(document, as_json, lambda: store_text(document))
+        parts = store_parts(PredictionStore.open(path), everything, BAR)
+    print_parts(parts, as_json, as_csv)
 
 
 @inspect_app.command()
-def audio(
-    store: Annotated[
-        str, typer.Argument(help="Folder of a store, or s3://BUCKET/PREFIX.", show_default=False)
+def diff(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="Store (folder or s3://…), run folder, model folder, or configuration.",
+            show_default=False,
+        ),
     ],
-    key: Annotated[str, typer.Argument(help="SAMPLE/VARIATION.", show_default=False)],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="WAV file to write.", show_default=False)
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="Another one of its kind.", show_default=False)
     ],
-    dataset: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the dataset, whose audio codec decodes; the run's own."),
-    ] = None,
-    recording: Annotated[
-        bool, typer.Option("--recording", help="The recording behind the rollout instead.")
+    everything: Annotated[
+        bool, typer.Option("--all", help="Compare every common rollout, not 256 of them.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write what the stored codes of a rollout sound like; needs the audio codec."""
-    clip = export_clip(
-        place_of(store), key, output, dataset=dataset, recording=recording, overwrite=force
-    )
-    print_document(clip.model_dump() | {"audio_s": clip.audio_s}, as_json, lambda: clip_text(clip))
+    """Show what differs between two stores or two runs: settings, codes, and KL of the targets."""
+    bar = partial(tqdm, unit="rollout", leave=False, disable=None)
+    found = describe_difference(place_of(a), place_of(b), everything, bar)
+    print_document(found, as_json, lambda: difference_text(found))
 
 
 @inspect_app.command()
@@ -128,3 +158,93 @@ def serve(
 
     browse, listening = browse_of(place, run or [], dataset), Listening(host, port, token)
     serve_page(browse, listening, typer.echo, open_browser=open_)
+
+
+def refuse_together(options: dict[str, bool]) -> None:
+    """Refuse options of which one alone can be given; raises UserError."""
+    given = [name for name, is_given in options.items() if is_given]
+    if len(given) > 1:
+        raise UserError(f"{given[0]} and {given[1]} exclude each other: give one of them")
+
+
+def print_parts(parts: Iterator[Document], as_json: bool, as_csv: bool) -> None:
+    """Print every part as soon as it is known; as JSON or CSV all of them together."""
+    if as_json or as_csv:
+        whole = reduce(dict.__or__, parts)
+        typer.echo(csv_text(whole) if as_csv else json.dumps(whole, ensure_ascii=False))
+        return
+    for part in parts:
+        typer.echo(store_text(part))
+        sys.stdout.flush()
+
+
+@inspect_app.command()
+def audio(
+    store: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE", help="Folder of a store, or s3://BUCKET/PREFIX.", show_default=False
+        ),
+    ],
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="SAMPLE/VARIATION.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="WAV file to write.", show_default=False)
+    ],
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the dataset, whose audio codec decodes; the run's own."),
+    ] = None,
+    recording: Annotated[
+        bool, typer.Option("--recording", help="The recording behind the rollout instead.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write what the stored codes of a rollout sound like; needs the audio codec."""
+    clip = export_clip(
+        place_of(store), key, output, dataset=dataset, recording=recording, overwrite=force
+    )
+    print_document(clip.model_dump() | {"audio_s": clip.audio_s}, as_json, lambda: clip_text(clip))
+
+
+@inspect_app.command()
+def audit(
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG", help="YAML configuration of a run.", show_default=False),
+    ],
+    fraction: Annotated[
+        float, typer.Option(help="Share of the rollouts that is asked for again; one at least.")
+    ] = 0.001,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest mean drift of a stream or rollout, in nats (a share, for draws and "
+            "images); what arithmetic and storage explain."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the rollouts.", min=0)] = 0,
+    round_: Annotated[
+        str | None, typer.Option("--round", help="Audit the store of this round.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the teacher again for some rollouts; exit code 1 where the store holds something else."""
+    from pipeline.drift_audit import audit_document, audit_of, audit_text  # noqa: PLC0415, torch
+    from stages.drift import AuditChoice  # noqa: PLC0415, likewise
+
+    try:
+        with stop_request(at_once=True):  # nothing is written that could be left half done
+            found = audit_of(
+                load_config(config, set_ or []), round_, AuditChoice(fraction, seed, limit)
+            )
+    except KeyboardInterrupt:
+        raise typer.Exit(MORE_TO_DO) from None
+    print_document(audit_document(found), as_json, lambda: audit_text(found))
+    raise typer.Exit(FINISHED if found.ok else FAILED)
