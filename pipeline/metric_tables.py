@@ -84,6 +84,9 @@ MAIN_METRICS = {
     "accuracy": Shown("Accuracy", "share the judge recognises; higher", decimals(3)),
     "log_probability": Shown("Log-probability", "of the condition, nats; higher", decimals(3)),
     "class_spread": Shown("Class spread", "within a class; near the reference's", decimals(3)),
+    "calibration_error": Shown(
+        "Calibration error", "expected, to the guided teacher; lower", decimals(3)
+    ),
     "agreement": Shown("Agreement", "same most probable code; higher", decimals(3)),
     "mos": Shown("MOS, predicted", "1 to 5; higher is better", decimals(2)),
     "speaker_similarity": Shown("Speaker similarity", "to the recording; higher", decimals(3)),

@@ -43,6 +43,8 @@ def write_report(
         **found.systems,
         comparisons=found.comparisons,
         judges=found.judges,
+        divergences=found.divergences,
+        calibration=found.calibration,
         audio=found.audio,
         fingerprints=reference.manifest.fingerprints.model_dump(),
         warnings=tuple(_warnings(config, reference, found)),

@@ -117,6 +117,9 @@ class System(Record):
     seconds_per_image: Metric | None = None
     """Seconds of all solver steps per image, decoder left out, in batches of
     `evaluate.batch_size`."""
+    calibration_error: Metric | None = None
+    """Expected calibration error: mean distance, over bins of the probability that the system gives
+    to its most probable id, to the probability that the guided teacher gives to the same id."""
     agreement: Metric | None = None
     """Share of predictions whose most probable id is that of the guided teacher."""
     rtf: Metric | None = None
@@ -245,6 +248,68 @@ class Images(Record):
     """A few conditions to look at."""
 
 
+Axis = Literal["timestep", "share", "codebook"]
+"""Along what a divergence is taken apart: timesteps from the start, shares of the length of every
+rollout, or streams."""
+
+
+class Bins(Record):
+    """Means of one system, bin by bin."""
+
+    values: tuple[Metric | None, ...]
+    """Mean in each bin, with its interval over sentences; null where there is nothing."""
+    predictions: tuple[int, ...]
+    """Predictions in each bin; weighted by them, the means have the mean over all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.values) != len(self.predictions):
+            raise ValueError(
+                f"{len(self.values)} values with {len(self.predictions)} counts of predictions"
+            )
+        return self
+
+
+class Divergence(Record):
+    """`paired_kl` taken apart along one axis: every prediction lies in one bin."""
+
+    axis: Axis
+    """Along what."""
+    bins: tuple[str, ...]
+    """Names of the bins: `0–4` for timesteps, `0–10 %` for shares, names of streams."""
+    systems: dict[str, Bins]
+    """System → mean KL(guided teacher ‖ system) in nats, bin by bin."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, found in self.systems.items():
+            if len(found.values) != len(self.bins):
+                raise ValueError(f"{name}: {len(found.values)} values in {len(self.bins)} bins")
+        return self
+
+
+class Calibration(Record):
+    """What a system's confidence is worth, bin by bin of its confidence.
+
+    The reference is the probability that the guided teacher gives to the system's most probable id,
+    before temperature and filters of the sampler: what the students learn. A system that holds the
+    same distributions has confidence and reference equal in every bin.
+    """
+
+    confidence: tuple[float | None, ...]
+    """Mean probability of the most probable id in each of equally wide bins from 0 to 1."""
+    reference: Bins
+    """Mean probability that the guided teacher gives to the same ids."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.confidence) != len(self.reference.values):
+            raise ValueError(
+                f"{len(self.confidence)} confidences with {len(self.reference.values)} references"
+            )
+        return self
+
+
 class Points(Record):
     """A curve."""
 
@@ -289,6 +354,11 @@ class Report(Record):
     """Paired differences."""
     judges: tuple[JudgeUse, ...] = ()
     """Judges that were asked for, first recogniser first."""
+    divergences: tuple[Divergence, ...] = ()
+    """`paired_kl` by timestep, by share of the rollout and by codebook; empty of images."""
+    calibration: dict[str, Calibration] = Field(default_factory=dict)
+    """System → what its confidence is worth; empty where the reference store does not hold the
+    probabilities of all ids."""
     audio: tuple[AudioSample, ...] = ()
     """A few samples to listen to."""
     images: Images | None = None
