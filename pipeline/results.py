@@ -12,6 +12,7 @@ import torch
 from pipeline import report as page
 from pipeline.config import Run
 from pipeline.folders import RunFolders, system_name
+from pipeline.made import Made, made
 from pipeline.progress import stages_of
 from pipeline.record import StageRecord, Usage, read_records
 from stages.diffusion.evaluate import ImageEvaluation
@@ -97,12 +98,13 @@ def stage_costs(config: Run, wall_s: float, usage: Usage) -> dict[str, StageCost
     records = {s: read_records(RunFolders(config).stages, s) for s in stages_of(config)}
     this = StageRecord(stage="evaluate", identity="").after(wall_s, [usage], finished=True)
     records["evaluate"].append(this)
-    return {stage: _cost(attempts) for stage, attempts in records.items() if attempts}
+    return {s: _cost(attempts, made(config, s)) for s, attempts in records.items() if attempts}
 
 
-def _cost(records: Sequence[StageRecord]) -> StageCost:
+def _cost(records: Sequence[StageRecord], found: Made) -> StageCost:
     """Return what a stage took: time over all its tasks, memory of the one that needed most."""
     return StageCost(
+        **found._asdict(),
         wall_s=sum(record.wall_s for record in records),
         peak_rss_bytes=max(record.peak_rss_bytes for record in records),
         peak_device_bytes=max(record.peak_device_bytes for record in records),

@@ -135,6 +135,8 @@ class System(Record):
     """FLOPs of one forward pass of one decoding step, as `Architecture` counts them."""
     dense_flops_per_timestep: Metric | None = None
     """The same with one dense feed-forward as wide as all experts of a layer together."""
+    total_flops_per_timestep: Metric | None = None
+    """FLOPs of all passes of one decoding or solver step: `flops_per_timestep` times `passes`."""
     passes: Metric | None = None
     """Forward passes per timestep, or per solver step."""
 
@@ -148,6 +150,12 @@ class StageCost(Record):
     """Most resident memory, in bytes, summed over processes that ran together."""
     peak_device_bytes: int = Field(0, ge=0)
     """Most accelerator memory, in bytes, summed likewise; 0 without an accelerator."""
+    written_bytes: int | None = Field(None, ge=0)
+    """Bytes that it left on disk; null where nothing is known of them."""
+    made: int | None = Field(None, ge=0)
+    """Units of work that it did; null where it has no unit."""
+    unit: str | None = None
+    """What these units are, such as `timesteps`; divided by `wall_s` they are its rate."""
 
 
 class Comparison(Record):

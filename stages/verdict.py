@@ -200,6 +200,8 @@ def system_numbers(
             values["rtf"] = Metric(value=measure.decode_s / sum(measure.audio_s))
     if measure.architecture is not None:
         values |= {name: Metric(value=getattr(measure.architecture, name)) for name in COSTS}
+        flops = measure.architecture.flops_per_timestep * measure.passes
+        values["total_flops_per_timestep"] = Metric(value=flops)
     return System(**values)
 
 

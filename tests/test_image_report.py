@@ -141,8 +141,9 @@ def test_the_page_is_well_formed_escapes_every_text_and_loads_nothing(tmp_path):
     outline.require_inert("data:image/png;", absent={"audio"})
     policy = [a.get("content", "") for t, a in outline.elements if t == "meta"]
     assert any("img-src data:" in content for content in policy)
-    # Title, heading, caption, two names of a curve, a warning, a reason, and a setting twice.
-    assert "".join(outline.text).count(HOSTILE) == 9
+    # Title, heading, caption, a warning, a reason, a setting twice; of the loss curves title,
+    # legend, row and twice the caption.
+    assert "".join(outline.text).count(HOSTILE) == 12
     pictures = [attributes for tag, attributes in outline.elements if tag == "img"]
     assert [p["alt"].endswith(f": {HOSTILE}") for p in pictures] == [True] * 5
     assert [a["title"] for _, a in outline.elements if "title" in a] == [HOSTILE]
@@ -189,7 +190,7 @@ def test_the_page_states_what_the_numbers_say(tmp_path):
     assert re.search(r"Fréchet distanceto the reference images; lower0\.290\.80\.211\.5", page)
     assert re.search(r"−0\.04−0\.05 … −0\.03yes", page)
     # The table of four steps has what depends on them alone.
-    further = page.partition("Other numbers of solver steps")[2].partition("Cost of")[0]
+    further = page.split("Other numbers of solver steps")[-1].partition("Cost of")[0]
     assert "0.123" in further
     assert "Parameters" not in further
     assert "Parameters" in page
@@ -263,7 +264,9 @@ def test_the_report_of_a_run_has_its_costs_settings_and_warnings(tmp_path):
     assert report.systems == made.systems
     assert report.images == made.images
     assert (report.samples, report.sentences) == (150, 10)
-    assert report.stages["evaluate"] == StageCost(wall_s=12.5, peak_rss_bytes=7)
+    cost = report.stages["evaluate"]
+    assert (cost.wall_s, cost.peak_rss_bytes, cost.made) == (12.5, 7, None)
+    assert cost.written_bytes == sum(p.stat().st_size for p in folder.rglob("*.png"))
     assert report.fingerprints == manifest.fingerprints.model_dump()
     assert report.settings["name"] == "tried"
     assert "1 of its linear layers hold their weights in int8" in report.warnings[0]

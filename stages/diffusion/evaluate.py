@@ -305,6 +305,8 @@ def _system(
         plain["frechet_to_guided"] = _frechet(features, album.features(GUIDED, steps))
     if facts.architecture is not None:
         plain |= {cost: getattr(facts.architecture, cost) for cost in COSTS}
+        flops = facts.architecture.flops_per_timestep * facts.passes
+        plain["total_flops_per_timestep"] = flops
     values |= {metric: Metric(value=value) for metric, value in plain.items() if value is not None}
     return System(**values)
 
