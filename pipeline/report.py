@@ -39,6 +39,8 @@ from pipeline.report_charts import (
     calibration_chart,
     divergence_charts,
     loss_charts,
+    path_chart,
+    path_hint,
 )
 from pipeline.stage_costs import STAGES_HINT, stage_costs
 from stages.errors import UserError
@@ -116,6 +118,9 @@ def _of_images(report: Report, images: Images, folder: Path) -> Iterator[str]:
     grid = image_report.image_grid(report, images, folder)
     yield _section("Images", image_report.grid_hint(report), grid)
     yield _section("Paired differences", COMPARISONS_HINT, comparison_table(report))
+    if images.path is not None:
+        chart = path_chart(report, images.path)
+        yield _section("Where systems differ", path_hint(images.path), chart)
     others = image_report.other_steps(report, images)
     yield _section("Other numbers of solver steps", image_report.STEPS_HINT, others)
 

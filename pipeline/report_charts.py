@@ -17,7 +17,16 @@ from pipeline.metric_tables import (
     system_label,
     system_name,
 )
-from stages.report_schema import Axis, Bins, Calibration, Divergence, Metric, Points, Report
+from stages.report_schema import (
+    Axis,
+    Bins,
+    Calibration,
+    Divergence,
+    Metric,
+    Points,
+    Report,
+    SolverPath,
+)
 
 AXES: dict[Axis, tuple[str, str]] = {
     "timestep": ("By timestep", "timestep from the start"),
@@ -42,10 +51,6 @@ CALIBRATION_HINT = (
 )
 LOSSES_HINT = (
     "Means over the steps between two lines of the training log; the legend shows the last value."
-)
-PATH_HINT = (
-    "Mean squared error to the guided teacher's latents after the same number of solver steps, "
-    "from the same noise; the last value is the error of the images."
 )
 
 
@@ -147,6 +152,33 @@ def _calibration_rows(label: str, found: Calibration) -> Iterable[str]:
                 f"{metric_cell(found.reference.values[place], decimals(3))}"
                 f"<td>{found.reference.predictions[place]:,}</td>"
             )
+
+
+def path_hint(path: SolverPath) -> str:
+    """Say what is compared on the way from noise to image."""
+    return (
+        f"Mean squared error to the guided teacher's latents after the same solver steps, from the "
+        f"same noise, over the first {path.images} images; after the last step it is that of the "
+        "images themselves. Bands are 95\N{NO-BREAK SPACE}% intervals over images."
+    )
+
+
+def path_chart(report: Report, path: SolverPath) -> str:
+    """Return the chart of the error by solver step with the table of its numbers."""
+    shown = {n: v for n, v in path.systems.items() if any(m.value > ROUNDING for m in v)}
+    if not shown:
+        return ""
+    places = list(range(len(path.steps)))
+    series = [_interval_series(name, report, places, v) for name, v in shown.items()]
+    described = f"Error to the guided teacher by solver step, of {_listed(shown)}"
+    names = [str(step) for step in path.steps]
+    chart = line_chart(series, described, x_label="solver step", y_label="MSE", names=names)
+    columns = ["solver step", *(system_name(name, report) for name in shown)]
+    rows = (
+        row_head(name) + "".join(metric_cell(v[place], significant) for v in shown.values())
+        for place, name in enumerate(names)
+    )
+    return _grid([_card("By solver step", chart, html_table(described, columns, rows))])
 
 
 def loss_charts(report: Report) -> str:

@@ -239,6 +239,25 @@ class ImageSample(Record):
     """System name → PNG of what it drew."""
 
 
+class SolverPath(Record):
+    """How far systems are from the guided teacher on the way from noise to image."""
+
+    steps: tuple[int, ...]
+    """Solver steps after which the latents are compared, rising; the last is the image."""
+    images: int = Field(ge=1)
+    """Images of which the way is kept, the first of the evaluation."""
+    systems: dict[str, tuple[Metric, ...]]
+    """System → mean squared error of its latents to the guided teacher's after the same steps from
+    the same noise, with its interval over images."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, values in self.systems.items():
+            if len(values) != len(self.steps):
+                raise ValueError(f"{name}: {len(values)} values after {len(self.steps)} steps")
+        return self
+
+
 class Images(Record):
     """What a report of images has beside its systems."""
 
@@ -252,6 +271,8 @@ class Images(Record):
     """Reference images that the Fréchet distance is to."""
     reference: System | None = None
     """What the reference images are like; their Fréchet distance is that between two halves."""
+    path: SolverPath | None = None
+    """The error to the guided teacher by solver step; null without that teacher."""
     samples: tuple[ImageSample, ...] = ()
     """A few conditions to look at."""
 

@@ -29,6 +29,7 @@ from stages.report_schema import (
     Metric,
     Points,
     Report,
+    SolverPath,
     StageCost,
     System,
 )
@@ -50,6 +51,10 @@ def system(mse, frechet, seconds, passes):
         passes=Metric(value=passes),
         parameters=Metric(value=164_689),
     )
+
+
+def difference_of(value):
+    return Metric(value=value, low=value / 2, high=2 * value)
 
 
 def grey(side, seed=0):
@@ -95,6 +100,14 @@ def example(folder, side=8, columns=1, **changes):
             features="pixels",
             references=540,
             reference=System(frechet=Metric(value=0.29)),
+            path=SolverPath(
+                steps=(1, 25),
+                images=64,
+                systems={
+                    "teacher_guided": (Metric(value=0), Metric(value=0)),
+                    "student": (difference_of(0.0004), difference_of(0.0123)),
+                },
+            ),
             samples=(sample,) * columns,
         ),
         "losses": {HOSTILE: {HOSTILE: Points(steps=(1, 2, 3), values=(3.0, 1.0, 0.1))}},
@@ -194,6 +207,15 @@ def test_the_page_states_what_the_numbers_say(tmp_path):
     assert "0.123" in further
     assert "Parameters" not in further
     assert "Parameters" in page
+
+
+def test_the_error_by_solver_step_is_drawn_and_written_without_the_guided_teacher(tmp_path):
+    page = render(example(tmp_path), tmp_path)
+    part = page.partition('<section id="where-systems-differ"')[2].partition("</section>")[0]
+    assert "over the first 64 images" in part
+    assert re.search(r"<text[^>]*>solver step</text>", part)
+    assert "0.0123" in part
+    assert "teacher, guided" not in part
 
 
 def test_what_was_not_evaluated_is_left_out(tmp_path):
