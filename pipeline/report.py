@@ -68,7 +68,12 @@ def read_report(folder: Path) -> Report:
     except FileNotFoundError:
         raise UserError(f"{source} does not exist: run `foretell evaluate` first") from None
     except ValidationError as error:
-        raise UserError(f"{source} is not a report of this version: {error}") from None
+        first = error.errors()[0]
+        raise UserError(
+            f"{source} is not a report of this version "
+            f"({'.'.join(map(str, first['loc']))}: {first['msg']}): evaluate again, or read it "
+            "with the release that wrote it"
+        ) from None
 
 
 def render(report: Report, folder: Path, heard: Tally | None = None) -> str:

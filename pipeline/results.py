@@ -18,6 +18,7 @@ from pipeline.record import StageRecord, Usage, read_records
 from stages.diffusion.evaluate import ImageEvaluation
 from stages.evaluate import Evaluation
 from stages.report_schema import Report, StageCost, read_losses
+from stages.saved_model import weights_fingerprint
 from store import PredictionStore
 from store.schema import Manifest, Quantization
 
@@ -47,7 +48,7 @@ def write_report(
         divergences=found.divergences,
         calibration=found.calibration,
         audio=found.audio,
-        fingerprints=reference.manifest.fingerprints.model_dump(),
+        fingerprints=_fingerprints(config, reference.manifest),
         warnings=tuple(_warnings(config, reference, found)),
     )
     _publish(config, report)
@@ -70,7 +71,7 @@ def write_image_report(
         comparisons=found.comparisons,
         judges=found.judges,
         images=found.images,
-        fingerprints={} if manifest is None else manifest.fingerprints.model_dump(),
+        fingerprints=_fingerprints(config, manifest),
         warnings=tuple(_image_warnings(found, quantization)),
     )
     _publish(config, report)
@@ -85,6 +86,16 @@ def _of_run(config: Run, wall_s: float, usage: Usage) -> dict[str, Any]:
         "settings": config.model_dump(mode="json"),
         "environment": environment(),
     }
+
+
+def _fingerprints(config: Run, manifest: Manifest | None) -> dict[str, str]:
+    """Return the hashes of the store's parts and of the students' weights."""
+    stored = {} if manifest is None else manifest.fingerprints.model_dump()
+    students = {
+        system_name(name): weights_fingerprint(RunFolders(config).student(name))
+        for name in config.students
+    }
+    return stored | {name: found for name, found in students.items() if found is not None}
 
 
 def _publish(config: Run, report: Report) -> None:

@@ -365,3 +365,37 @@ def test_markdown_rows_have_as_many_cells_as_the_head(tmp_path):
     lines = markdown_table(example(tmp_path)).splitlines()
     assert len(lines) == 7
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+def test_a_report_of_before_divergences_were_taken_apart_still_makes_a_page(tmp_path):
+    example(tmp_path).write(tmp_path / "report.json")
+    old = json.loads((tmp_path / "report.json").read_text())
+    for name in ("divergences", "calibration"):
+        del old[name]
+    for cost in old["stages"].values():
+        for name in ("written_bytes", "made", "unit"):
+            del cost[name]
+    for name in ("teacher_guided", "student"):
+        del old[name]["calibration_error"], old[name]["total_flops_per_timestep"]
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    page = write_report(tmp_path).read_text()
+    assert "Loss curves" in page
+    assert "Calibration" not in page
+    assert "Where systems differ" not in page
+
+
+def test_a_report_of_a_later_version_is_refused(tmp_path):
+    (tmp_path / "report.json").write_text('{"format_version": 2}')
+    with pytest.raises(UserError, match=r"not a report of this version.*format_version"):
+        write_report(tmp_path)
+
+
+def test_bins_without_predictions_are_left_out_of_charts_and_are_a_dash_in_tables(tmp_path):
+    page = render(example(tmp_path), tmp_path)
+    part = page.partition('<section id="where-systems-differ"')[2].partition("</section>")[0]
+    assert "By timestep" in part
+    assert "By share of the rollout" in part
+    assert "By codebook" in part
+    assert part.count('<td class="absent">–</td>') == 6, "two systems in three tables"
+    assert "teacher, guided" not in part, "it differs from itself by rounding alone"
+    assert "0.0123" in part
