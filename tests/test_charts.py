@@ -45,7 +45,9 @@ def drawings():
             [banded((0.3, 0.2, 0.4)), plain((0.1, 0.1, 0.2))], "KL by codebook",
             x_label="codebook", y_label="KL, nats", names=names,
         ),
-        "reliability": reliability_chart([points], [(0.5, 0.25, 0.25)], "reliability"),
+        "reliability": reliability_chart(
+            [points], [(0.5, 0.25, 0.25)], (0, 0.2, 0.5, 1), "reliability"
+        ),
     }  # fmt: skip
 
 
