@@ -131,6 +131,9 @@ function show(found, stream) {
     (at) => {
       map.place(found.timestep, at);
       show(found, at);
-      byId("streams").querySelectorAll("button")[at].focus();
+      byId("streams").querySelectorAll("button")[at].focus({ preventScroll: true });
     }));
+  const row = document.querySelector("#streams tr.chosen");
+  const box = row?.closest(".tall");
+  if (box) box.scrollTop = row.offsetTop - (box.clientHeight - row.offsetHeight) / 2;
 }
