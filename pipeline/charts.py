@@ -231,17 +231,17 @@ def _scale(axes: Axes, series: Sequence[Series]) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     elif min(ends) >= 0:
         axes.set_ylim(bottom=0)
-    _write_numbers(axes.xaxis, MOST_TICKS)
+    _write_numbers(axes.xaxis, MOST_TICKS, integer=True)
     _write_numbers(axes.yaxis, MOST_TICKS)
 
 
-def _write_numbers(axis: Axis, most: int) -> None:
+def _write_numbers(axis: Axis, most: int, *, integer: bool = False) -> None:
     """Write at most `most` ticks as plain numbers: a formula is no text to who has it read out."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "−")))
     if axis.get_scale() == "linear":
-        axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
+        axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], integer=integer))
 
 
 def _name_places(axes: Axes, names: Sequence[str]) -> None:

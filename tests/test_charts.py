@@ -189,4 +189,8 @@ def test_the_page_of_speech_fits_a_phone_and_a_desk_light_and_dark(tmp_path):
         targets = "[...document.querySelectorAll('nav a')].every(a => document.querySelector("
         assert browser.run(targets + "'[id=\"' + a.getAttribute('href').slice(1) + '\"]'))")
         assert browser.complaints == []
+        dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+        browser._ask("Emulation.setEmulatedMedia", media="print", features=dark)
+        paper = browser.run("getComputedStyle(document.body).backgroundColor")
+        assert paper == "rgb(247, 247, 245)", "paper is light, whatever the screen is"
     assert len(lines) == 2, "one drawing has the colours of both themes"
