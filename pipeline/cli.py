@@ -16,7 +16,7 @@ from pipeline.completion import configurations, rounds, stores, students, system
 from pipeline.config import Run, load_config, speech_run
 from pipeline.conversion import ProfileName, conversion_text, profile_of
 from pipeline.copying import copy_text
-from pipeline.first_commands import doctor
+from pipeline.first_commands import doctor, init
 from pipeline.garbage import deletion_text, garbage_text
 from pipeline.grouped_help import (
     CLUSTER,
@@ -179,6 +179,13 @@ def _code_of(
     return code
 
 
+command(
+    START,
+    "foretell init my.yaml                   # asks five questions",
+    "foretell init my.yaml --family codec_lm --data demo --machine cpu",
+    "foretell init sdxl.yaml --family diffusion --data data/images \\",
+    "  --teacher models/sdxl --guidance 7 --machine gpu",
+)(init)
 command(
     START,
     "foretell doctor",

@@ -21,8 +21,9 @@ TITLES = {
 def diagnosis_text(found: Diagnosis) -> str:
     """Return all that was found, what is wrong with its reason, and what to type."""
     lines = ["Machine", *_machine(found)]
+    of_config = any(ability.key for ability in found.abilities)
     for extra, packages in found.packages.items():
-        lines += _packages(extra, packages)
+        lines += [] if of_config and extra else _packages(extra, packages)
     kinds = dict.fromkeys(ability.name.split(" ")[0] for ability in found.abilities)
     for kind in kinds:
         of_kind = [a for a in found.abilities if a.name.split(" ")[0] == kind]

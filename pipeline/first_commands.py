@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,49 @@ from pipeline.completion import configurations
 from pipeline.config import load_config
 from pipeline.doctor import diagnose
 from pipeline.doctor_text import diagnosis_text
+from pipeline.first_config import FirstFamily, Machine
 from pipeline.launch import FAILED, FINISHED
 from pipeline.printing import Json, print_document
+from pipeline.questions import asked, refuse_to_overwrite, write_first_config
+
+
+def init(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="File to write; the run is named after it.")
+    ] = Path("my.yaml"),
+    family: Annotated[
+        FirstFamily | None, typer.Option(help="Kind of model.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Recordings or images, or the word demo."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Trained teacher, or the word fit to train one."),
+    ] = None,
+    guidance: Annotated[
+        str | None, typer.Option(metavar="SCALE", help="Guidance scale that the student learns.")
+    ] = None,
+    machine: Annotated[Machine | None, typer.Option(help="Where it is to run.")] = None,
+    audio_codec: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Audio codec of magpie or orpheus; never asked for."),
+    ] = None,
+) -> None:
+    """Write a commented configuration of a run, from five answers.
+
+    What no option answers is asked for; without a terminal, --family is needed and the others have
+    defaults. A file that exists is never overwritten.
+    """
+    refuse_to_overwrite(path)
+    given = {"family": family, "data": data, "teacher": teacher, "guidance": guidance}
+    try:
+        answers = asked(given | {"machine": machine}, audio_codec, sys.stdin.isatty())
+    except typer.Abort:
+        sys.stderr.write("\nforetell: no more answers, so nothing was written\n")
+        raise typer.Exit(FAILED) from None
+    typer.echo(write_first_config(path, answers))
 
 
 def doctor(

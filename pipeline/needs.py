@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from stages.diffusion.image_config import DigitsConfig, PipelineEncoderConfig
 from stages.diffusion.model_config import DenoiserConfig
 from stages.diffusion.record_config import RecordConfig
 from stages.diffusion.train_config import ImageEvaluateConfig
+from stages.errors import UserError
 from stages.prepare_config import (
     LoadAudioCodecConfig,
     NemoAudioCodecConfig,
     SnacAudioCodecConfig,
     VoiceConfig,
 )
+from stages.saved_model import saved_model
 from store.object_url import ObjectUrl
 from store.schema import Record
 
@@ -84,14 +87,12 @@ def _device(record: Record, otherwise: str) -> str:
 
 def _of_kind(record: Record, key: str, device: str) -> Iterator[Need]:
     """Yield what the kind of a record needs, beside what stands within it."""
-    if device != "auto" and getattr(record, "device", None) == device:
-        yield Need(f"device {device}", f"{key}.device")
-    family = getattr(record, "family", None)
-    if family is not None:
-        yield Need(f"family {family}", f"{key}.family".lstrip("."))
-    method = _quantization(record)
-    if method is not None:
-        yield Need(f"quantization {method} on {device}", f"{key}.quantization")
+    asked = {
+        "device": None if device == "auto" else getattr(record, "device", None),
+        "family": getattr(record, "family", None),
+        "quantization": _quantization(record) and f"{_quantization(record)} on {device}",
+    }
+    yield from (Need(f"{kind} {name}", f"{key}.{kind}") for kind, name in asked.items() if name)
     match record:
         case NemoAudioCodecConfig() | SnacAudioCodecConfig():
             yield Need(f"audio-codec {record.kind}", f"{key}.kind")
@@ -139,9 +140,8 @@ def _of_folders(config: Run) -> Iterator[Need]:
     """Yield what models and datasets need that the configuration names by their folders alone."""
     checkpoint = config.teacher.checkpoint if config.teacher else None
     if checkpoint is not None:
-        family = _header(checkpoint / "config.json").get("family")
-        if family is not None:
-            yield Need(f"family {family}", "teacher.checkpoint")
+        with suppress(UserError):  # of a folder that holds none, its absence is told
+            yield Need(f"family {saved_model(checkpoint).config.family}", "teacher.checkpoint")
     if config.dataset is not None:
         yield from _of_codec_folder(config.dataset / "audio_codec", "dataset")
 
