@@ -150,6 +150,27 @@ def require_parsed(arguments: list[str], *, whole: bool = True) -> None:
                 raise
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "foretell dance configs/mini.yaml",
+        "foretell rollout configs/mini.yaml --nothing",
+        "foretell rollout configs/mini.yaml --task many --tasks 2",
+        "foretell convert runs/mini/store",
+        "foretell run configs/nothing.yaml",
+        "make nothing",
+        "pip install 'foretell[nothing]'",
+        "python benchmarks/nothing.py",
+        "python benchmarks/read_rate.py --nothing 3",
+        "python -m stages.nothing",
+        "nothing configs/mini.yaml",
+    ],
+)
+def test_what_nobody_could_type_is_found(command):
+    with pytest.raises(Exception, match=r"nothing|dance|integer|destination|profile"):
+        require_typed(command)
+
+
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "yaml"], ids=str)
 def test_settings_are_valid_where_they_belong(block, tmp_path):
     path = tmp_path / "settings.yaml"
@@ -327,6 +348,18 @@ def configurations(corpus: Path) -> dict[str, dict[str, Any]]:
         "mini.yaml": speech | {"name": "mini"},
         "images.yaml": images,
     }
+
+
+def test_tiny_runs_stand_in_for_configurations_that_are_shipped():
+    for name in configurations(Path("corpus")):
+        if name.startswith("configs/"):
+            load_config(ROOT / name)
+
+
+def test_output_of_a_console_is_compared_but_for_its_numbers():
+    require_shown(["fit  60 of 60   done", "..."], "fit 6 of 6 done\nother\n", "status")
+    with pytest.raises(AssertionError, match="says no 'fit 60 of 60 missing'"):
+        require_shown(["fit 60 of 60 missing"], "fit 6 of 6 done\n", "status")
 
 
 @pytest.fixture(scope="session")

@@ -7,19 +7,31 @@ from itertools import pairwise
 
 import pytest
 
+from pipeline.config import KINDS
+from store.schema import Manifest
 from tests.pages import (
     PAGES,
     ROOT,
     anchors_of,
     blocks_of,
+    code_of,
     headings_of,
     links_of,
     page_name,
     pictures_of,
     prose_of,
 )
+from tests.test_configs import records_of
 
 LANGUAGES = {"sh", "console", "python", "yaml", "json", "text"}
+RECORDS = {record for kind in (*KINDS.values(), Manifest) for record in records_of(kind, set())}
+SECTIONS = {field for kind in KINDS.values() for field in kind.model_fields} | {
+    "buckets", "encoder", "guidance", "init", "loader", "loss", "optimizer", "previews",
+    "quantization", "sampler", "target",
+}  # fmt: skip
+"""What a setting that a page names begins with."""
+OF_OTHERS = {"dataset.json", "sampler.rejected_weight", "stages/families/my_family.py"}
+"""A file, a field of stores of earlier releases, and a module that a reader is to write."""
 INDEX = ROOT / "docs" / "README.md"
 every_page = pytest.mark.parametrize("page", PAGES, ids=page_name)
 
@@ -62,6 +74,20 @@ def test_pictures_are_described_in_a_sentence(page):
 def test_every_block_says_its_language(page):
     unknown = [str(block) for block in blocks_of(page) if block.language not in LANGUAGES]
     assert unknown == []
+
+
+@every_page
+def test_settings_and_files_within_sentences_exist(page):
+    fields = {field for record in RECORDS for field in record.model_fields}
+    unknown = []
+    for code in code_of(page):
+        setting = re.fullmatch(r"([a-z_]+)(?:\.[A-Za-z_]+)*\.([a-z_]+)(?:[=:].*)?", code)
+        if setting is not None and setting[1] in SECTIONS and setting[2] not in fields:
+            unknown.append(code)
+        file = re.fullmatch(r"(?:\w+/)+[\w.-]+\.(?:py|yaml|md)", code)
+        if file is not None and not (ROOT / code).exists():
+            unknown.append(code)
+    assert set(unknown) <= OF_OTHERS
 
 
 def test_every_page_is_in_the_index_with_a_sentence():
