@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -55,6 +56,14 @@ def test_a_block_that_is_not_run_says_why():
     assert silent == []
 
 
+def test_no_command_hides_in_a_block_of_text():
+    begin = r"(?m)^(\$|foretell [a-z]|python -|pip |make |apt-get )"
+    hiding = [
+        str(block) for block in BLOCKS if block.language == "text" and re.search(begin, block.text)
+    ]
+    assert hiding == []
+
+
 def marked(kind: str) -> list[Block]:
     return [block for block in BLOCKS if block.mark is not None and block.mark[0] == kind]
 
@@ -72,6 +81,11 @@ def test_a_block_that_another_test_runs_is_named_there(block):
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=str)
 def test_python_is_python(block):
     compile(block.text, str(block), "exec")
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"], ids=str)
+def test_json_is_json(block):
+    json.loads(block.text)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +128,7 @@ def require_typed(command: str, *, whole: bool = True) -> None:
             )
             assert done.returncode == 0, command
         case ["pip", "install", *packages]:
-            named = [re.fullmatch(r"foretell\[([\w,-]+)\]", package) for package in packages]
+            named = [re.fullmatch(r"(?:foretell|\.)\[([\w,-]+)\]", package) for package in packages]
             extras = [name for match in named if match for name in match[1].split(",")]
             assert set(extras) <= set(OPTIONAL), command
         case ["torchrun", *options]:
