@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from tqdm import tqdm
@@ -16,8 +16,8 @@ from pipeline.config import Run, load_config, speech_run
 from pipeline.conversion import ProfileName, conversion_text, profile_of
 from pipeline.copying import copy_text
 from pipeline.garbage import deletion_text, garbage_text
-from pipeline.inspection import describe_key, describe_model, describe_store, is_model
-from pipeline.inspection_text import store_text, verification_text
+from pipeline.inspect_commands import inspect_app
+from pipeline.inspection_text import verification_text
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
 from pipeline.listening import (
     SheetOptions,
@@ -27,6 +27,7 @@ from pipeline.listening import (
     tally_answers,
     tally_text,
 )
+from pipeline.printing import Json, print_document
 from pipeline.progress import stages_of
 from pipeline.repair import repair_text
 from pipeline.run import (
@@ -49,7 +50,6 @@ from store.convert import convert as convert_store
 from store.copying import copy_store
 from store.errors import SystemFailure
 from store.garbage import delete_garbage, find_garbage
-from store.object_url import place_of
 from store.repair import after_repair, repairable
 from store.repair import repair as take_out
 
@@ -60,13 +60,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(inspect_app, name="inspect")
 
 Config = Annotated[Path, typer.Argument(help="YAML configuration of a run.", show_default=False)]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. rollout.batch_size=8."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Write the scripts, say what would be submitted.")
 ]
@@ -166,7 +166,7 @@ def rollout(
         from pipeline.estimation import estimate_of, estimate_text  # noqa: PLC0415, it needs torch
 
         found = estimate_of(load_config(config, overrides), round_)
-        _print(found.model_dump(mode="json"), as_json, lambda: estimate_text(found))
+        print_document(found.model_dump(mode="json"), as_json, lambda: estimate_text(found))
         return
     if as_json:
         raise UserError("rollout reports nothing but with --estimate: leave out --json")
@@ -227,7 +227,7 @@ def listen(
     kinds: tuple[Kind, ...] = ("mos", "ab") if only is None else (only,)
     options = SheetOptions(sheets, items, tuple(system or ()), kinds, seed)
     key = export_sheets(settings, options)
-    _print(export_document(settings, key), as_json, lambda: export_text(settings, key))
+    print_document(export_document(settings, key), as_json, lambda: export_text(settings, key))
 
 
 @app.command()
@@ -241,7 +241,7 @@ def tally(
 ) -> None:
     """Sum up what listeners answered; exit code 1 where something in the files does not count."""
     result = tally_answers(speech_run(config, set_ or [], "tally"), answers)
-    _print(result.model_dump(mode="json"), as_json, lambda: tally_text(result))
+    print_document(result.model_dump(mode="json"), as_json, lambda: tally_text(result))
     raise typer.Exit(FAILED if result.faults or not result.answers else FINISHED)
 
 
@@ -255,7 +255,7 @@ def run_command(config: Config, set_: Set = None) -> None:
 def status(config: Config, set_: Set = None, as_json: Json = False) -> None:
     """Show how far a run is; exit code 0 only when all is done."""
     found = run_status(load_config(config, set_ or []))
-    _print(found.model_dump(mode="json"), as_json, lambda: status_text(found))
+    print_document(found.model_dump(mode="json"), as_json, lambda: status_text(found))
     complete = all(stage.state == "done" for stage in found.stages.values())
     raise typer.Exit(FINISHED if complete else FAILED)
 
@@ -305,36 +305,10 @@ def _tell_submission(
         "jobs": {stage: job.model_dump(mode="json") for stage, job in done.items()},
         "held": [entry.label for entry in held],
     }
-    _print(document, as_json, lambda: submission_text(done, held))
+    print_document(document, as_json, lambda: submission_text(done, held))
     if stop.requested:
         say(f"stopped: stages that are not named were not submitted: foretell resubmit {config}")
         raise typer.Exit(MORE_TO_DO)
-
-
-@app.command()
-def inspect(
-    store: Annotated[
-        str,
-        typer.Argument(
-            metavar="STORE", help="Folder of a store or a model, or s3://….", show_default=False
-        ),
-    ],
-    key: Annotated[
-        str | None, typer.Option(help="SAMPLE/VARIATION or SAMPLE/VARIATION/TIMESTEP.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Show what is in a store, down to one timestep, or how large a model is."""
-    path = place_of(store)
-    if is_model(path):
-        if key is not None:
-            raise UserError(f"--key {key} is for a store, but {path} is the folder of a model")
-        document = describe_model(path)
-    elif key is None:
-        document = describe_store(path, partial(tqdm, unit="shard", disable=None))
-    else:
-        document = describe_key(path, key)
-    _print(document, as_json, lambda: store_text(document))
 
 
 @app.command()
@@ -360,7 +334,7 @@ def verify(
     after = after_repair(result, repaired)
     document = after.model_dump(mode="json") | {"repaired": [r.model_dump() for r in repaired]}
     if as_json or repair:
-        _print(document, as_json, lambda: repair_text(result, damaged, repaired))
+        print_document(document, as_json, lambda: repair_text(result, damaged, repaired))
     raise typer.Exit(FINISHED if after.ok else FAILED)
 
 
@@ -386,7 +360,7 @@ def convert(
             result = convert_store(store, destination, chosen, bar)
     except KeyboardInterrupt:
         raise typer.Exit(MORE_TO_DO) from None
-    _print(result.model_dump(mode="json"), as_json, lambda: conversion_text(result))
+    print_document(result.model_dump(mode="json"), as_json, lambda: conversion_text(result))
 
 
 @app.command()
@@ -403,7 +377,7 @@ def copy(
             result = copy_store(source, destination, partial(tqdm, unit="shard", disable=None))
     except KeyboardInterrupt:
         raise typer.Exit(MORE_TO_DO) from None
-    _print(result.model_dump(mode="json"), as_json, lambda: copy_text(result))
+    print_document(result.model_dump(mode="json"), as_json, lambda: copy_text(result))
     raise typer.Exit(FAILED if result.differing else FINISHED)
 
 
@@ -422,7 +396,7 @@ def gc(
         yes = _confirm(question, "nothing was deleted")
     kept = delete_garbage(store, found) if yes else []
     document = {"found": [f.model_dump() for f in found], "kept": [k.model_dump() for k in kept]}
-    _print(document | {"deleted": yes}, as_json, lambda: deletion_text(found, kept, yes))
+    print_document(document | {"deleted": yes}, as_json, lambda: deletion_text(found, kept, yes))
     raise typer.Exit(FAILED if kept else FINISHED)
 
 
@@ -431,7 +405,3 @@ def _confirm(question: str, otherwise: str) -> bool:
     if not sys.stdin.isatty():
         raise UserError(f"{otherwise}: there is no terminal to ask; --yes answers the question")
     return typer.confirm(question, default=False)
-
-
-def _print(document: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
-    typer.echo(json.dumps(document, ensure_ascii=False) if as_json else text())
