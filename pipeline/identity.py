@@ -11,7 +11,7 @@ from store.schema import Record
 
 VOLATILE = {
     "processes", "parallel", "device", "log_every", "checkpoint_every", "keep_checkpoints",
-    "micro_batch_size", "loader", "disk_check", "free_floor",
+    "micro_batch_size", "loader", "disk_check", "free_floor", "tensorboard",
 }  # fmt: skip
 """Settings that change how fast a stage works, or when it stops, and nothing that it produces."""
 

@@ -107,6 +107,8 @@ class OptimizerConfig(Record):
     """Newest checkpoints that are kept; of a single one, damage cannot be made good."""
     log_every: Positive = 20
     """Optimizer steps between lines of the log."""
+    tensorboard: bool | None = None
+    """Write the log for TensorBoard too; null does where its package is installed."""
     processes: Positive = 1
     """Processes that `run` starts on this machine (data parallel)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

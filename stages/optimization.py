@@ -347,13 +347,15 @@ def _parameter_groups(
 
 
 class Report:
-    """Progress bar and JSON log of a run: means of the loss terms, rate, time spent on data."""
+    """Progress bar and log of a run: means of the loss terms, rate, time spent on data."""
 
     def __init__(self, path: Path, config: OptimizerConfig, place: Place, step: int) -> None:
         self._config, self._place = config, place
-        self._log = TrainingLog(path, step) if place.leads else None
-        hidden = None if place.leads else True
-        self._bar = tqdm(total=config.steps, initial=step, unit="step", disable=hidden)
+        self._log = TrainingLog(path, step, config.tensorboard) if place.leads else None
+        self._bar = tqdm(
+            desc=path.parent.name, total=config.steps, initial=step, unit="step",
+            disable=None if place.leads else True, dynamic_ncols=True,
+        )  # fmt: skip
         self._sums: dict[str, float] = defaultdict(float)
         self._since, self._waited_s, self._steps = time.perf_counter(), 0.0, 0
 
@@ -379,7 +381,7 @@ class Report:
         elapsed_s = time.perf_counter() - self._since
         if self._log is not None:
             means = {name: total / weight for name, total in totals.items()}
-            self._bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
+            self._bar.set_postfix_str(postfix(means, self._waited_s / elapsed_s))
             self._log.write(
                 step,
                 **means,
@@ -403,6 +405,16 @@ class Report:
     def close(self) -> None:
         """Take the progress bar off the screen's last line."""
         self._bar.close()
+
+
+def postfix(means: Mapping[str, float], waited: float) -> str:
+    """Return what a progress bar shows behind the rate, the most telling first.
+
+    A narrow terminal cuts what comes last: the terms of which the total is made.
+    """
+    terms = {"total": means["total"]} | means
+    first, *others = (f"{name} {value:.4g}" for name, value in terms.items())
+    return ", ".join([first, f"data wait {waited:.0%}", *others])
 
 
 class _Stopwatch(AbstractContextManager[None]):

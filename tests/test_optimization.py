@@ -9,6 +9,7 @@ import signal
 import socket
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from stages.errors import UserError
 from stages.interruption import StopRequest
 from stages.optimization import Objective, learning_rate, optimize
 from tests.stopping import StopAfter
+from tests.test_training_log import points_of_events, points_of_lines
 
 HERE = Place(0, 1, torch.device("cpu"))
 
@@ -386,6 +388,8 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_bytes(
     lines = Counter((record["step"], "ce" in record or "kl" in record) for record in log_of(ours))
     assert max(lines.values()) == 1
     assert [r["step"] for r in log_of(ours)] == [r["step"] for r in log_of(theirs)]
+    if find_spec("tensorboard"):
+        assert points_of_events(ours) == points_of_lines(ours)
 
 
 def first_moments(folder: Path) -> dict[str, torch.Tensor]:
