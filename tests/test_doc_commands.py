@@ -112,8 +112,10 @@ def require_typed(command: str, *, whole: bool = True) -> None:
     while words and re.fullmatch(r"\w+=\S*", words[0]):
         words.pop(0)
     match words:
-        case ["foretell"]:
+        case ["foretell"] | ["foretell", "--help"]:
             pass
+        case ["foretell", *arguments, "--help"]:
+            require_parsed(arguments, whole=False)
         case ["foretell", *arguments]:
             require_parsed(arguments, whole=whole)
         case ["python", "-m", module, *_]:
@@ -144,24 +146,24 @@ def require_typed(command: str, *, whole: bool = True) -> None:
 
 def require_parsed(arguments: list[str], *, whole: bool = True) -> None:
     """Check that the command line takes arguments, without running the command."""
-    if arguments[0] == "command":
-        return
     from typer.main import get_command
 
     from pipeline.cli import app
 
-    command: Any = get_command(app)
-    name = "foretell"
-    while arguments and arguments[0] in getattr(command, "commands", {}):
-        name, *arguments = arguments
-        command = command.commands[name]
-    assert name != "foretell" or arguments[:1] == ["--help"], f"no command foretell {arguments}"
-    if arguments and "--help" not in arguments:  # a bare name is talked about, not typed
+    if arguments[0] == "command":
+        return
+    name, command, context = "foretell", get_command(app), None
+    while True:
         try:
-            command.make_context(name, arguments)
+            context = command.make_context(name, list(arguments), parent=context)
         except Exception as error:
-            if whole or type(error).__name__ != "MissingParameter":
+            if whole or type(error).__name__ not in ("MissingParameter", "NoArgsIsHelpError"):
                 raise
+            return
+        if not hasattr(command, "resolve_command"):
+            return
+        rest = [*context._protected_args, *context.args]
+        name, command, arguments = command.resolve_command(context, rest)
 
 
 @pytest.mark.parametrize(
