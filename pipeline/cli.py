@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,10 +12,22 @@ from typing import Annotated, Literal
 import typer
 from tqdm import tqdm
 
+from pipeline.completion import configurations, rounds, stores, students, systems
 from pipeline.config import Run, load_config, speech_run
 from pipeline.conversion import ProfileName, conversion_text, profile_of
 from pipeline.copying import copy_text
+from pipeline.first_commands import doctor, init
 from pipeline.garbage import deletion_text, garbage_text
+from pipeline.grouped_help import (
+    CLUSTER,
+    LISTENING,
+    STAGES,
+    START,
+    STORES,
+    GroupedHelp,
+    PlainCommand,
+    examples,
+)
 from pipeline.inspect_commands import inspect_app
 from pipeline.inspection_text import verification_text
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
@@ -55,25 +67,72 @@ from store.repair import repair as take_out
 
 app = typer.Typer(
     name="foretell",
+    cls=GroupedHelp,
     help="Offline distillation: a teacher's guided predictions, stored once, teach many students.",
+    epilog=examples(
+        "foretell init my.yaml                   # answer five questions",
+        "foretell doctor my.yaml                 # is all here that it needs?",
+        "foretell rollout my.yaml --estimate     # how long, how many bytes",
+        "foretell run my.yaml                    # everything; again to go on",
+        "foretell inspect runs/my/store",
+        "foretell COMMAND --help                 # what a command does, and how",
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(inspect_app, name="inspect")
+app.add_typer(
+    inspect_app,
+    name="inspect",
+    rich_help_panel=STORES,
+    short_help="Show what is in a store, down to one timestep, or in a model.",
+    epilog=examples(
+        "foretell inspect runs/my/store",
+        "foretell inspect runs/my/store --key SAMPLE/0/12",
+        "foretell inspect runs/my/student",
+    ),
+)
 
-Config = Annotated[Path, typer.Argument(help="YAML configuration of a run.", show_default=False)]
+Config = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="YAML configuration of a run; `foretell init` writes one.",
+        show_default=False,
+        autocompletion=configurations,
+    ),
+]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. rollout.batch_size=8."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one key, e.g. rollout.batch_size=8; may be given again.",
+    ),
 ]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Write the scripts, say what would be submitted.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Write the scripts and submit nothing.")]
 StorePlace = Annotated[
-    str, typer.Argument(help="Folder of a store, or s3://BUCKET/PREFIX.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="STORE",
+        help="Folder of a store, or s3://BUCKET/PREFIX.",
+        show_default=False,
+        autocompletion=stores,
+    ),
 ]
-StorePath = Annotated[str, typer.Argument(help="Folder of a store.", show_default=False)]
+StorePath = Annotated[
+    str,
+    typer.Argument(
+        metavar="STORE", help="Folder of a store.", show_default=False, autocompletion=stores
+    ),
+]
+
+
+def command(
+    group: str, *shown: str, name: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the decorator of a command: where the help lists it, and examples of it."""
+    return app.command(name, cls=PlainCommand, rich_help_panel=group, epilog=examples(*shown))
 
 
 def main() -> None:
@@ -82,7 +141,7 @@ def main() -> None:
     Where a disk or object storage refuses, the code is 1.
     """
     try:
-        app()
+        app(prog_name="foretell")
     except (UserError, StoreError) as error:
         sys.stderr.write(f"foretell: {error}\n")
         sys.exit(FAILED if isinstance(error, SystemFailure) else USAGE_ERROR)
@@ -120,41 +179,95 @@ def _code_of(
     return code
 
 
-@app.command()
+command(
+    START,
+    "foretell init my.yaml                   # asks five questions",
+    "foretell init my.yaml --family codec_lm --data demo --machine cpu",
+    "foretell init sdxl.yaml --family diffusion --data data/images \\",
+    "  --teacher models/sdxl --guidance 7 --machine gpu",
+)(init)
+command(
+    START,
+    "foretell doctor",
+    "foretell doctor my.yaml                 # what this run needs",
+)(doctor)
+
+
+@command(
+    STAGES,
+    "foretell prepare my.yaml",
+    "foretell prepare my.yaml --set prepare.max_duration_s=12",
+)
 def prepare(config: Config, set_: Set = None) -> None:
-    """Check a dataset, encode its audio or images, write samples.parquet and what was rejected."""
+    """Turn recordings or images into a dataset; say what was rejected.
+
+    Audio is encoded to codes, images to latents. `dataset/rejected.parquet` names every clip or
+    image that was left out, with the reason.
+    """
     _stage("prepare", config, set_)
 
 
-@app.command()
+@command(
+    STAGES,
+    "foretell fit my.yaml",
+    "torchrun --standalone --nproc-per-node 4 -m pipeline fit my.yaml",
+)
 def fit(config: Config, set_: Set = None) -> None:
-    """Train a teacher on the dataset itself, with condition dropout; alone or under torchrun."""
+    """Train a teacher on the dataset, with condition dropout.
+
+    Runs alone or under torchrun, and goes on from its newest checkpoint.
+    """
     _stage("fit", config, set_)
 
 
-@app.command()
+@command(
+    STAGES,
+    "foretell rollout my.yaml --estimate",
+    "foretell rollout my.yaml",
+    "foretell rollout my.yaml --task 3 --tasks 16",
+)
 def rollout(
     config: Config,
-    task: Annotated[int | None, typer.Option(help="Number of this job, from 0.", min=0)] = None,
-    tasks: Annotated[int | None, typer.Option(help="Jobs that share the work.", min=1)] = None,
+    task: Annotated[
+        int | None, typer.Option(metavar="I", help="Number of this job, from 0.", min=0)
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(metavar="N", help="Jobs that share the work.", min=1)
+    ] = None,
     static: Annotated[
         bool, typer.Option("--static", help="Write the job's own shards only, and claim none.")
     ] = False,
     replay: Annotated[
         str | None,
-        typer.Option(metavar="STORE", help="Score the codes of this store; generate nothing."),
+        typer.Option(
+            metavar="STORE",
+            help="Score the codes of this store; generate nothing.",
+            autocompletion=stores,
+        ),
     ] = None,
     round_: Annotated[
         str | None,
-        typer.Option("--round", help="Roll out this round, whose teacher is a student."),
+        typer.Option(
+            "--round",
+            metavar="NAME",
+            help="Roll out this round, whose teacher is a student.",
+            autocompletion=rounds,
+        ),
     ] = None,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Time a few batches and say what all will take.")
+        bool,
+        typer.Option(
+            "--estimate", help="Time a few batches, say what all will take, and write nothing."
+        ),
     ] = False,
     set_: Set = None,
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Estimate as one JSON object.")] = False,
 ) -> None:
-    """Stage one: store what the guided teacher predicts; alone it does all that is missing."""
+    """Stage one: store what the guided teacher predicts.
+
+    A bare call does all that is missing. Several calls at once share the work; jobs of an array
+    say which one they are by --task and --tasks.
+    """
     if (task is None) != (tasks is None) or (
         task is not None and tasks is not None and task >= tasks
     ):
@@ -183,13 +296,24 @@ def _replaying(section: str, store: str) -> list[str]:
     ]
 
 
-@app.command()
+@command(
+    STAGES,
+    "foretell train my.yaml",
+    "foretell train my.yaml --student half",
+    "torchrun --standalone --nproc-per-node 4 -m pipeline train my.yaml",
+)
 def train(
     config: Config,
-    student: Annotated[str | None, typer.Option(help="Train this one only.")] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Train this student only.", autocompletion=students),
+    ] = None,
     set_: Set = None,
 ) -> None:
-    """Stage two: train the students from the store; alone or under torchrun."""
+    """Stage two: train the students from the store, without a teacher.
+
+    Runs alone or under torchrun, and goes on from its newest checkpoint.
+    """
     settings = load_config(config, set_ or [])
     students = [stage for stage in stages_of(settings) if stage.startswith("train:")]
     for stage in students if student is None else [f"train:{student}"]:
@@ -198,31 +322,56 @@ def train(
             raise typer.Exit(own_code(code))
 
 
-@app.command()
+@command(
+    STAGES,
+    "foretell evaluate my.yaml",
+    "foretell evaluate my.yaml --set evaluate.samples=20",
+)
 def evaluate(config: Config, set_: Set = None) -> None:
-    """Compare teacher, guided and unguided, with the students; write the report."""
+    """Compare teacher and students on held-out data; write the report.
+
+    The teacher is measured with guidance and without. Open `runs/NAME/report/report.html`.
+    """
     _stage("evaluate", config, set_)
 
 
-@app.command()
+@command(
+    LISTENING,
+    "foretell listen my.yaml --sheets 8",
+    "foretell listen my.yaml --only ab --items 10",
+)
 def listen(
     config: Config,
-    sheets: Annotated[int, typer.Option(help="Sheets, for as many listeners.", min=1)] = 1,
+    sheets: Annotated[
+        int, typer.Option(metavar="N", help="Sheets, for as many listeners.", min=1)
+    ] = 1,
     items: Annotated[
-        int | None, typer.Option(help="Samples of the report that are heard; all.", min=1)
+        int | None,
+        typer.Option(
+            metavar="N", help="Samples of the report that are heard; without it, all.", min=1
+        ),
     ] = None,
     system: Annotated[
         list[str] | None,
-        typer.Option(help="System that is heard, `recording` among them; all of the report."),
+        typer.Option(
+            metavar="NAME",
+            help="System that is heard, such as recording or student; may be given again; "
+            "without it, all of the report.",
+            autocompletion=systems,
+        ),
     ] = None,
     only: Annotated[
-        Literal["mos", "ab"] | None, typer.Option(help="Rate clips, or compare pairs; both.")
+        Literal["mos", "ab"] | None,
+        typer.Option(help="Rate clips (mos) or compare pairs (ab); without it, both."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of orders and names.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of orders and names.", min=0)] = 0,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Write blind listening sheets of a finished evaluation, and their key."""
+    """Write blind listening sheets of a finished evaluation.
+
+    Each sheet is a page for one listener; the key that says who spoke stays with you.
+    """
     settings = speech_run(config, set_ or [], "listen")
     kinds: tuple[Kind, ...] = ("mos", "ab") if only is None else (only,)
     options = SheetOptions(sheets, items, tuple(system or ()), kinds, seed)
@@ -230,50 +379,87 @@ def listen(
     print_document(export_document(settings, key), as_json, lambda: export_text(settings, key))
 
 
-@app.command()
+@command(
+    LISTENING,
+    "foretell tally my.yaml answers/*.json",
+)
 def tally(
     config: Config,
     answers: Annotated[
-        list[Path], typer.Argument(help="All filled answers files.", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="ANSWERS", help="The answers files of all listeners.", show_default=False
+        ),
     ],
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Sum up what listeners answered; exit code 1 where something in the files does not count."""
+    """Sum up what listeners answered, with intervals.
+
+    Exit code 1 where something in the files does not count.
+    """
     result = tally_answers(speech_run(config, set_ or [], "tally"), answers)
     print_document(result.model_dump(mode="json"), as_json, lambda: tally_text(result))
     raise typer.Exit(FAILED if result.faults or not result.answers else FINISHED)
 
 
-@app.command(name="run")
+@command(
+    START,
+    "foretell run configs/mini.yaml",
+    "foretell run my.yaml --set name=second --set seed=2",
+    name="run",
+)
 def run_command(config: Config, set_: Set = None) -> None:
-    """Do all stages that the configuration names, skipping what is done."""
+    """Do all stages of a configuration, skipping what is done.
+
+    May be interrupted anywhere: the same command goes on where it stopped.
+    """
     raise typer.Exit(run(config, set_ or [], load_config(config, set_ or [])))
 
 
-@app.command()
+@command(
+    START,
+    "foretell status my.yaml",
+    "foretell status my.yaml --json",
+)
 def status(config: Config, set_: Set = None, as_json: Json = False) -> None:
-    """Show how far a run is; exit code 0 only when all is done."""
+    """Show how far a run is, and its jobs on a cluster.
+
+    Exit code 0 only when all is done, 1 where something is left.
+    """
     found = run_status(load_config(config, set_ or []))
     print_document(found.model_dump(mode="json"), as_json, lambda: status_text(found))
     complete = all(stage.state == "done" for stage in found.stages.values())
     raise typer.Exit(FINISHED if complete else FAILED)
 
 
-@app.command(name="submit")
+@command(
+    CLUSTER,
+    "foretell submit my.yaml --dry-run",
+    "foretell submit my.yaml --tasks 16 --max-running 4",
+    name="submit",
+)
 def submit_command(
     config: Config,
     tasks: Annotated[
-        int | None, typer.Option(help="Jobs that share a rollout; cluster.tasks.", min=1)
+        int | None,
+        typer.Option(
+            metavar="N", help="Jobs that share a rollout; without it, cluster.tasks.", min=1
+        ),
     ] = None,
     max_running: Annotated[
-        int | None, typer.Option(help="Most of them at a time; cluster.max_running.", min=1)
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Most of them at a time; without it, cluster.max_running.",
+            min=1,
+        ),
     ] = None,
     dry_run: DryRun = False,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Write the Slurm jobs of every stage that is not done, and submit them."""
+    """Write and submit the Slurm jobs of every stage that is not done."""
     settings = load_config(config, set_ or [])
     with stop_request() as stop:
         done = submit(
@@ -283,11 +469,18 @@ def submit_command(
     _tell_submission(config, stop, done, [], as_json)
 
 
-@app.command(name="resubmit")
+@command(
+    CLUSTER,
+    "foretell resubmit my.yaml",
+    name="resubmit",
+)
 def resubmit_command(
     config: Config, dry_run: DryRun = False, set_: Set = None, as_json: Json = False
 ) -> None:
-    """Submit again what is missing and not in the queue; name what only a person can release."""
+    """Submit again what is missing and not in the queue.
+
+    Names the jobs that only a person can release.
+    """
     settings = load_config(config, set_ or [])
     with stop_request() as stop:
         done = resubmit(config, set_ or [], settings, stop, dry_run=dry_run)
@@ -311,7 +504,11 @@ def _tell_submission(
         raise typer.Exit(MORE_TO_DO)
 
 
-@app.command()
+@command(
+    STORES,
+    "foretell verify runs/my/store",
+    "foretell verify runs/my/store --repair",
+)
 def verify(
     store: StorePlace,
     repair: Annotated[
@@ -320,7 +517,10 @@ def verify(
     yes: Annotated[bool, typer.Option("--yes", help="Take them out without asking.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check every file and array of a store against its checksums."""
+    """Check every file and array of a store against its checksums.
+
+    Exit code 1 where anything is damaged.
+    """
     if yes and not repair:
         raise UserError("--yes answers what --repair asks: give both, or neither")
     result = check(store, partial(tqdm, unit="shard", disable=None))
@@ -338,21 +538,33 @@ def verify(
     raise typer.Exit(FINISHED if after.ok else FAILED)
 
 
-@app.command()
+@command(
+    STORES,
+    "foretell convert runs/my/store runs/my/store_small --profile compact",
+)
 def convert(
     store: StorePath,
-    destination: Annotated[str, typer.Argument(help="Folder to make.", show_default=False)],
+    destination: Annotated[
+        str, typer.Argument(metavar="DESTINATION", help="Folder to make.", show_default=False)
+    ],
     profile: Annotated[ProfileName, typer.Option(help="How the arrays are encoded.")],
     loss_nats: Annotated[
-        float | None, typer.Option(help="Bound on the KL that compact may cost, in nats.")
+        float | None,
+        typer.Option(metavar="NATS", help="Bound on the KL that compact may cost, in nats."),
     ] = None,
     hidden_step: Annotated[
         float | None,
-        typer.Option(help="Step of compact hidden states, as a share of their root mean square."),
+        typer.Option(
+            metavar="SHARE",
+            help="Step of compact hidden states, as a share of their root mean square.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a store in another profile, verify every shard and say what it cost."""
+    """Write a store in another profile, verify it, say what it cost.
+
+    `fast` is mapped into memory, `compact` takes the fewest bytes.
+    """
     chosen = profile_of(profile, loss_nats, hidden_step)
     bar = partial(tqdm, unit="shard", disable=None)
     try:
@@ -363,15 +575,27 @@ def convert(
     print_document(result.model_dump(mode="json"), as_json, lambda: conversion_text(result))
 
 
-@app.command()
+@command(
+    STORES,
+    "foretell copy runs/my/store s3://bucket/my",
+    "foretell copy s3://bucket/my stores/my",
+)
 def copy(
     source: StorePlace,
     destination: Annotated[
-        str, typer.Argument(help="Folder or URL to make, or to go on with.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="DESTINATION",
+            help="Folder or URL to make, or to go on with.",
+            show_default=False,
+        ),
     ],
     as_json: Json = False,
 ) -> None:
-    """Copy a store between folders and object storage, comparing every file with its sum."""
+    """Copy a store between folders and object storage, comparing sums.
+
+    The same command goes on where a copy was interrupted.
+    """
     try:
         with stop_request(at_once=True):  # a shard appears whole or not at all
             result = copy_store(source, destination, partial(tqdm, unit="shard", disable=None))
@@ -381,13 +605,19 @@ def copy(
     raise typer.Exit(FAILED if result.differing else FINISHED)
 
 
-@app.command()
+@command(
+    STORES,
+    "foretell gc runs/my/store",
+)
 def gc(
     store: StorePlace,
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List what interrupted work and repairs left in tmp/, and delete it if you say so."""
+    """List what killed jobs left in a store; delete it if you say so.
+
+    Committed shards are never deleted.
+    """
     found = find_garbage(store)
     if not as_json:
         typer.echo(garbage_text(found))

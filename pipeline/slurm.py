@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterable
@@ -146,6 +147,20 @@ def _own_job() -> str:
     return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
 
 
+def require_slurm() -> None:
+    """Refuse a machine without the commands of Slurm; raises `UserError`."""
+    for program in ("sbatch", "squeue", "scontrol"):
+        if shutil.which(program) is None:
+            raise _absent(program)
+
+
+def _absent(program: str) -> UserError:
+    return UserError(
+        f"{program} is not on the PATH: do this on a machine of the cluster, or load the "
+        "module that brings Slurm"
+    )
+
+
 def _ask(*words: str) -> str:
     try:
         # In a session of its own: Ctrl-C must not leave unsaid whether a job was submitted.
@@ -154,10 +169,7 @@ def _ask(*words: str) -> str:
             start_new_session=True,
         )  # fmt: skip
     except FileNotFoundError:
-        raise UserError(
-            f"{words[0]} is not on the PATH: do this on a machine of the cluster, or load the "
-            "module that brings Slurm"
-        ) from None
+        raise _absent(words[0]) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{words[0]} gave no answer in {PATIENCE_S} s: try again later") from None
     if done.returncode != 0:

@@ -378,13 +378,16 @@ def load_image_encoder() -> type[ImageEncoder]:
 def _find(what: str, module_name: str, class_name: str, extra: str | None) -> Any:
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if extra is None:
             raise
-        raise UserError(
-            f"{what} needs the package {error.name!r}, which is not installed: "
-            f"pip install 'foretell[{extra}]'"
-        ) from error
+        absent = isinstance(error, ModuleNotFoundError)
+        trouble = (
+            f"needs the package {error.name!r}, which is not installed"
+            if absent
+            else f"cannot be imported ({error}), for its packages do not fit together"
+        )
+        raise UserError(f"{what} {trouble}: pip install 'foretell[{extra}]'") from error
     return getattr(module, class_name)
 
 

@@ -412,9 +412,8 @@ def postfix(means: Mapping[str, float], waited: float) -> str:
 
     A narrow terminal cuts what comes last: the terms of which the total is made.
     """
-    terms = {"total": means["total"]} | means
-    first, *others = (f"{name} {value:.4g}" for name, value in terms.items())
-    return ", ".join([first, f"data wait {waited:.0%}", *others])
+    shown = [f"{name} {value:.4g}" for name, value in means.items() if name != "total"]
+    return ", ".join([f"total {means['total']:.4g}", f"data wait {waited:.0%}", *shown])
 
 
 class _Stopwatch(AbstractContextManager[None]):

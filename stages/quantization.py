@@ -69,13 +69,7 @@ def quantize(
     become what was asked for.
     """
     device = torch.device(device)
-    if device.type not in BACKENDS or method not in BACKENDS[device.type]:
-        raise UserError(
-            f"quantization to {method!r} on device {device} is not supported: use a device of "
-            f"{sorted(BACKENDS)}, and one of {sorted(BACKENDS['cpu'])}"
-        )
-    backend = BACKENDS[device.type][method]
-    package = _import(backend, method)
+    backend, package = require_backend(method, device)
     _require_whole(module)
     dtype = _dtype(module)
     layers, kept = _chosen(module, backend, keep)
@@ -101,6 +95,17 @@ def quantize(
     )
     _announce(record, full, sum(weight_bytes(module.get_submodule(name)) for name in layers))
     return record
+
+
+def require_backend(method: QuantizationMethod, device: torch.device) -> tuple[Backend, ModuleType]:
+    """Return what quantizes on a device, and its package; raises UserError where there is none."""
+    if device.type not in BACKENDS or method not in BACKENDS[device.type]:
+        raise UserError(
+            f"quantization to {method!r} on device {device} is not supported: use a device of "
+            f"{sorted(BACKENDS)}, and one of {sorted(BACKENDS['cpu'])}"
+        )
+    backend = BACKENDS[device.type][method]
+    return backend, _import(backend, method)
 
 
 def _announce(record: Quantization, full: int, held: int) -> None:

@@ -110,7 +110,7 @@ def make_corpus(config: VoicesConfig, out: Path) -> Path:
     if (out / "metadata.csv").exists():
         return out
     for voice in config.voices:
-        _check_engine(voice)
+        check_engine(voice)
     (out / "wavs").mkdir(parents=True, exist_ok=True)
     replace_file(settings, made_with.encode())
     clips = list(_clips(config, out))
@@ -210,7 +210,8 @@ def _load_hibari(voice: str) -> Any:
     return Hibari(voice=voice, threads=1)
 
 
-def _check_engine(voice: VoiceConfig) -> None:
+def check_engine(voice: VoiceConfig) -> None:
+    """Refuse a voice whose engine, or who, is not on this machine; raises `UserError`."""
     if voice.engine == "flite" and shutil.which("flite") is None:
         raise UserError(
             f"speaker {voice.speaker!r} needs the program `flite`, which is not on the PATH; "

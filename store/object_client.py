@@ -75,6 +75,11 @@ class ObjectClient:
 
     place: ObjectUrl
 
+    def require_configured(self) -> None:
+        """Ask nothing; raises NotConfigured where the package or credentials are missing."""
+        _ = self._api
+        _check_environment(self.place)
+
     def read(self, key: str) -> bytes | None:
         """Content of a small object; None where there is none."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -120,6 +120,19 @@ class ImageFolder:
             raise Rejection(f"unreadable file: {file}: links lead in a circle") from error
 
 
+def require_scikit_learn() -> Callable[[], Any]:
+    """Return what loads the digits; raises `UserError` where scikit-learn is missing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "prepare.digits needs scikit-learn, which is not installed: "
+            "pip install 'foretell[diffusion]'"
+        ) from error
+    load: Callable[[], Any] = load_digits
+    return load
+
+
 @dataclass
 class Digits:
     """Scikit-learn's 1,797 handwritten digits, 8×8, 17 levels of grey that reach from 0 to 255."""
@@ -130,14 +143,7 @@ class Digits:
 
     def __post_init__(self) -> None:
         """Load them; raises UserError where scikit-learn is missing."""
-        try:
-            from sklearn.datasets import load_digits
-        except ModuleNotFoundError as error:
-            raise UserError(
-                "prepare.digits needs scikit-learn, which is not installed: "
-                "pip install 'foretell[diffusion]'"
-            ) from error
-        digits = load_digits()
+        digits = require_scikit_learn()()
         levels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
         names = [f"digits/{number:04d}" for number in range(len(levels))]
         self._images = dict(zip(names, levels, strict=True))

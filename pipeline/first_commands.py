@@ -1,0 +1,79 @@
+"""The commands that a person types first: each parses, calls one function, and prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.completion import configurations
+from pipeline.config import load_config
+from pipeline.doctor import diagnose
+from pipeline.doctor_text import diagnosis_text
+from pipeline.first_config import FirstFamily, Machine
+from pipeline.launch import FAILED, FINISHED
+from pipeline.printing import Json, print_document
+from pipeline.questions import asked, refuse_to_overwrite, write_first_config
+
+
+def init(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="File to write; the run is named after it.")
+    ] = Path("my.yaml"),
+    family: Annotated[
+        FirstFamily | None, typer.Option(help="Kind of model.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Recordings or images, or the word demo."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Trained teacher, or the word fit to train one."),
+    ] = None,
+    guidance: Annotated[
+        str | None, typer.Option(metavar="SCALE", help="Guidance scale that the student learns.")
+    ] = None,
+    machine: Annotated[Machine | None, typer.Option(help="Where it is to run.")] = None,
+    audio_codec: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Audio codec of magpie or orpheus; never asked for."),
+    ] = None,
+) -> None:
+    """Write a commented configuration of a run, from five answers.
+
+    What no option answers is asked for; without a terminal, --family is needed and the others have
+    defaults. A file that exists is never overwritten.
+    """
+    refuse_to_overwrite(path)
+    given = {"family": family, "data": data, "teacher": teacher, "guidance": guidance}
+    try:
+        answers = asked(given | {"machine": machine}, audio_codec, sys.stdin.isatty())
+    except typer.Abort:
+        sys.stderr.write("\nforetell: no more answers, so nothing was written\n")
+        raise typer.Exit(FAILED) from None
+    typer.echo(write_first_config(path, answers))
+
+
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="YAML configuration of a run; without one, all that foretell may do.",
+            show_default=False,
+            autocompletion=configurations,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what can run on this machine, and what to install.
+
+    Imports what is installed, which takes seconds. Exit code 0 when the base works and, of a
+    configuration, all that it needs is there; 1 otherwise.
+    """
+    found = diagnose(load_config(config) if config else None)
+    print_document(found.model_dump(mode="json"), as_json, lambda: diagnosis_text(found))
+    raise typer.Exit(FINISHED if found.ok else FAILED)

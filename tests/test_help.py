@@ -1,0 +1,148 @@
+"""What a person meets before anything runs: help that reads in a terminal, and the Tab key."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from typer.main import get_command
+
+from pipeline.cli import app, main
+from pipeline.grouped_help import GROUPS
+
+COMMANDS = get_command(app).commands
+ROOT = Path(__file__).parent.parent
+
+
+def said(*arguments: str) -> tuple[int, str]:
+    """Exit code and standard output of a command in a terminal of 80 columns without colour."""
+    with (
+        patch("sys.argv", ["foretell", *arguments]),
+        redirect_stdout(StringIO()) as out,
+        redirect_stderr(StringIO()) as err,
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    assert err.getvalue() == ""
+    return ended.value.code, out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def test_the_help_lists_every_command_once_below_what_it_is_for_in_a_whole_sentence():
+    code, text = said("--help")
+    assert code == 0
+    places = [text.index(f"\n{group}:\n") for group in GROUPS]
+    assert places == sorted(places)
+    assert places[-1] < text.index("\nOptions:\n") < text.index("\nExamples:\n")
+    listed = text[places[0] : text.index("\nOptions:\n")]
+    rows = dict(re.findall(r"^  (\S+)  +(\S.*)$", listed, flags=re.MULTILINE))
+    assert sorted(rows) == sorted(COMMANDS)
+    assert len(re.findall(r"^  \S", listed, flags=re.MULTILINE)) == len(COMMANDS), "one line each"
+    assert [row for row in rows.values() if not row.endswith(".") or row.endswith("...")] == []
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_80_columns_and_ends_with_examples(command):
+    code, text = said(*command.split(), "--help")
+    assert code == 0
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text
+    assert text.startswith(f"Usage: foretell {command}".rstrip())
+    assert re.search(r"^ *Examples:\n( +\S.*\n)+\Z", text, flags=re.MULTILINE)
+
+
+def examples() -> list[str]:
+    epilogs = [get_command(app).epilog, *(command.epilog for command in COMMANDS.values())]
+    lines = [line.strip() for epilog in epilogs for line in epilog.splitlines()]
+    return [line for line in lines if line and line not in ("\b", "Examples:")]
+
+
+@pytest.mark.parametrize("example", sorted(set(examples())))
+def test_examples_are_commands_that_exist_with_options_that_they_have(example):
+    words = shlex.split(example, comments=True)
+    if words[0] == "torchrun":
+        words = ["foretell", *words[words.index("pipeline") + 1 :]]
+    assert words[0] == "foretell"
+    if "COMMAND" in words:
+        return
+    command = COMMANDS[words[1]]
+    context = command.make_context(words[1], words[2:])
+    assert not context.args or words[1] == "inspect"
+
+
+def offered(line: str, monkeypatch, capsys) -> list[str]:
+    """What bash is offered at the end of a line, by the protocol of its completion."""
+    words = shlex.split(line)
+    words += [""] if line.endswith(" ") else []
+    monkeypatch.setenv("_FORETELL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    with patch("sys.argv", ["foretell"]), pytest.raises(SystemExit):
+        main()
+    return capsys.readouterr().out.split()
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_run, monkeypatch) -> Path:
+    """A folder with a configuration and a store, in which a person types."""
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+    Path("configs/mine.yaml").write_text(tiny_run.path.read_text())
+    Path("configs/broken.yaml").write_text("{")
+    Path("configs/notes.txt").write_text("")
+    Path(".hidden").mkdir()
+    Path(".hidden/other.yaml").write_text("")
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/store").symlink_to(tiny_run.root / "store")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("foretell ev", ["evaluate"]),
+        ("foretell run ", ["configs/broken.yaml", "configs/mine.yaml"]),
+        ("foretell run configs/m", ["configs/mine.yaml"]),
+        ("foretell run .hid", [".hidden/other.yaml"]),
+        ("foretell verify ", ["runs/mine/store"]),
+        ("foretell verify runs/mi", ["runs/mine/store"]),
+        ("foretell rollout configs/mine.yaml --est", ["--estimate"]),
+        ("foretell train configs/mine.yaml --student ", ["student"]),
+        ("foretell train configs/mine.yaml --student x", []),
+        ("foretell train configs/broken.yaml --student ", []),
+        ("foretell listen configs/mine.yaml --system te", ["teacher_guided"]),
+        ("foretell convert runs/mine/store new --profile co", ["compact"]),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_the_tab_key_offers_what_fits(line, expected, monkeypatch, capsys):
+    assert offered(line, monkeypatch, capsys) == expected
+
+
+def test_completion_looks_at_a_bounded_number_of_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.completion.MOST_ENTRIES", 3)
+    for number in range(9):
+        Path(f"{number}.yaml").write_text("")
+    assert offered("foretell run ", monkeypatch, capsys) == ["0.yaml", "1.yaml", "2.yaml"]
+
+
+def test_bash_is_told_how_to_ask(capsys, monkeypatch):
+    monkeypatch.setenv("_FORETELL_COMPLETE", "source_bash")
+    with patch("sys.argv", ["foretell"]), pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    script = capsys.readouterr().out
+    assert "_FORETELL_COMPLETE=complete_bash" in script
+    assert re.search(r"complete .*foretell", script)
