@@ -9,7 +9,15 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.embedding import data_address, named_file
-from pipeline.metric_tables import MAIN_METRICS, metric_table, system_dot, system_label
+from pipeline.metric_tables import (
+    MAIN_METRICS,
+    html_table,
+    metric_table,
+    row_head,
+    seed_hint,
+    system_dot,
+    system_label,
+)
 from stages.report_schema import Images, ImageSample, Report
 
 LARGEST_SIDE = 384
@@ -26,10 +34,6 @@ FOOTER = (
     "Intervals are 95\N{NO-BREAK SPACE}% percentile bootstrap intervals over images. Differences "
     "are paired: both systems are resampled with the same images, which begin in the same noise. "
     "The numbers of this page are in report.json beside it."
-)
-GRID_HINT = (
-    "Every column begins in the same noise and has the same condition; the reference is the "
-    "sample's own image."
 )
 STEPS_HINT = "The same images with the same start noise; the guided teacher's take as many steps."
 FEATURES = {
@@ -59,19 +63,28 @@ def systems_hint(images: Images) -> str:
     )
 
 
+def grid_hint(report: Report) -> str:
+    """Say what stands beside what in the grid."""
+    return (
+        f"Every column begins in the same noise{seed_hint(report)}, and has the same condition; "
+        "the reference is the sample's own image."
+    )
+
+
 def system_table(report: Report, images: Images) -> str:
     """Return the table of systems, the reference images first."""
     first = {} if images.reference is None else {REFERENCE: images.reference}
-    return metric_table(report, MAIN_METRICS, first | report.systems)
+    caption = "Metrics of all systems and of the reference images"
+    return metric_table(report, MAIN_METRICS, caption, first | report.systems)
 
 
 def other_steps(report: Report, images: Images) -> str:
     """Return one table per further count of solver steps, of what depends on it."""
     metrics = {name: shown for name, shown in MAIN_METRICS.items() if name not in OF_A_MODEL}
     return "".join(
-        f"<h3>{steps} {'step' if steps == 1 else 'steps'}</h3>"
-        f"{metric_table(report, metrics, systems)}"
+        f"<h3>{count}</h3>{metric_table(report, metrics, f'Metrics after {count}', systems)}"
         for steps, systems in images.other_steps.items()
+        for count in [f"{steps} {'step' if steps == 1 else 'steps'}"]
     )
 
 
@@ -79,17 +92,16 @@ def image_grid(report: Report, images: Images, folder: Path) -> str:
     """Return the pictures as a table: conditions across, the reference and the systems down."""
     if not images.samples:
         return ""
-    head = "".join(
-        f'<th title="{escape(sample.sample_id)}"><span class="caption">{escape(sample.text)}</span>'
-        "</th>"
+    columns = [
+        f'<span class="caption" title="{escape(sample.sample_id)}">{escape(sample.text)}</span>'
         for sample in images.samples
-    )
+    ]
     names = [REFERENCE, *report.systems]
-    rows = "".join(_row(name, report, images.samples, folder) for name in names)
-    return (
-        '<div class="scroll"><table class="pictures"><thead><tr><th>system</th>'
-        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>{_captions(images)}"
+    rows = (_row(name, report, images.samples, folder) for name in names)
+    table = html_table(
+        "Images by system and condition", ["system", *columns], filter(None, rows), "pictures"
     )
+    return table + _captions(images)
 
 
 def _captions(images: Images) -> str:
@@ -108,7 +120,7 @@ def _row(name: str, report: Report, samples: tuple[ImageSample, ...], folder: Pa
         f"<td>{_picture(file, f'{system_label(name)}: {sample.text}', folder) if file else ''}</td>"
         for file, sample in zip(files, samples, strict=True)
     )
-    return f"<tr><th>{system_dot(name, report)}{escape(system_label(name))}</th>{cells}</tr>"
+    return f"{row_head(system_label(name), mark=system_dot(name, report))}{cells}"
 
 
 def _picture(file: str, described: str, folder: Path) -> str:

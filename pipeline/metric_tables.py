@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -52,6 +52,13 @@ def system_dot(name: str, report: Report) -> str:
     return f'<span class="dot" {colour(system_colour(name, report))}></span>'
 
 
+def seed_hint(report: Report) -> str:
+    """Say with which seed the samples were drawn, where the settings tell."""
+    evaluation = report.settings.get("evaluate")
+    seed = evaluation.get("seed") if isinstance(evaluation, dict) else None
+    return "" if seed is None else f", drawn with seed {seed}"
+
+
 def decimals(count: int) -> Callable[[float], str]:
     """Return a function that writes a number with a fixed count of decimals."""
     return lambda value: f"{value:.{count}f}".replace("-", "−")
@@ -84,6 +91,9 @@ MAIN_METRICS = {
     "accuracy": Shown("Accuracy", "share the judge recognises; higher", decimals(3)),
     "log_probability": Shown("Log-probability", "of the condition, nats; higher", decimals(3)),
     "class_spread": Shown("Class spread", "within a class; near the reference's", decimals(3)),
+    "calibration_error": Shown(
+        "Calibration error", "expected, to the guided teacher; lower", decimals(3)
+    ),
     "agreement": Shown("Agreement", "same most probable code; higher", decimals(3)),
     "mos": Shown("MOS, predicted", "1 to 5; higher is better", decimals(2)),
     "speaker_similarity": Shown("Speaker similarity", "to the recording; higher", decimals(3)),
@@ -96,6 +106,7 @@ MAIN_METRICS = {
     "active_parameters": Shown("Active", "parameters that a position visits", short_count),
     "flops_per_timestep": Shown("FLOPs", "per timestep and pass, without attention", short_count),
     "dense_flops_per_timestep": Shown("FLOPs, dense", "were all experts one layer", short_count),
+    "total_flops_per_timestep": Shown("FLOPs, all passes", "per timestep; lower", short_count),
     "passes": Shown("Passes", "forward passes per step", decimals(0)),
 }
 """What systems are compared by, in the order of the table."""
@@ -125,7 +136,10 @@ METRICS = MAIN_METRICS | SPEECH_METRICS
 
 
 def metric_table(
-    report: Report, metrics: Mapping[str, Shown], systems: Mapping[str, System] | None = None
+    report: Report,
+    metrics: Mapping[str, Shown],
+    caption: str,
+    systems: Mapping[str, System] | None = None,
 ) -> str:
     """Return the table of metrics × systems, without the metrics that nobody measured.
 
@@ -135,17 +149,21 @@ def metric_table(
     measured = [m for m in metrics if any(getattr(s, m) is not None for s in systems.values())]
     if not measured:
         return ""
-    head = "".join(f"<th>{system_dot(n, report)}{escape(system_label(n))}</th>" for n in systems)
-    body = "".join(
-        f'<tr><th>{escape(METRICS[m].title)}<span class="unit">{escape(METRICS[m].hint)}</span>'
-        f"</th>{''.join(_metric_cell(getattr(s, m), METRICS[m].show) for s in systems.values())}"
-        "</tr>"
+    rows = [
+        row_head(METRICS[m].title, METRICS[m].hint)
+        + "".join(metric_cell(getattr(s, m), METRICS[m].show) for s in systems.values())
         for m in measured
-    )
-    return html_table(f"<th>metric</th>{head}", body)
+    ]
+    return html_table(caption, ["metric", *(system_name(n, report) for n in systems)], rows)
 
 
-def _metric_cell(metric: Metric | None, show: Callable[[float], str]) -> str:
+def system_name(name: str, report: Report) -> str:
+    """Return the HTML of a system's name with its dot."""
+    return f"{system_dot(name, report)}{escape(system_label(name))}"
+
+
+def metric_cell(metric: Metric | None, show: Callable[[float], str]) -> str:
+    """Return the cell of a number with its interval."""
     if metric is None:
         return '<td class="absent">–</td>'
     return f"<td>{escape(show(metric.value))}{_interval(metric, show)}</td>"
@@ -157,11 +175,25 @@ def _interval(metric: Metric, show: Callable[[float], str]) -> str:
     return f'<span class="interval">{escape(show(metric.low))} … {escape(show(metric.high))}</span>'
 
 
-def html_table(head: str, body: str) -> str:
-    """Wrap the cells of a head and the rows of a body; a wide table scrolls within itself."""
+def row_head(title: str, hint: str = "", mark: str = "") -> str:
+    """Return the first cell of a row: a title, a hint below it, and HTML of a mark before it."""
+    below = f'<span class="unit">{escape(hint)}</span>' if hint else ""
+    return f'<th scope="row">{mark}{escape(title)}{below}</th>'
+
+
+def html_table(caption: str, columns: Sequence[str], rows: Iterable[str], kind: str = "") -> str:
+    """Return a table from the HTML of the names of its columns and of the cells of its rows.
+
+    A wide table scrolls within itself, by keyboard too. The caption is for those who hear the page;
+    others have the heading above it.
+    """
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    named = f' class="{kind}"' if kind else ""
     return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
-        "</table></div>"
+        f'<div class="scroll" role="group" tabindex="0" aria-label="{escape(caption)}">'
+        f'<table{named}><caption class="heard">{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -169,18 +201,18 @@ def comparison_table(report: Report) -> str:
     """Return the table of paired differences."""
     if not report.comparisons:
         return ""
-    head = "<th>systems</th><th>metric</th><th>difference</th><th>differs</th>"
-    return html_table(head, "".join(map(_comparison_row, report.comparisons)))
+    columns = ["systems", "metric", "difference", "differs"]
+    return html_table("Paired differences", columns, map(_comparison_row, report.comparisons))
 
 
 def _comparison_row(comparison: Comparison) -> str:
     shown, difference = METRICS[comparison.metric], comparison.difference
     low, high = difference.low, difference.high
     differs = "–" if low is None or high is None else "yes" if low > 0 or high < 0 else "no"
+    head = row_head(system_label(comparison.system), f"minus {system_label(comparison.against)}")
     return (
-        f'<tr><th>{escape(system_label(comparison.system))}<span class="unit">minus '
-        f"{escape(system_label(comparison.against))}</span></th><td>{escape(shown.title)}</td>"
-        f"{_metric_cell(difference, shown.show)}<td>{differs}</td></tr>"
+        f"{head}<td>{escape(shown.title)}</td>{metric_cell(difference, shown.show)}"
+        f"<td>{differs}</td>"
     )
 
 
@@ -188,29 +220,32 @@ def rating_table(heard: Tally, report: Report) -> str:
     """Return the table of mean opinion scores of listeners, or nothing without any."""
     if not heard.ratings:
         return ""
-    rows = "".join(
-        f"<tr><th>{system_dot(name, report)}{escape(system_label(name))}</th>"
-        f"{_metric_cell(rating.mos, decimals(2))}<td>{rating.answers}</td>"
-        f"<td>{rating.listeners}</td></tr>"
+    rows = (
+        f"{row_head(system_label(name), mark=system_dot(name, report))}"
+        f"{metric_cell(rating.mos, decimals(2))}<td>{rating.answers}</td>"
+        f"<td>{rating.listeners}</td>"
         for name, rating in heard.ratings.items()
     )
-    head = "<th>system</th><th>MOS, 1 to 5</th><th>answers</th><th>listeners</th>"
-    return html_table(head, rows)
+    columns = ["system", "MOS, 1 to 5", "answers", "listeners"]
+    return html_table("Mean opinion scores of listeners", columns, rows)
 
 
 def preference_table(heard: Tally, report: Report) -> str:
     """Return the table of what listeners preferred, or nothing without any."""
     if not heard.preferences:
         return ""
-    rows = "".join(
-        f"<tr><th>{system_dot(pair.system, report)}{escape(system_label(pair.system))}"
-        f'<span class="unit">against {escape(system_label(pair.against))}</span></th>'
-        f"<td>{pair.preferred}</td><td>{pair.rejected}</td><td>{pair.equal}</td>"
-        f"{_metric_cell(pair.share, decimals(3))}<td>{significant(pair.p_value)}</td></tr>"
+    rows = (
+        row_head(
+            system_label(pair.system),
+            f"against {system_label(pair.against)}",
+            system_dot(pair.system, report),
+        )
+        + f"<td>{pair.preferred}</td><td>{pair.rejected}</td><td>{pair.equal}</td>"
+        f"{metric_cell(pair.share, decimals(3))}<td>{significant(pair.p_value)}</td>"
         for pair in heard.preferences
     )
-    head = "<th>systems</th><th>preferred</th><th>the other</th><th>no difference</th>"
-    return html_table(f"{head}<th>share preferred</th><th>sign test, p</th>", rows)
+    columns = ["systems", "preferred", "the other", "no difference", "share preferred"]
+    return html_table("What listeners preferred", [*columns, "sign test, p"], rows)
 
 
 MARKDOWN_METRICS = (

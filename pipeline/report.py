@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -14,7 +15,8 @@ from pydantic import JsonValue, ValidationError
 
 from pipeline import image_report
 from pipeline.embedding import data_address, named_file
-from pipeline.figures import bar_rows, interval_rows, line_plot
+from pipeline.figures import interval_rows
+from pipeline.glance import glance
 from pipeline.metric_tables import (
     MAIN_METRICS,
     METRICS,
@@ -24,14 +26,26 @@ from pipeline.metric_tables import (
     metric_table,
     preference_table,
     rating_table,
-    significant,
+    row_head,
+    seed_hint,
     system_colour,
-    system_dot,
     system_label,
+    system_name,
 )
+from pipeline.report_charts import (
+    CALIBRATION_HINT,
+    DIVERGENCE_HINT,
+    LOSSES_HINT,
+    calibration_chart,
+    divergence_charts,
+    loss_charts,
+    path_chart,
+    path_hint,
+)
+from pipeline.stage_costs import STAGES_HINT, stage_costs
 from stages.errors import UserError
 from stages.publish import replace_file
-from stages.report_schema import AudioClip, AudioSample, Images, Metric, Report, System
+from stages.report_schema import AudioClip, AudioSample, Images, Report
 from stages.tally import Tally
 
 
@@ -54,11 +68,17 @@ def read_report(folder: Path) -> Report:
     except FileNotFoundError:
         raise UserError(f"{source} does not exist: run `foretell evaluate` first") from None
     except ValidationError as error:
-        raise UserError(f"{source} is not a report of this version: {error}") from None
+        first = error.errors()[0]
+        raise UserError(
+            f"{source} is not a report of this version "
+            f"({'.'.join(map(str, first['loc']))}: {first['msg']}): evaluate again, or read it "
+            "with the release that wrote it"
+        ) from None
 
 
 def render(report: Report, folder: Path, heard: Tally | None = None) -> str:
     """Return the page; `folder` holds the wav files that the report names."""
+    sections = "\n".join(filter(None, _sections(report, folder, heard)))
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(f"{report.run} · foretell"),
@@ -66,28 +86,33 @@ def render(report: Report, folder: Path, heard: Tally | None = None) -> str:
         run=escape(report.run),
         lead=escape(image_report.lead(report) if report.images else _lead(report)),
         footer=escape(image_report.FOOTER if report.images else FOOTER),
-        sections="\n".join(filter(None, _sections(report, folder, heard))),
+        contents=_contents(sections),
+        sections=sections,
     )
 
 
 def _sections(report: Report, folder: Path, heard: Tally | None) -> Iterator[str]:
-    yield _warnings(report)
-    yield _section("At a glance", "", _glance(report))
+    yield _section("Warnings", "", _warnings(report))
+    yield _section("At a glance", "", glance(report))
     if report.images is None:
         yield from _of_speech(report, folder, heard)
     else:
         yield from _of_images(report, report.images, folder)
-    yield _section("Cost of the stages", STAGES_HINT, _stages(report))
-    yield _section("Loss curves", LOSSES_HINT, _losses(report))
+    yield _section("Cost of the stages", STAGES_HINT, stage_costs(report))
+    yield _section("Loss curves", LOSSES_HINT, loss_charts(report))
     yield _section("Provenance", "", _provenance(report))
 
 
 def _of_speech(report: Report, folder: Path, heard: Tally | None) -> Iterator[str]:
-    systems = _intervals(report, "wer", "Word error rate") + metric_table(report, MAIN_METRICS)
+    table = metric_table(report, MAIN_METRICS, "Metrics of all systems")
+    systems = _intervals(report, "wer", "Word error rate") + table
     yield _section("Systems", SYSTEMS_HINT + _rtf_hint(report), systems)
     yield _section("Listeners", *_listeners(report, heard))
     yield _section("Paired differences", COMPARISONS_HINT, comparison_table(report))
-    yield _section("Duration and repetition", SPEECH_HINT, metric_table(report, SPEECH_METRICS))
+    yield _section("Where systems differ", DIVERGENCE_HINT, divergence_charts(report))
+    yield _section("Calibration", CALIBRATION_HINT, calibration_chart(report))
+    clips = metric_table(report, SPEECH_METRICS, "What the clips of all systems are like")
+    yield _section("Duration and repetition", SPEECH_HINT, clips)
     yield _section("Listen", _listen_hint(report), _audio(report, folder))
 
 
@@ -96,8 +121,11 @@ def _of_images(report: Report, images: Images, folder: Path) -> Iterator[str]:
     systems = error + image_report.system_table(report, images)
     yield _section("Systems", image_report.systems_hint(images), systems)
     grid = image_report.image_grid(report, images, folder)
-    yield _section("Images", image_report.GRID_HINT, grid)
+    yield _section("Images", image_report.grid_hint(report), grid)
     yield _section("Paired differences", COMPARISONS_HINT, comparison_table(report))
+    if images.path is not None:
+        chart = path_chart(report, images.path)
+        yield _section("Where systems differ", path_hint(images.path), chart)
     others = image_report.other_steps(report, images)
     yield _section("Other numbers of solver steps", image_report.STEPS_HINT, others)
 
@@ -116,13 +144,6 @@ SPEECH_HINT = (
     "Repetition counts frames of the audio codec that are equal in every code, within one clip; "
     "the codec copy shows how much of it speech itself has. Quantiles are those of these samples."
 )
-STAGES_HINT = (
-    "Every stage is a process of its own: teacher and student never share memory. Peak memory is "
-    "summed over the processes of a stage that ran together, time over its attempts."
-)
-LOSSES_HINT = (
-    "Means over the steps between two lines of the training log; the legend shows the last value."
-)
 
 
 def _rtf_hint(report: Report) -> str:
@@ -140,7 +161,17 @@ def _section(title: str, hint: str, content: str) -> str:
     if not content:
         return ""
     explained = f'<p class="hint">{escape(hint)}</p>' if hint else ""
-    return f"<section><h2>{escape(title)}</h2>{explained}{content}</section>"
+    place, title = title.lower().replace(" ", "-"), escape(title)
+    return (
+        f'<section id="{place}" aria-label="{title}"><h2>{title}</h2>{explained}{content}</section>'
+    )
+
+
+def _contents(sections: str) -> str:
+    """Return the links to the sections of a page."""
+    found = re.findall('<section id="([^"]+)" aria-label="([^"]+)">', sections)
+    items = "".join(f'<li><a href="#{place}">{title}</a></li>' for place, title in found)
+    return f'<nav aria-label="Contents"><ul>{items}</ul></nav>' if found else ""
 
 
 def _lead(report: Report) -> str:
@@ -156,81 +187,6 @@ def _warnings(report: Report) -> str:
     if not items:
         return ""
     return f'<ul class="warnings">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>'
-
-
-def _glance(report: Report) -> str:
-    asked = (_words, _distance, _frechet, _speed, _memory)
-    cards = (
-        f'<div class="card fact"><h3>{escape(title)}</h3><p class="big">{escape(big)}</p>'
-        f"<p>{escape(rest)}</p></div>"
-        for title, big, rest in filter(None, (fact(report) for fact in asked))
-    )
-    facts = "".join(cards)
-    return f'<div class="grid">{facts}</div>' if facts else ""
-
-
-def _of(report: Report, system: str, metric: str) -> float | None:
-    """Return a value of the report, None where it was not measured."""
-    found = getattr(report.systems.get(system, System()), metric)
-    return found.value if found is not None else None
-
-
-def _words(report: Report) -> tuple[str, str, str] | None:
-    student, guided = _of(report, "student", "wer"), _of(report, "teacher_guided", "wer")
-    unguided = _of(report, "teacher_unguided", "wer")
-    if student is None or guided is None or unguided is None:
-        return None
-    rest = f"WER; the guided teacher {guided:.3f}, unguided {unguided:.3f}"
-    return "Words the student gets wrong", f"{student:.3f}", rest
-
-
-def _distance(report: Report) -> tuple[str, str, str] | None:
-    metric, unit = ("paired_mse", "MSE") if report.images else ("paired_kl", "KL")
-    student, unguided = (_of(report, s, metric) for s in ("student", "teacher_unguided"))
-    if student is None or unguided is None or unguided == 0:
-        return None
-    rest = (
-        f"of the unguided teacher's: {unit} {significant(student)} against {significant(unguided)}"
-    )
-    return (
-        "Distance to the guided teacher",
-        f"{100 * student / unguided:.0f}\N{NO-BREAK SPACE}%",
-        rest,
-    )
-
-
-def _frechet(report: Report) -> tuple[str, str, str] | None:
-    student, guided = (_of(report, system, "frechet") for system in ("student", "teacher_guided"))
-    if student is None or guided is None or guided == 0:
-        return None
-    rest = (
-        f"of the guided teacher's, to the reference images: {significant(student)} against "
-        f"{significant(guided)}"
-    )
-    return "Fréchet distance", f"{student / guided:.2f}\N{NO-BREAK SPACE}×", rest
-
-
-def _speed(report: Report) -> tuple[str, str, str] | None:
-    metric = "seconds_per_image" if report.images else "rtf"
-    student, guided = (_of(report, system, metric) for system in ("student", "teacher_guided"))
-    if student is None or guided is None or student == 0:
-        return None
-    now, was = significant(student), significant(guided)
-    rest = (
-        f"of guided sampling: {now} s per image, was {was} s"
-        if report.images
-        else f"of guided decoding: real-time factor {now}, was {was}"
-    )
-    return "Speed of the student", f"{guided / student:.2f}\N{NO-BREAK SPACE}×", rest
-
-
-def _memory(report: Report) -> tuple[str, str, str] | None:
-    one, two = report.stages.get("rollout"), report.stages.get("train")
-    two = two or next((c for n, c in report.stages.items() if n.startswith("train")), None)
-    if one is None or two is None:
-        return None
-    big = f"{_bytes(one.peak_rss_bytes)} | {_bytes(two.peak_rss_bytes)}"
-    return "Peak memory, stage one | two", big, "teacher alone | student alone"
 
 
 def _intervals(report: Report, metric: str, title: str) -> str:
@@ -259,9 +215,10 @@ def _listeners(report: Report, heard: Tally | None) -> tuple[str, str]:
 
 
 def _listen_hint(report: Report) -> str:
+    seeded = seed_hint(report)
     recogniser = next((j.name for j in report.judges if "wer" in j.measures and not j.reason), None)
     heard = f" Below each clip: what {recogniser} heard." if recogniser else ""
-    return f"The same sentences by every system.{heard}"
+    return f"The same sentences by every system{seeded}.{heard}"
 
 
 def _audio(report: Report, folder: Path) -> str:
@@ -271,7 +228,7 @@ def _audio(report: Report, folder: Path) -> str:
 def _sample(sample: AudioSample, report: Report, folder: Path) -> str:
     speaker = f" · {sample.speaker}" if sample.speaker else ""
     known = [name for name in report.systems if name in sample.clips]
-    clips = "".join(_clip(name, sample.clips[name], report, folder) for name in known)
+    clips = "".join(_clip(name, sample.text, sample.clips[name], report, folder) for name in known)
     return (
         f'<article class="card sample"><h3>{escape(sample.text)}</h3>'
         f'<p class="id">{escape(sample.sample_id + speaker)}</p>'
@@ -279,11 +236,13 @@ def _sample(sample: AudioSample, report: Report, folder: Path) -> str:
     )
 
 
-def _clip(system: str, clip: AudioClip, report: Report, folder: Path) -> str:
+def _clip(system: str, text: str, clip: AudioClip, report: Report, folder: Path) -> str:
     heard = "" if clip.heard is None else f"<p>{_heard(clip)}</p>"
+    label = escape(f"{system_label(system)}: {text}")
     return (
-        f'<div class="clip"><h4>{system_dot(system, report)}{escape(system_label(system))}</h4>'
-        f'<audio controls preload="metadata" src="{_embedded(folder, clip.file)}"></audio>'
+        f'<div class="clip"><h4>{system_name(system, report)}</h4>'
+        f'<audio controls preload="metadata" aria-label="{label}" '
+        f'src="{_embedded(folder, clip.file)}"></audio>'
         f"{heard}</div>"
     )
 
@@ -304,45 +263,6 @@ def _embedded(folder: Path, file: str) -> str:
     return data_address("audio/flac", packed.getvalue())
 
 
-def _stages(report: Report) -> str:
-    if not report.stages:
-        return ""
-    costs = [(name.replace(":", " "), cost) for name, cost in report.stages.items()]
-    memory = bar_rows(
-        [(name, 1, Metric(value=cost.peak_rss_bytes)) for name, cost in costs], _bytes
-    )
-    time = bar_rows([(name, 3, Metric(value=cost.wall_s)) for name, cost in costs], _duration)
-    figures = [("Peak memory", memory), ("Time", time)]
-    device = [(n, 4, Metric(value=c.peak_device_bytes)) for n, c in costs if c.peak_device_bytes]
-    if device:
-        figures.insert(1, ("Peak accelerator memory", bar_rows(device, _bytes)))
-    cards = (f'<div class="card"><h3>{title}</h3>{figure}</div>' for title, figure in figures)
-    return f'<div class="grid wide">{"".join(cards)}</div>'
-
-
-def _bytes(value: float) -> str:
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= size:
-            return f"{value / size:.{2 if unit == 'GiB' else 0}f}\N{NO-BREAK SPACE}{unit}"
-    return f"{value:.0f}\N{NO-BREAK SPACE}B"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-def _losses(report: Report) -> str:
-    cards = (
-        f'<div class="card"><h3>{escape(name)}</h3>{line_plot(curves)}</div>'
-        for name, curves in report.losses.items()
-    )
-    return f'<div class="grid wide">{"".join(cards)}</div>' if report.losses else ""
-
-
 def _provenance(report: Report) -> str:
     parts = {
         "Fingerprints": dict(report.fingerprints),
@@ -351,17 +271,15 @@ def _provenance(report: Report) -> str:
     }
     return "".join(
         f"<details><summary>{title}</summary>"
-        f"{html_table('<th>name</th><th>value</th>', _value_rows(values))}</details>"
+        f"{html_table(title, ['name', 'value'], _value_rows(values))}</details>"
         for title, values in parts.items()
         if values
     )
 
 
-def _value_rows(values: dict[str, str]) -> str:
-    return "".join(
-        f'<tr><th>{escape(name)}</th><td class="text">{escape(value)}</td></tr>'
-        for name, value in values.items()
-    )
+def _value_rows(values: dict[str, str]) -> Iterator[str]:
+    for name, value in values.items():
+        yield f'{row_head(name)}<td class="text">{escape(value)}</td>'
 
 
 def _flat(value: JsonValue, name: str = "") -> Iterator[tuple[str, str]]:

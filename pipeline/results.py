@@ -12,11 +12,13 @@ import torch
 from pipeline import report as page
 from pipeline.config import Run
 from pipeline.folders import RunFolders, system_name
+from pipeline.made import Made, made
 from pipeline.progress import stages_of
 from pipeline.record import StageRecord, Usage, read_records
 from stages.diffusion.evaluate import ImageEvaluation
 from stages.evaluate import Evaluation
 from stages.report_schema import Report, StageCost, read_losses
+from stages.saved_model import weights_fingerprint
 from store import PredictionStore
 from store.schema import Manifest, Quantization
 
@@ -43,8 +45,10 @@ def write_report(
         **found.systems,
         comparisons=found.comparisons,
         judges=found.judges,
+        divergences=found.divergences,
+        calibration=found.calibration,
         audio=found.audio,
-        fingerprints=reference.manifest.fingerprints.model_dump(),
+        fingerprints=_fingerprints(config, reference.manifest),
         warnings=tuple(_warnings(config, reference, found)),
     )
     _publish(config, report)
@@ -67,7 +71,7 @@ def write_image_report(
         comparisons=found.comparisons,
         judges=found.judges,
         images=found.images,
-        fingerprints={} if manifest is None else manifest.fingerprints.model_dump(),
+        fingerprints=_fingerprints(config, manifest),
         warnings=tuple(_image_warnings(found, quantization)),
     )
     _publish(config, report)
@@ -84,6 +88,16 @@ def _of_run(config: Run, wall_s: float, usage: Usage) -> dict[str, Any]:
     }
 
 
+def _fingerprints(config: Run, manifest: Manifest | None) -> dict[str, str]:
+    """Return the hashes of the store's parts and of the students' weights."""
+    stored = {} if manifest is None else manifest.fingerprints.model_dump()
+    students = {
+        system_name(name): weights_fingerprint(RunFolders(config).student(name))
+        for name in config.students
+    }
+    return stored | {name: found for name, found in students.items() if found is not None}
+
+
 def _publish(config: Run, report: Report) -> None:
     folder = RunFolders(config).report
     report.write(folder / "report.json")
@@ -95,12 +109,13 @@ def stage_costs(config: Run, wall_s: float, usage: Usage) -> dict[str, StageCost
     records = {s: read_records(RunFolders(config).stages, s) for s in stages_of(config)}
     this = StageRecord(stage="evaluate", identity="").after(wall_s, [usage], finished=True)
     records["evaluate"].append(this)
-    return {stage: _cost(attempts) for stage, attempts in records.items() if attempts}
+    return {s: _cost(attempts, made(config, s)) for s, attempts in records.items() if attempts}
 
 
-def _cost(records: Sequence[StageRecord]) -> StageCost:
+def _cost(records: Sequence[StageRecord], found: Made) -> StageCost:
     """Return what a stage took: time over all its tasks, memory of the one that needed most."""
     return StageCost(
+        **found._asdict(),
         wall_s=sum(record.wall_s for record in records),
         peak_rss_bytes=max(record.peak_rss_bytes for record in records),
         peak_device_bytes=max(record.peak_device_bytes for record in records),

@@ -18,12 +18,23 @@ from stages.measure import (
     Measure,
     measure,
     measure_copy,
+    read_measure,
     write_measure,
     write_recordings,
 )
 from stages.metrics import Bootstrap, Ratio, comparisons
+from stages.paired import Axes
+from stages.profiles import calibration, divergences
 from stages.publish import claim
-from stages.report_schema import RECORDING, AudioSample, Comparison, JudgeUse, System
+from stages.report_schema import (
+    RECORDING,
+    AudioSample,
+    Calibration,
+    Comparison,
+    Divergence,
+    JudgeUse,
+    System,
+)
 from store import PredictionStore
 
 AUDIO = "audio"
@@ -40,6 +51,8 @@ class Evaluation:
     audio: tuple[AudioSample, ...]
     samples: int
     sentences: int
+    divergences: tuple[Divergence, ...]
+    calibration: dict[str, Calibration]
 
 
 def evaluate(
@@ -87,19 +100,25 @@ def evaluate(
         gc.collect()
     if stop.requested:
         return None
-    return _sum_up(config, measures, chosen, folder)
+    return _sum_up(config, measures, chosen, Axes.of(reference), folder)
 
 
 def _measure_once(folder: Path, name: str, work: Callable[[Path], Measure]) -> Measure:
     """Return what was measured of a system; measure it first where that has not been done."""
     path = folder / "systems" / f"{name}.json"
-    if not path.exists():
-        write_measure(path, work(folder / AUDIO / name))
-    return Measure.model_validate_json(path.read_bytes())
+    found = read_measure(path)
+    if found is None:
+        found = work(folder / AUDIO / name)
+        write_measure(path, found)
+    return found
 
 
 def _sum_up(
-    config: EvaluateConfig, measures: Sequence[Measure], samples: Sequence[Sample], folder: Path
+    config: EvaluateConfig,
+    measures: Sequence[Measure],
+    samples: Sequence[Sample],
+    axes: Axes,
+    folder: Path,
 ) -> Evaluation:
     names = [measure.name for measure in measures]
     heard = verdict.listen(config, names, folder / AUDIO)
@@ -111,6 +130,7 @@ def _sum_up(
         )
         for measure in measures
     }
+    paired = {measure.name: measure.paired for measure in measures if measure.paired}
     return Evaluation(
         systems={
             measure.name: verdict.system_numbers(
@@ -123,4 +143,6 @@ def _sum_up(
         audio=verdict.audio_samples(config, names, samples, found, heard, AUDIO),
         samples=len(samples),
         sentences=len(set(texts)),
+        divergences=divergences(paired, axes, bootstrap),
+        calibration=calibration(paired, bootstrap),
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from stages.errors import UserError
 from stages.family import Family, Sample, has_linear_heads
 from stages.frame_repetition import ends_in_loop, longest_run, repeated_ngrams
 from stages.host_batches import TargetBatch, of_groups
-from stages.losses import kl_divergence
+from stages.paired import Axes, Paired, RolloutSums
 from stages.publish import replace_file
 from stages.rollout import finite_steps, policy_for, split
 from stages.sampling import END
@@ -83,12 +84,8 @@ class Measure(Record):
     """Seconds of generation of all samples in batches, audio codec left out."""
     single_s: tuple[float, ...] = ()
     """Seconds of generation of the first samples, each alone."""
-    kl_sum: tuple[float, ...] = ()
-    """Summed KL(guided teacher ‖ system) over the sample's predictions, in nats."""
-    agreed: tuple[int, ...] = ()
-    """Predictions whose most probable id is the guided teacher's."""
-    predictions: tuple[int, ...] = ()
-    """Predictions of the reference rollout: its codes that are predicted, of all streams."""
+    paired: tuple[Paired, ...] = ()
+    """What the system predicts along the reference rollouts, beside the guided teacher."""
     spoken: tuple[Spoken, ...]
     """What the clips are like."""
     ended: tuple[bool, ...] = ()
@@ -120,30 +117,27 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     family = contender.load()
     family.module.eval()
-    keys, groups = list(reference.keys()), _groups(family)
-    compared = [
-        row
+    keys, groups, axes = list(reference.keys()), _groups(family), Axes.of(reference)
+    paired = tuple(
+        rollout
         for batch in rollout_batches(
             reference, keys, batch_size, _device(family), groups, family.predicted
         )
-        for row in _compare(family, contender.cfg_scale, reference, batch)
-    ]
+        for rollout in _compare(family, contender.cfg_scale, reference, axes, batch)
+    )
     said, decode_s = _speak(family, contender, reference, samples, batch_size)
     single_s = _single_times(family, contender, reference, samples, single_samples)
     spoken = tuple(
         _write_clip(folder / wav_name(index), frames.numpy(), audio_codec)
         for index, (frames, _) in enumerate(said)
     )
-    kl, agreed, predictions = zip(*compared, strict=True)
     return Measure(
         name=contender.name,
         architecture=contender.architecture or family.architecture(),
         passes=contender.passes,
         decode_s=decode_s,
         single_s=single_s,
-        kl_sum=kl,
-        agreed=agreed,
-        predictions=predictions,
+        paired=paired,
         spoken=spoken,
         ended=tuple(ended for _, ended in said),
     )
@@ -180,9 +174,9 @@ def _groups(family: Family) -> set[str]:
 
 
 def _compare(
-    family: Family, cfg_scale: float, reference: PredictionStore, batch: TargetBatch
-) -> Iterator[tuple[float, int, int]]:
-    """Yield (summed KL, agreements, predictions) of every rollout of a batch."""
+    family: Family, cfg_scale: float, reference: PredictionStore, axes: Axes, batch: TargetBatch
+) -> Iterator[Paired]:
+    """Yield how near the system is to the guided teacher on every rollout of a batch."""
     scores = family.score(
         batch.samples,
         batch.codes,
@@ -190,12 +184,13 @@ def _compare(
         cfg_scale=cfg_scale,
         linear=has_linear_heads(family),
     )
-    device = batch.codes.device
-    forbidden = Forbidden.of(of_groups(reference.manifest, _groups(family)), device)
+    device, groups = batch.codes.device, _groups(family)
+    forbidden = Forbidden.of(of_groups(reference.manifest, groups), device)
+    places = [i for i, s in enumerate(reference.manifest.streams) if s.group in groups]
     steps, streams = batch.codes.shape[1:]
     block = max(COMPARED_VALUES // (streams * reference.manifest.vocabulary), 1)
     for row, length in enumerate(batch.lengths.tolist()):
-        kl, agreed = 0.0, 0
+        sums = RolloutSums(axes, length, places)
         for timesteps in torch.split(torch.arange(length, device=device), block):
             target = batch.target.rows(row * steps + timesteps)
             if not isinstance(target, DenseTarget | SparseTarget):
@@ -204,17 +199,8 @@ def _compare(
                     "no divergence can be measured: set evaluate.target to full, hidden or top_k"
                 )
             student = forbidden.filled(scores.logits_at(row, timesteps).float())
-            counts = batch.predicted[row, timesteps]
-            kl += float(kl_divergence(student, target)[counts].sum())
-            agreed += int((student.argmax(-1) == _likeliest(target))[counts].sum())
-        yield kl, agreed, int(batch.predicted[row].sum())
-
-
-def _likeliest(target: DenseTarget | SparseTarget) -> Tensor:
-    """Ids [...] of the teacher's largest logit."""
-    places = target.logits.argmax(-1, keepdim=True)
-    ids = places if isinstance(target, DenseTarget) else target.ids.gather(-1, places)
-    return ids.squeeze(-1)
+            sums.add(timesteps, student, target, batch.predicted[row, timesteps])
+        yield sums.paired()
 
 
 def _speak(
@@ -308,4 +294,15 @@ def write_recordings(dataset: Dataset, samples: Sequence[Sample], folder: Path) 
 
 def write_measure(path: Path, result: Measure) -> None:
     """Write a measure in one step: its presence says that the system is done."""
-    replace_file(path, result.model_dump_json(indent=1).encode())
+    replace_file(path, result.model_dump_json().encode())
+
+
+def read_measure(path: Path) -> Measure | None:
+    """Read a measure; None where there is none, or one of another version of this program.
+
+    Measuring again costs time and changes nothing but what is kept.
+    """
+    try:
+        return Measure.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None

@@ -153,6 +153,20 @@ class Bootstrap:
         """Return `ours - theirs` with the percentile interval of the paired difference."""
         return _metric(ours.value - theirs.value, self._draws(ours) - self._draws(theirs))
 
+    def error_of_bins(self, ours: Array, theirs: Array, counts: NDArray[np.int64]) -> Metric:
+        """Return Σ_b |Σ ours − Σ theirs| / Σ counts, bins b, of sums [U, b], with its interval.
+
+        With summed confidences, summed outcomes and counts it is the expected calibration error of
+        Naeini et al. (2015). The bootstrap draws sentences, as for any other metric.
+        """
+        size = self.weights.shape[1]
+        totals = np.zeros((2, size, ours.shape[1]))
+        np.add.at(totals[0], self.groups, ours - theirs)
+        np.add.at(totals[1], self.groups, counts)
+        errors, predictions = np.abs(self.weights @ totals[0]).sum(1), self.weights @ totals[1]
+        value = float(np.abs((ours - theirs).sum(0)).sum() / counts.sum())
+        return _metric(value, errors / predictions.sum(1))
+
     def _draws(self, values: Ratio) -> Array:
         """Return the metric on every draw: [draws], NaN where a draw has an empty denominator."""
         size = self.weights.shape[1]

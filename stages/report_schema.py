@@ -117,6 +117,9 @@ class System(Record):
     seconds_per_image: Metric | None = None
     """Seconds of all solver steps per image, decoder left out, in batches of
     `evaluate.batch_size`."""
+    calibration_error: Metric | None = None
+    """Expected calibration error: mean distance, over bins of the probability that the system gives
+    to its most probable id, to the probability that the guided teacher gives to the same id."""
     agreement: Metric | None = None
     """Share of predictions whose most probable id is that of the guided teacher."""
     rtf: Metric | None = None
@@ -132,6 +135,8 @@ class System(Record):
     """FLOPs of one forward pass of one decoding step, as `Architecture` counts them."""
     dense_flops_per_timestep: Metric | None = None
     """The same with one dense feed-forward as wide as all experts of a layer together."""
+    total_flops_per_timestep: Metric | None = None
+    """FLOPs of all passes of one decoding or solver step: `flops_per_timestep` times `passes`."""
     passes: Metric | None = None
     """Forward passes per timestep, or per solver step."""
 
@@ -145,6 +150,12 @@ class StageCost(Record):
     """Most resident memory, in bytes, summed over processes that ran together."""
     peak_device_bytes: int = Field(0, ge=0)
     """Most accelerator memory, in bytes, summed likewise; 0 without an accelerator."""
+    written_bytes: int | None = Field(None, ge=0)
+    """Bytes that it left on disk; null where nothing is known of them."""
+    made: int | None = Field(None, ge=0)
+    """Units of work that it did; null where it has no unit."""
+    unit: str | None = None
+    """What these units are, such as `timesteps`; divided by `wall_s` they are its rate."""
 
 
 class Comparison(Record):
@@ -228,6 +239,25 @@ class ImageSample(Record):
     """System name → PNG of what it drew."""
 
 
+class SolverPath(Record):
+    """How far systems are from the guided teacher on the way from noise to image."""
+
+    steps: tuple[int, ...]
+    """Solver steps after which the latents are compared, rising; the last is the image."""
+    images: int = Field(ge=1)
+    """Images of which the way is kept, the first of the evaluation."""
+    systems: dict[str, tuple[Metric, ...]]
+    """System → mean squared error of its latents to the guided teacher's after the same steps from
+    the same noise, with its interval over images."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, values in self.systems.items():
+            if len(values) != len(self.steps):
+                raise ValueError(f"{name}: {len(values)} values after {len(self.steps)} steps")
+        return self
+
+
 class Images(Record):
     """What a report of images has beside its systems."""
 
@@ -241,8 +271,72 @@ class Images(Record):
     """Reference images that the Fréchet distance is to."""
     reference: System | None = None
     """What the reference images are like; their Fréchet distance is that between two halves."""
+    path: SolverPath | None = None
+    """The error to the guided teacher by solver step; null without that teacher."""
     samples: tuple[ImageSample, ...] = ()
     """A few conditions to look at."""
+
+
+Axis = Literal["timestep", "share", "codebook"]
+"""Along what a divergence is taken apart: timesteps from the start, shares of the length of every
+rollout, or streams."""
+
+
+class Bins(Record):
+    """Means of one system, bin by bin."""
+
+    values: tuple[Metric | None, ...]
+    """Mean in each bin, with its interval over sentences; null where there is nothing."""
+    predictions: tuple[int, ...]
+    """Predictions in each bin; weighted by them, the means have the mean over all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.values) != len(self.predictions):
+            raise ValueError(
+                f"{len(self.values)} values with {len(self.predictions)} counts of predictions"
+            )
+        return self
+
+
+class Divergence(Record):
+    """`paired_kl` taken apart along one axis: every prediction lies in one bin."""
+
+    axis: Axis
+    """Along what."""
+    bins: tuple[str, ...]
+    """Names of the bins: `0–4` for timesteps, `0–10 %` for shares, names of streams."""
+    systems: dict[str, Bins]
+    """System → mean KL(guided teacher ‖ system) in nats, bin by bin."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, found in self.systems.items():
+            if len(found.values) != len(self.bins):
+                raise ValueError(f"{name}: {len(found.values)} values in {len(self.bins)} bins")
+        return self
+
+
+class Calibration(Record):
+    """What a system's confidence is worth, bin by bin of its confidence.
+
+    The reference is the probability that the guided teacher gives to the system's most probable id,
+    before temperature and filters of the sampler: what the students learn. A system that holds the
+    same distributions has confidence and reference equal in every bin.
+    """
+
+    confidence: tuple[float | None, ...]
+    """Mean probability of the most probable id in each of equally wide bins from 0 to 1."""
+    reference: Bins
+    """Mean probability that the guided teacher gives to the same ids."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.confidence) != len(self.reference.values):
+            raise ValueError(
+                f"{len(self.confidence)} confidences with {len(self.reference.values)} references"
+            )
+        return self
 
 
 class Points(Record):
@@ -289,6 +383,11 @@ class Report(Record):
     """Paired differences."""
     judges: tuple[JudgeUse, ...] = ()
     """Judges that were asked for, first recogniser first."""
+    divergences: tuple[Divergence, ...] = ()
+    """`paired_kl` by timestep, by share of the rollout and by codebook; empty of images."""
+    calibration: dict[str, Calibration] = Field(default_factory=dict)
+    """System → what its confidence is worth; empty where the reference store does not hold the
+    probabilities of all ids."""
     audio: tuple[AudioSample, ...] = ()
     """A few samples to listen to."""
     images: Images | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -63,3 +64,15 @@ def saved_model(folder: Path) -> SavedModel:
 def is_saved(folder: Path) -> bool:
     """Whether `folder` holds a finished model: its weights, which are written last."""
     return any((folder / name).exists() for name in WEIGHTS_FILES)
+
+
+def weights_fingerprint(folder: Path) -> str | None:
+    """Hexadecimal sha256 over the files of a model's weights; None before it is finished."""
+    if not is_saved(folder):
+        return None
+    digest = hashlib.sha256()
+    for path in (folder / name for name in WEIGHTS_FILES):
+        if path.exists():
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -15,6 +15,7 @@ from stages.family import Sample
 from stages.judges import Clip, Judgement, judge
 from stages.measure import Measure, wav_name
 from stages.metrics import Array, Bootstrap, Ratio, ratio
+from stages.profiles import calibration_error
 from stages.publish import replace_file
 from stages.report_schema import (
     RECORDING,
@@ -89,9 +90,10 @@ def ratios(
 ) -> dict[str, Ratio]:
     """Return every metric of a system that has an interval, before it is summed."""
     found = _spoken_ratios(measure, copy)
-    if measure.kl_sum:
-        found["paired_kl"] = ratio(measure.kl_sum, measure.predictions)
-        found["agreement"] = ratio(measure.agreed, measure.predictions)
+    if measure.paired:
+        predictions = [rollout.predictions for rollout in measure.paired]
+        found["paired_kl"] = ratio([rollout.kl for rollout in measure.paired], predictions)
+        found["agreement"] = ratio([rollout.agreed for rollout in measure.paired], predictions)
     if measure.ended:
         found["ended"] = ratio(measure.ended)
         found["success"] = ratio(_successes(measure, copy, plausible_duration))
@@ -190,12 +192,16 @@ def system_numbers(
     values = {name: bootstrap.metric(value) for name, value in found.items()}
     values |= _quantiles("duration_{}_s", np.asarray(measure.audio_s))
     values |= _quantiles("duration_ratio_{}", _duration_ratios(measure, copy))
+    if (error := calibration_error(measure.paired, bootstrap)) is not None:
+        values["calibration_error"] = error
     if measure.passes:
         values["passes"] = Metric(value=measure.passes)
         if sum(measure.audio_s) > 0:
             values["rtf"] = Metric(value=measure.decode_s / sum(measure.audio_s))
     if measure.architecture is not None:
         values |= {name: Metric(value=getattr(measure.architecture, name)) for name in COSTS}
+        flops = measure.architecture.flops_per_timestep * measure.passes
+        values["total_flops_per_timestep"] = Metric(value=flops)
     return System(**values)
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,12 @@ OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--mute-audio",
     "--single-process", "--no-zygote", "--remote-debugging-pipe",
 )  # fmt: skip
+
+KEYS = {
+    "Tab": 9, "Enter": 13, "PageUp": 33, "PageDown": 34, "End": 35, "Home": 36, "ArrowLeft": 37,
+    "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40,
+}  # fmt: skip
+"""Keys that write nothing, by the number under which a browser knows them."""
 
 AS_3_AND_4 = """
 import os, sys
@@ -54,7 +61,9 @@ class Browser:
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
         attached = self._ask("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
-        self._ask("Page.enable")
+        self.complaints: list[str] = []
+        for domain in ("Page", "Runtime", "Log"):
+            self._ask(f"{domain}.enable")
 
     def __enter__(self) -> Self:
         return self
@@ -65,11 +74,19 @@ class Browser:
         os.close(self._to)
         self._replies.close()
 
-    def open(self, page: Path) -> None:
-        """Load a file and wait until it and its script have run."""
-        self._ask("Page.navigate", url=page.as_uri())
+    def open(self, page: Path | str) -> None:
+        """Load a file or an address and wait until it and its script have run."""
+        self._ask("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while self.run("document.readyState") != "complete":
             pass
+
+    def wait(self, script: str, seconds: float = 20) -> Any:
+        """Value of an expression in the page as soon as it is true of it."""
+        end = time.monotonic() + seconds
+        while not (found := self.run(script)):
+            assert time.monotonic() < end, f"{script} is {found!r}; {self.complaints}"
+            time.sleep(0.01)
+        return found
 
     def run(self, script: str) -> Any:
         """Value of an expression in the page, awaited if it is a promise."""
@@ -85,6 +102,7 @@ class Browser:
             "Emulation.setDeviceMetricsOverride",
             width=width, height=844, deviceScaleFactor=1, mobile=False,
         )  # fmt: skip
+        self._ask("Emulation.setScrollbarsHidden", hidden=True)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
 
@@ -94,9 +112,18 @@ class Browser:
         return base64.b64decode(taken["data"])
 
     def press(self, key: str) -> None:
-        """Press and release a key that writes one character."""
+        """Press and release a key: one that writes a character, or of `KEYS`."""
+        code = KEYS.get(key)
+        written = {"text": key} if code is None else {"windowsVirtualKeyCode": code}
+        if key == "Enter":
+            written["text"] = "\r"
         for kind in ("keyDown", "keyUp"):
-            self._ask("Input.dispatchKeyEvent", type=kind, key=key, text=key)
+            self._ask("Input.dispatchKeyEvent", type=kind, key=key, **written)
+
+    def click(self, x: float, y: float) -> None:
+        """Click at a place of the window, in pixels."""
+        for kind in ("mousePressed", "mouseReleased"):
+            self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def _ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._count += 1
@@ -106,10 +133,22 @@ class Browser:
         os.write(self._to, json.dumps(request).encode() + b"\0")
         while True:
             message = json.loads(self._message())
+            self._note(message)
             if message.get("id") == self._count:
                 assert "error" not in message, message
                 result: dict[str, Any] = message["result"]
                 return result
+
+    def _note(self, message: dict[str, Any]) -> None:
+        """Keep what the page writes into its console as a warning or an error."""
+        told = message.get("params", {})
+        match message.get("method"):
+            case "Runtime.exceptionThrown":
+                self.complaints.append(json.dumps(told["exceptionDetails"]))
+            case "Runtime.consoleAPICalled" if told["type"] in ("error", "warning", "assert"):
+                self.complaints.append(json.dumps(told["args"]))
+            case "Log.entryAdded" if told["entry"]["level"] in ("error", "warning"):
+                self.complaints.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
 
     def _message(self) -> bytes:
         while b"\0" not in self._rest:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch import nn
 
 from stages.architecture import Architecture
@@ -167,6 +169,51 @@ def test_errors_are_to_the_guided_teacher_from_the_same_noise(tmp_path):
     expected = student.paired_mse.value - unguided.paired_mse.value
     assert difference.value == pytest.approx(expected)
     assert difference.low <= difference.value <= difference.high
+
+
+def euler(steps, label, index, scale, offset=0.0):
+    """Latents after every step, solved by hand: x += (sigma' - sigma) v."""
+    sigmas = Schedule(FLOW).solver_times(steps) / 1000
+    x = normal((1, 4, 4), "start", 5, index).astype(np.float64)
+    for sigma, following in pairwise(sigmas):
+        towards, away = (0.05 * shown + offset + SHARE * x for shown in (label, 3))
+        image = scale * towards + (1 - scale) * away
+        x = x + (following - sigma) * (x - image) / sigma
+        yield x
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_the_error_by_solver_step_is_that_of_latents_solved_by_hand(tmp_path, batch_size):
+    found = evaluated(tmp_path, three(), steps=[12, 2], samples=6, batch_size=batch_size)
+    path = found.images.path
+    assert path.images == 6
+    assert path.steps == (1, 3, 4, 6, 7, 9, 10, 12)
+    assert all(value.value == value.high == 0 for value in path.systems["teacher_guided"])
+    errors = [
+        [((a - b) ** 2).mean() for a, b in zip(*both, strict=True)]
+        for index, label in enumerate([0, 1, 2, 0, 0, 1])
+        for both in [(euler(12, label, index, 1.0, 0.5), euler(12, label, index, 3.0))]
+    ]
+    expected = np.mean(errors, 0)[[step - 1 for step in path.steps]]
+    values = path.systems["student"]
+    assert [value.value for value in values] == pytest.approx(expected, rel=1e-4)
+    assert values[-1].value == pytest.approx(found.systems["student"].paired_mse.value, rel=1e-12)
+    assert all(value.low <= value.value <= value.high for value in values)
+
+
+def test_without_a_guided_teacher_there_is_no_error_by_step(tmp_path):
+    assert evaluated(tmp_path, three()[1:]).images.path is None
+
+
+def test_batches_of_another_version_are_drawn_again(tmp_path):
+    first = evaluated(tmp_path, three())
+    batch = tmp_path / "systems" / "student" / "steps_1" / "00000.safetensors"
+    with safe_open(batch, "np") as file:
+        latents = {str(i): file.get_tensor(f"latent.{i}") for i in range(6)}
+    save_file(latents, batch, metadata={"seconds": "0.1"})
+    again = evaluated(tmp_path, three())
+    assert again.images.path == first.images.path
+    assert again.systems["student"].paired_mse == first.systems["student"].paired_mse
 
 
 @pytest.mark.slow

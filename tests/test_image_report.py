@@ -29,6 +29,7 @@ from stages.report_schema import (
     Metric,
     Points,
     Report,
+    SolverPath,
     StageCost,
     System,
 )
@@ -50,6 +51,10 @@ def system(mse, frechet, seconds, passes):
         passes=Metric(value=passes),
         parameters=Metric(value=164_689),
     )
+
+
+def difference_of(value):
+    return Metric(value=value, low=value / 2, high=2 * value)
 
 
 def grey(side, seed=0):
@@ -95,6 +100,14 @@ def example(folder, side=8, columns=1, **changes):
             features="pixels",
             references=540,
             reference=System(frechet=Metric(value=0.29)),
+            path=SolverPath(
+                steps=(1, 25),
+                images=64,
+                systems={
+                    "teacher_guided": (Metric(value=0), Metric(value=0)),
+                    "student": (difference_of(0.0004), difference_of(0.0123)),
+                },
+            ),
             samples=(sample,) * columns,
         ),
         "losses": {HOSTILE: {HOSTILE: Points(steps=(1, 2, 3), values=(3.0, 1.0, 0.1))}},
@@ -141,8 +154,9 @@ def test_the_page_is_well_formed_escapes_every_text_and_loads_nothing(tmp_path):
     outline.require_inert("data:image/png;", absent={"audio"})
     policy = [a.get("content", "") for t, a in outline.elements if t == "meta"]
     assert any("img-src data:" in content for content in policy)
-    # Title, heading, caption, two names of a curve, a warning, a reason, and a setting twice.
-    assert "".join(outline.text).count(HOSTILE) == 9
+    # Title, heading, caption, a warning, a reason, a setting twice; of the loss curves title,
+    # legend, row and twice the caption.
+    assert "".join(outline.text).count(HOSTILE) == 12
     pictures = [attributes for tag, attributes in outline.elements if tag == "img"]
     assert [p["alt"].endswith(f": {HOSTILE}") for p in pictures] == [True] * 5
     assert [a["title"] for _, a in outline.elements if "title" in a] == [HOSTILE]
@@ -189,10 +203,19 @@ def test_the_page_states_what_the_numbers_say(tmp_path):
     assert re.search(r"Fréchet distanceto the reference images; lower0\.290\.80\.211\.5", page)
     assert re.search(r"−0\.04−0\.05 … −0\.03yes", page)
     # The table of four steps has what depends on them alone.
-    further = page.partition("Other numbers of solver steps")[2].partition("Cost of")[0]
+    further = page.split("Other numbers of solver steps")[-1].partition("Cost of")[0]
     assert "0.123" in further
     assert "Parameters" not in further
     assert "Parameters" in page
+
+
+def test_the_error_by_solver_step_is_drawn_and_written_without_the_guided_teacher(tmp_path):
+    page = render(example(tmp_path), tmp_path)
+    part = page.partition('<section id="where-systems-differ"')[2].partition("</section>")[0]
+    assert "over the first 64 images" in part
+    assert re.search(r"<text[^>]*>solver step</text>", part)
+    assert "0.0123" in part
+    assert "teacher, guided" not in part
 
 
 def test_what_was_not_evaluated_is_left_out(tmp_path):
@@ -263,7 +286,9 @@ def test_the_report_of_a_run_has_its_costs_settings_and_warnings(tmp_path):
     assert report.systems == made.systems
     assert report.images == made.images
     assert (report.samples, report.sentences) == (150, 10)
-    assert report.stages["evaluate"] == StageCost(wall_s=12.5, peak_rss_bytes=7)
+    cost = report.stages["evaluate"]
+    assert (cost.wall_s, cost.peak_rss_bytes, cost.made) == (12.5, 7, None)
+    assert cost.written_bytes == sum(p.stat().st_size for p in folder.rglob("*.png"))
     assert report.fingerprints == manifest.fingerprints.model_dump()
     assert report.settings["name"] == "tried"
     assert "1 of its linear layers hold their weights in int8" in report.warnings[0]

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from pydantic import ValidationError
 
-from pipeline.figures import interval_rows, line_plot
+from pipeline.figures import interval_rows
 from pipeline.metric_tables import METRICS, markdown_table
 from pipeline.readme_numbers import fill_numbers
 from pipeline.report import render, write_report
@@ -21,7 +21,10 @@ from stages.errors import UserError
 from stages.report_schema import (
     AudioClip,
     AudioSample,
+    Bins,
+    Calibration,
     Comparison,
+    Divergence,
     JudgeUse,
     Metric,
     Points,
@@ -32,6 +35,28 @@ from stages.report_schema import (
 )
 
 HOSTILE = "<script>alert('&\"')</script>"
+
+
+def bins(*values):
+    """Bins with an interval each; None is one without predictions."""
+    metrics = [v and Metric(value=v, low=0.9 * v, high=1.1 * v) for v in values]
+    return Bins(values=tuple(metrics), predictions=tuple(0 if v is None else 100 for v in values))
+
+
+def divergence(axis):
+    return Divergence(
+        axis=axis,
+        bins=("0–4", "5–9", HOSTILE),
+        systems={
+            "teacher_guided": bins(1e-9, 1e-9, None),
+            "teacher_unguided": bins(0.3, 0.2, None),
+            "student": bins(0.03, 0.0123, None),
+        },
+    )
+
+
+def calibration():
+    return Calibration(confidence=(None, 0.3, 0.812), reference=bins(None, 0.25, 0.789))
 
 
 def example(folder, **changes):
@@ -62,7 +87,13 @@ def example(folder, **changes):
         ),
         "student_half": System(wer=Metric(value=0.4, low=0.35, high=0.45)),
         "stages": {
-            "rollout": StageCost(wall_s=65.2, peak_rss_bytes=3 * 2**30),
+            "rollout": StageCost(
+                wall_s=65.2,
+                peak_rss_bytes=3 * 2**30,
+                written_bytes=5 * 2**20,
+                made=652,
+                unit="timesteps",
+            ),
             "train:student": StageCost(wall_s=4000, peak_rss_bytes=2**29, peak_device_bytes=2**20),
         },
         "comparisons": (
@@ -86,6 +117,8 @@ def example(folder, **changes):
         "audio": (
             AudioSample(sample_id=HOSTILE, text=HOSTILE, speaker=HOSTILE, clips={"student": clip}),
         ),
+        "divergences": tuple(divergence(axis) for axis in ("timestep", "share", "codebook")),
+        "calibration": {"student": calibration(), "teacher_guided": calibration()},
         "losses": {HOSTILE: {HOSTILE: Points(steps=(1, 2, 3), values=(3.0, 1.0, 0.1))}},
         "settings": {"rollout": {"guidance": {"scale": 2.0}, "empty": {}, HOSTILE: HOSTILE}},
         "fingerprints": {"teacher": "ab" * 32},
@@ -126,7 +159,7 @@ class Outline(HTMLParser):
         assert {tag for tag, _ in self.elements} & {"script", "link", "iframe", *absent} == set()
         for _, attributes in self.elements:
             assert not any(name.startswith("on") for name in attributes)
-            assert "href" not in attributes
+            assert attributes.get("href", "#").startswith("#"), "links stay within the page"
             assert attributes.get("src", carried).startswith(carried)
         policy = [a.get("content", "") for t, a in self.elements if t == "meta"]
         assert any("default-src 'none'" in content for content in policy)
@@ -141,6 +174,7 @@ def test_report_json_holds_systems_at_the_top_and_survives_a_round_trip(tmp_path
     assert raw["student"]["rtf"] == {"value": 0.02, "low": None, "high": None}
     assert raw["stages"]["rollout"] == {
         "wall_s": 65.2, "peak_rss_bytes": 3 * 2**30, "peak_device_bytes": 0,
+        "written_bytes": 5 * 2**20, "made": 652, "unit": "timesteps",
     }  # fmt: skip
     again = Report.read(tmp_path / "report.json")
     assert again == report
@@ -162,6 +196,38 @@ def test_systems_that_were_not_evaluated_are_left_out_of_report_json(tmp_path):
         ({"student": {"wer": {"value": float("nan")}}}, "finite"),
         ({"student": {"wer": {"value": 1, "low": 0.5}}}, "both ends or neither"),
         ({"student": {"wer": {"value": 1, "low": 2, "high": 1}}}, "lies above"),
+        (
+            {
+                "calibration": {
+                    "a": {"confidence": [0.1], "reference": {"values": [], "predictions": []}}
+                }
+            },
+            "1 confidences with 0 references",
+        ),
+        (
+            {
+                "divergences": [
+                    {
+                        "axis": "share",
+                        "bins": ["a"],
+                        "systems": {"student": {"values": [None], "predictions": []}},
+                    }
+                ]
+            },
+            "1 values with 0 counts",
+        ),
+        (
+            {
+                "divergences": [
+                    {
+                        "axis": "share",
+                        "bins": ["a"],
+                        "systems": {"student": {"values": [], "predictions": []}},
+                    }
+                ]
+            },
+            "0 values in 1 bins",
+        ),
         ({"losses": {"a": {"kl": {"steps": [1, 2], "values": [0.1]}}}}, "2 steps with 1 values"),
     ],
 )
@@ -196,9 +262,9 @@ def test_a_missing_clip_is_named(tmp_path):
 def test_the_page_is_well_formed_escapes_every_text_and_loads_nothing(tmp_path):
     outline = Outline(render(example(tmp_path), tmp_path))
     outline.require_inert("data:audio/flac", absent={"img"})
-    # Title, heading, sentence, its id and speaker, what was heard, two names of a curve, a warning,
-    # a reason, and a setting twice.
-    assert "".join(outline.text).count(HOSTILE) == 12
+    # Title, heading, sentence, its id and speaker, what was heard, a warning, a reason, a setting
+    # twice; a run's title, legend, row and twice the caption; in three charts a tick and a row.
+    assert "".join(outline.text).count(HOSTILE) == 21
 
 
 def test_the_audio_of_the_page_is_the_wav_file_bit_for_bit(tmp_path):
@@ -236,7 +302,8 @@ def test_a_report_of_little_still_makes_a_page(tmp_path):
     report = Report(run="bare", samples=0, sentences=0)
     page = render(report, tmp_path)
     assert "no judge of the audio" in page
-    assert "<section>" not in page
+    assert "<section" not in page
+    assert "<nav" not in page
 
 
 def test_writing_the_page_again_gives_the_same_bytes_and_leaves_nothing_else(tmp_path):
@@ -273,22 +340,6 @@ def test_intervals_lie_on_one_axis_from_zero():
     assert [float(place) for _, place in places] == [10, 40, 25, 100, 0, 100]
 
 
-@pytest.mark.parametrize(
-    ("values", "heights"),
-    [
-        ((0.0, 0.5, 1.0), (100, 50, 0)),  # linear
-        ((1.0, 10.0, 100.0), (100, 50, 0)),  # two decades: logarithmic
-        ((2.0, 2.0, 2.0), (0, 0, 0)),  # a constant is drawn above a zero line
-        ((-1.0, 0.0, 1.0), (100, 50, 0)),
-    ],
-)
-def test_curves_are_placed_by_value(values, heights):
-    figure = line_plot({"kl": Points(steps=(0, 50, 100), values=values)})
-    path = re.search(r'd="M(0\.00 [^"]+)"/></svg>', figure).group(1)
-    points = [tuple(map(float, point.split())) for point in path.split("L")]
-    assert points == list(zip((0, 50, 100), heights, strict=True))
-
-
 def test_every_metric_of_a_system_is_shown():
     assert set(METRICS) == set(System.model_fields)
 
@@ -314,3 +365,37 @@ def test_markdown_rows_have_as_many_cells_as_the_head(tmp_path):
     lines = markdown_table(example(tmp_path)).splitlines()
     assert len(lines) == 7
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+def test_a_report_of_before_divergences_were_taken_apart_still_makes_a_page(tmp_path):
+    example(tmp_path).write(tmp_path / "report.json")
+    old = json.loads((tmp_path / "report.json").read_text())
+    for name in ("divergences", "calibration"):
+        del old[name]
+    for cost in old["stages"].values():
+        for name in ("written_bytes", "made", "unit"):
+            del cost[name]
+    for name in ("teacher_guided", "student"):
+        del old[name]["calibration_error"], old[name]["total_flops_per_timestep"]
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    page = write_report(tmp_path).read_text()
+    assert "Loss curves" in page
+    assert "Calibration" not in page
+    assert "Where systems differ" not in page
+
+
+def test_a_report_of_a_later_version_is_refused(tmp_path):
+    (tmp_path / "report.json").write_text('{"format_version": 2}')
+    with pytest.raises(UserError, match=r"not a report of this version.*format_version"):
+        write_report(tmp_path)
+
+
+def test_bins_without_predictions_are_left_out_of_charts_and_are_a_dash_in_tables(tmp_path):
+    page = render(example(tmp_path), tmp_path)
+    part = page.partition('<section id="where-systems-differ"')[2].partition("</section>")[0]
+    assert "By timestep" in part
+    assert "By share of the rollout" in part
+    assert "By codebook" in part
+    assert part.count('<td class="absent">–</td>') == 6, "two systems in three tables"
+    assert "teacher, guided" not in part, "it differs from itself by rounding alone"
+    assert "0.0123" in part

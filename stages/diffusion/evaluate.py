@@ -33,6 +33,7 @@ from stages.diffusion.generate import (
     batches_of,
     generate,
     items_of,
+    path_steps,
     to_look_at,
 )
 from stages.diffusion.images import to_uint8
@@ -41,7 +42,15 @@ from stages.diffusion.train_config import ImageEvaluateConfig
 from stages.interruption import StopRequest
 from stages.metrics import Bootstrap, Ratio, comparisons, ratio
 from stages.publish import claim, publish_file, replace_file
-from stages.report_schema import Comparison, Images, ImageSample, JudgeUse, Metric, System
+from stages.report_schema import (
+    Comparison,
+    Images,
+    ImageSample,
+    JudgeUse,
+    Metric,
+    SolverPath,
+    System,
+)
 from stages.sampling import keyed_generator
 
 IMAGES = "images"
@@ -242,11 +251,35 @@ def _sum_up(album: Album, galleries: Mapping[str, Gallery]) -> ImageEvaluation:
             features="pixels" if album.pixels else "areas",
             references=len(album.references),
             reference=_reference(album, judge),
+            path=_path(first, galleries, config),
             samples=album.samples(list(galleries)),
         ),
         samples=len(items),
         conditions=len({item.draw.condition for item in items}),
     )
+
+
+def _path(
+    steps: int, galleries: Mapping[str, Gallery], config: ImageEvaluateConfig
+) -> SolverPath | None:
+    """Return how far every system is from the guided teacher on its way to the first images."""
+    if GUIDED not in galleries:
+        return None
+    guided = galleries[GUIDED].paths(steps)
+    draws = [str(index) for index in range(len(guided))]
+    bootstrap = Bootstrap.over(draws, draws=config.bootstrap_draws, seed=config.seed)
+    systems = {}
+    for name, gallery in galleries.items():
+        pairs = zip(gallery.paths(steps), guided, strict=True)
+        squares = np.stack([_state_errors(ours, theirs) for ours, theirs in pairs])
+        systems[name] = tuple(bootstrap.metric(ratio(errors)) for errors in squares.T)
+    return SolverPath(steps=path_steps(steps), images=len(guided), systems=systems)
+
+
+def _state_errors(ours: np.ndarray, theirs: np.ndarray) -> Array:
+    """Mean squared error [S] of latents [S, c, h, w] on the way."""
+    squares: Array = ((ours.astype(np.float64) - theirs) ** 2).mean((1, 2, 3))
+    return squares
 
 
 def _judge_uses(config: ImageEvaluateConfig, reason: str | None) -> tuple[JudgeUse, ...]:
@@ -305,6 +338,8 @@ def _system(
         plain["frechet_to_guided"] = _frechet(features, album.features(GUIDED, steps))
     if facts.architecture is not None:
         plain |= {cost: getattr(facts.architecture, cost) for cost in COSTS}
+        flops = facts.architecture.flops_per_timestep * facts.passes
+        plain["total_flops_per_timestep"] = flops
     values |= {metric: Metric(value=value) for metric, value in plain.items() if value is not None}
     return System(**values)
 

@@ -30,6 +30,12 @@ from stages.interruption import StopRequest
 from stages.publish import replace_file
 from store.schema import Record
 
+PATH_STATES, PATH_IMAGES = 8, 64
+"""Solver steps, and images, of which the latents on the way are kept: it bounds what lies on disk
+(134 MB per system at 128×128×4)."""
+LAYOUT = "2"
+"""Version of the files of batches; others are drawn again."""
+
 
 @dataclass(frozen=True)
 class ImageContender:
@@ -96,6 +102,13 @@ def items_of(dataset: ImageDataset, config: ImageEvaluateConfig) -> list[Item]:
     return items
 
 
+def path_steps(steps: int) -> tuple[int, ...]:
+    """After which solver steps, of so many, the latents are kept: at most 8, the last of them."""
+    return tuple(
+        np.unique(np.linspace(1, steps, min(PATH_STATES, steps)).round().astype(int)).tolist()
+    )
+
+
 class SystemFacts(Record):
     """What is known of a system once its model was loaded."""
 
@@ -125,11 +138,30 @@ class Gallery:
 
     def latents(self, steps: int) -> list[np.ndarray]:
         """Read the final latents [c, h, w] float32 of all items, in their order."""
+        return self._tensors(steps, "latent")
+
+    def paths(self, steps: int) -> list[np.ndarray]:
+        """Read the latents [S, c, h, w] float32 on the way, after `path_steps`, of the first items.
+
+        They are there for the first count of solver steps.
+        """
+        return self._tensors(steps, "path")
+
+    def _tensors(self, steps: int, kind: str) -> list[np.ndarray]:
         found: dict[int, np.ndarray] = {}
-        for path in self._files(steps):
-            with safe_open(path, "np") as file:
-                found |= {int(index): file.get_tensor(index) for index in file.keys()}  # noqa: SIM118
+        for file_path in self._files(steps):
+            with safe_open(file_path, "np") as file:
+                names = [name.split(".") for name in file.keys()]  # noqa: SIM118
+                found |= {int(i): file.get_tensor(f"{k}.{i}") for k, i in names if k == kind}
         return [found[index] for index in sorted(found)]
+
+    def holds(self, steps: int, number: int) -> bool:
+        """Whether a batch is there, in the layout of this version."""
+        path = self.batch(steps, number)
+        if not path.exists():
+            return False
+        with safe_open(path, "np") as file:
+            return bool(file.metadata().get("layout") == LAYOUT)
 
     def seconds(self, steps: int) -> float:
         """Return the seconds that the solver took for all items."""
@@ -161,7 +193,7 @@ def generate(
         (steps, number, batch)
         for steps in config.steps
         for number, batch in enumerate(batches_of(items, config.batch_size))
-        if not gallery.batch(steps, number).exists()
+        if not gallery.holds(steps, number)
     ]
     if not missing:
         return True
@@ -177,11 +209,17 @@ def generate(
         if stop.requested:
             return False
         started = time.perf_counter()
-        latents = painter.draw(batch, steps)
+        latents, path = painter.draw(batch, steps)
         seconds = time.perf_counter() - started
         _require_finite(contender.name, batch, latents)
-        named = {str(item.index): latent for item, latent in zip(batch, latents, strict=True)}
-        content = save(named, metadata={"seconds": repr(seconds)})
+        named = {f"latent.{i.index}": latent for i, latent in zip(batch, latents, strict=True)}
+        if steps == config.steps[0]:
+            named |= {
+                f"path.{item.index}": states
+                for item, states in zip(batch, path.cpu().numpy(), strict=True)
+                if item.index < PATH_IMAGES
+            }
+        content = save(named, metadata={"seconds": repr(seconds), "layout": LAYOUT})
         replace_file(gallery.batch(steps, number), content)
     return True
 
@@ -225,15 +263,20 @@ class Painter:
         return self._contender.architecture or self._denoiser.architecture()
 
     @torch.inference_mode()
-    def draw(self, batch: Sequence[Item], steps: int) -> np.ndarray:
-        """Return the final latents [b, c, h, w] float32 of items of one shape."""
+    def draw(self, batch: Sequence[Item], steps: int) -> tuple[np.ndarray, Tensor]:
+        """Draw items of one shape.
+
+        Returns their final latents [b, c, h, w] and, where the model is, those after `path_steps`
+        [b, S, c, h, w], both float32.
+        """
         times = self._schedule.solver_times(steps)
         asked = self._asked(batch, float(times[0]))
-        x = asked.x
+        kept, path, x = path_steps(steps), [], asked.x
         for state in trajectory(self._predict(asked), x, times, self._schedule):
             x = state.x
-        latents: np.ndarray = x.cpu().numpy()
-        return latents
+            if state.step in kept:
+                path.append(x)
+        return x.cpu().numpy(), torch.stack(path, 1)
 
     @torch.inference_mode()
     def warm_up(self, batch: Sequence[Item]) -> None:
