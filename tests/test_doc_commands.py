@@ -34,8 +34,10 @@ from tests.object_server import BUCKET
 from tests.pages import PAGES, ROOT, Block, blocks_of, code_of, page_name
 from tests.slurm_stand_in import StandIn, stand_in
 
-EXIT_CODES = {"status": {0, 1}}
+EXIT_CODES = {"doctor": {0, 1}, "status": {0, 1}}
 """Of commands that answer with their code; all others have to end with 0."""
+ANSWERS = {"init": "\n"}
+"""Of a person who is asked, and takes what is offered; all others say yes."""
 PLACEHOLDERS = {"CONFIG": "configs/mini.yaml", "STORE": "runs/mini/store"}
 """What a reader puts in place of a word of capitals."""
 DIFFUSION = {"docs/images.md", "docs/families/diffusion.md"}
@@ -112,12 +114,9 @@ def require_typed(command: str, *, whole: bool = True) -> None:
     while words and re.fullmatch(r"\w+=\S*", words[0]):
         words.pop(0)
     match words:
-        case ["foretell"] | ["foretell", "--help"]:
-            pass
-        case ["foretell", *arguments, "--help"]:
-            require_parsed(arguments, whole=False)
         case ["foretell", *arguments]:
-            require_parsed(arguments, whole=whole)
+            named = [word for word in arguments if word not in ("--help", "--install-completion")]
+            require_parsed(named, whole=whole and named == arguments)
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, command
         case ["python", script, *options]:
@@ -150,7 +149,7 @@ def require_parsed(arguments: list[str], *, whole: bool = True) -> None:
 
     from pipeline.cli import app
 
-    if arguments[0] == "command":
+    if not arguments or arguments[0] == "command":
         return
     name, command, context = "foretell", get_command(app), None
     while True:
@@ -298,7 +297,7 @@ class Reader:
             redirect_stderr(said),
         ):
             patch.setattr(sys, "argv", ["foretell", *arguments])
-            patch.setattr(sys, "stdin", Consenting("y\n" * 9))
+            patch.setattr(sys, "stdin", Consenting(9 * ANSWERS.get(arguments[0], "y\n")))
             patch.setattr("pipeline.run.launch", in_this_process)
             with pytest.raises(SystemExit) as ended:
                 main()
@@ -308,7 +307,7 @@ class Reader:
 
 
 class Consenting(io.StringIO):
-    """A person at a terminal who says yes."""
+    """A person at a terminal who has nothing against it."""
 
     def isatty(self) -> bool:
         return True
