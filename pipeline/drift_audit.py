@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -53,28 +54,31 @@ def audit_document(found: AuditedStore) -> dict[str, Any]:
 
 def audit_text(found: AuditedStore) -> str:
     """Return what was found as a table, and the verdict last."""
-    drift = found.drift
+    drift, worst = found.drift, found.drift.worst[0]
     lines = [
-        f"{found.store}",
+        found.store,
         f"{found.rollouts:,} of {found.committed:,} rollouts asked for again, "
-        f"{found.timesteps:,} timesteps (--fraction {found.fraction:g} --seed {found.seed})",
+        f"{found.timesteps:,} timesteps (seed {found.seed})",
     ]
     for name, (stored, now) in found.differences.items():
-        lines.append(f"ANOTHER {name.upper()}: the store's is {stored}, this is {now}")
+        lines += [f"ANOTHER {name.upper()}", f"  of the store  {stored}", f"  asked now     {now}"]
     lines += ["", UNITS[drift.measure], *_table(drift), ""]
-    lines += [
-        f"  worst rollout: {each.sample_id!r} variation {each.variation}, mean {each.mean:.2e}"
-        for each in drift.worst[:1]
-    ]
     if drift.not_finite:
-        lines.append(f"  {drift.not_finite:,} predictions are NaN or infinite now")
-    sign, verdict = ("<=", "it holds what") if found.ok else (">", "IT DOES NOT HOLD WHAT")
+        lines.append(f"{drift.not_finite:,} predictions are NaN or infinite now")
+    sign = "<=" if drift.largest_mean <= found.limit else ">"
     lines += [
-        f"  largest mean {drift.largest_mean:.2e} {sign} limit {found.limit:.2e}",
-        f"  limit: {found.limit_from}",
-        f"{verdict} {'this' if found.teacher_matches else 'ANOTHER'} teacher predicts",
+        f"worst rollout  {worst.mean:.1e}  {worst.sample_id!r} variation {worst.variation}",
+        f"largest mean   {drift.largest_mean:.1e} {sign} {found.limit:.1e}, the limit:",
+        fill(found.limit_from, initial_indent="  ", subsequent_indent="  "),
+        _verdict(found),
     ]
     return "\n".join(lines)
+
+
+def _verdict(found: AuditedStore) -> str:
+    teacher = "this teacher" if found.teacher_matches else "this other teacher"
+    holds = f"it holds what {teacher} predicts"
+    return holds if found.ok else f"it does not hold what {teacher} predicts".upper()
 
 
 def _table(drift: StoreDrift) -> list[str]:
@@ -92,7 +96,8 @@ def _table(drift: StoreDrift) -> list[str]:
 
 def _header(drift: StoreDrift) -> Sequence[str]:
     name = "level" if drift.measure == "squared_error" else "stream"
-    return name, "predictions", "mean", "p99", "largest", "same likeliest"
+    likeliest = ("same likeliest",) if drift.measure == "kl" else ()
+    return name, "predictions", "mean", "p99", "largest", *likeliest
 
 
 def _row(part: PartDrift) -> Sequence[str]:
@@ -101,6 +106,6 @@ def _row(part: PartDrift) -> Sequence[str]:
         name += f" {part.part}"
     if part.temperature != 1:
         name += f" at T={part.temperature:g}"
-    agreement = "" if part.agreement is None else f"{part.agreement:.2%}"
+    agreement = () if part.agreement is None else (f"{part.agreement:.2%}",)
     numbers = (f"{value:.1e}" for value in (part.mean, part.p99, part.largest))
-    return name, f"{part.predictions:,}", *numbers, agreement
+    return name, f"{part.predictions:,}", *numbers, *agreement

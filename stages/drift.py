@@ -34,11 +34,11 @@ Part = Literal["guided", "cond", "uncond"]
 """What was predicted: under guidance, or by one of its branches, where these are stored apart."""
 Measured = Literal["kl", "redrawn", "squared_error"]
 
-LOGIT_ERROR = {"fp32": 1e-3, "bf16": 2.0**-4, "fp16": 2.0**-7}
+LOGIT_ERROR = {"fp32": 1e-3, "bf16": 2.0**-5, "fp16": 2.0**-8}
 """By how much a logit may differ when a teacher is asked in another batch, or on another machine.
 
-Of fp32 it is ten times what the families' tests hold decoding and scoring to; of the others a step
-of the type between 8 and 16, where logits of a trained model lie.
+Of fp32 it is ten times what the families' tests hold decoding and scoring to; of the others half a
+step of the type between 8 and 16, where the largest logits of a trained model lie.
 """
 RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 2.0**-6, "fp16": 2.0**-9}
 """The same of continuous predictions, as a share of their root mean square."""
@@ -253,7 +253,8 @@ def limit_of(manifest: Manifest, precision: str, *, quantized: bool) -> Limit:
     `precision` is that of the teacher, fp32, bf16 or fp16; one that is `quantized` rounds what it
     reads as coarsely as bf16 at least. Logits that are off by at most e change KL by at most e²/2
     (Hoeffding's lemma), and guidance at scale s amplifies an error by |s| + |1 − s|. Square roots
-    of small divergences add up at worst.
+    of small divergences add up at worst. Where stage one has measured how far a teacher of fewer
+    bits is from itself in float32, that counts instead.
     """
     arithmetic = "bf16" if quantized and precision == "fp32" else precision
     scale, target = manifest.guidance.scale, manifest.target
@@ -265,11 +266,22 @@ def limit_of(manifest: Manifest, precision: str, *, quantized: bool) -> Limit:
         value = (gain * (RELATIVE_ERROR[arithmetic] + TYPE_ERROR[target.dtype])) ** 2
         return Limit(value, f"{told}, stored in {target.dtype}")
     computed, stored = (gain * LOGIT_ERROR[arithmetic]) ** 2 / 2, _storage_loss(manifest, target)
+    measured = _measured_loss(manifest)
+    if arithmetic != "fp32" and measured is not None:
+        # Two answers that are each that far from float32 are at most four times as far apart.
+        computed = max(4 * measured, (gain * LOGIT_ERROR["fp32"]) ** 2 / 2)
+        told = "four times what stage one measured from float32"
     form = "compact" if _compact(manifest) else target.dtype
     return Limit(
         (math.sqrt(computed) + math.sqrt(stored)) ** 2,
         f"{told}: {computed:.1e} nats; {target.kind} stored in {form}: {stored:.1e} nats",
     )
+
+
+def _measured_loss(manifest: Manifest) -> float | None:
+    """Return the KL in nats between the teacher and itself in float32, as stage one measured it."""
+    record = manifest.quantization
+    return None if record is None or record.audit is None else record.audit.kl_largest
 
 
 def _storage_loss(manifest: Manifest, target: TopK | Full | Hidden) -> float:
@@ -353,20 +365,27 @@ def audited(
 ) -> AuditedStore:
     """Put together what was found of the chosen `keys` of a store."""
     limit = explained if choice.limit is None else Limit(choice.limit, "--limit")
-    lengths = (len(store[key]) for key in keys)
     return AuditedStore(
         store=str(store.path),
         fraction=choice.fraction,
         seed=choice.seed,
         rollouts=len(keys),
         committed=len(store),
-        timesteps=sum(lengths),
+        timesteps=sum(_length(store, key) for key in keys),
         teacher_matches=not {"teacher", "quantization", "other model"} & differences.keys(),
         differences=differences,
         drift=drift,
         limit=limit.value,
         limit_from=limit.origin,
     )
+
+
+def _length(store: PredictionStore, key: Key) -> int:
+    """Timesteps of a committed rollout."""
+    place = store.plan.locate(key)
+    assert place is not None
+    shard, row = place
+    return int(store.rollout_table(shard).lengths[row])
 
 
 def method_of(record: Quantization | None) -> str:

@@ -17,7 +17,8 @@ from stages.errors import UserError
 from store import PredictionStore
 from store.convert import convert
 from store.plan import Key
-from store.schema import Compact
+from store.schema import Audit, Compact, Full, Guidance, Quantization
+from store.synthetic import synthetic_manifest
 from tests.test_rollout import (
     VARIANTS,
     drawn_again,
@@ -214,6 +215,32 @@ def test_a_teacher_that_is_not_finite_is_no_teacher_that_agrees(tmp_path):
     found = drift_of(store, family)
     assert found.not_finite == len(store) * len(store.manifest.streams)
     assert not found.within(math.inf)
+
+
+def test_a_limit_counts_guidance_storage_and_what_stage_one_measured():
+    full = synthetic_manifest(Full())
+    limits = {
+        scale: limit_of(
+            full.model_copy(update={"guidance": Guidance(scale=scale)}), "fp32", quantized=False
+        )
+        for scale in (1.0, 2.5)
+    }
+    stored = (2.0**-11 * math.log(full.vocabulary)) ** 2 / 2
+    for scale, gain in ((1.0, 1.0), (2.5, 4.0)):
+        computed = (gain * 1e-3) ** 2 / 2
+        together = (math.sqrt(computed) + math.sqrt(stored)) ** 2
+        assert limits[scale].value == pytest.approx(together)
+    assert limits[2.5].origin.startswith("fp32 arithmetic guided at 2.5: 8.0e-06 nats; full ")
+    bf16 = limit_of(full, "bf16", quantized=False).value
+    assert limit_of(full, "fp32", quantized=True).value == bf16 > 1e-4
+    found = Audit(samples=1, predictions=9, kl_mean=1e-5, kl_p99=1e-4, kl_largest=2e-5)
+    record = Quantization(method="none", dtype="bfloat16", audit=found)
+    audited = full.model_copy(update={"quantization": record})
+    measured = limit_of(audited, "bf16", quantized=False)
+    assert measured.value == pytest.approx((math.sqrt(8e-5) + math.sqrt(stored)) ** 2)
+    assert "stage one measured" in measured.origin
+    lossy = full.model_copy(update={"profile": Compact(loss_nats=1e-3)})
+    assert limit_of(lossy, "fp32", quantized=False).value > 1e-3
 
 
 def test_what_is_chosen_follows_from_seed_and_keys_alone():
