@@ -56,6 +56,30 @@ def offered_teacher(family: str, data: str) -> str:
     return FIT if family == "diffusion" and data == DEMO else TEACHER_OF[family]
 
 
+def offered_machine(teacher: str) -> Machine:
+    """Return where a run is likely to be: what is trained here from nothing is small."""
+    return "cpu" if teacher == FIT else "gpu"
+
+
+def data_question(family: str) -> str:
+    """Return how the data is asked for."""
+    if family == "diffusion":
+        return f"Data: a folder of images, or {DEMO} for scikit-learn's digits"
+    return f"Data: a folder or table of recordings, or {DEMO} for speech from a package"
+
+
+def teacher_question(family: str, data: str) -> str | None:
+    """Return how the teacher is asked for; None where only one answer goes with the data."""
+    if family == "diffusion":
+        return None if data == DEMO else "Teacher: the folder of a pipeline"
+    forms = {
+        "codec_lm": f"{FIT} to train one here, or the folder of one that was",
+        "magpie": "its .nemo",
+        "orpheus": "the model's folder",
+    }
+    return f"Teacher: {forms[family]}"
+
+
 @dataclass(frozen=True)
 class Answers:
     """What a first configuration is made of."""
@@ -121,7 +145,7 @@ def first_config(path: Path, answers: Answers) -> tuple[str, Run]:
         )
     check_data(answers.data)
     check_teacher(answers.family, answers.data, answers.teacher)
-    document = {"name": path.stem, "seed": 0} | WRITTEN[answers.family](answers)
+    document: Document = {"name": path.stem, "seed": 0} | WRITTEN[answers.family](answers)
     if answers.family == "diffusion":
         document = {"kind": "diffusion"} | document
     if answers.machine == "slurm":
@@ -239,7 +263,8 @@ def _like(teacher: Path, otherwise: Document) -> Document:
         return otherwise
     if not isinstance(config, CodecLMConfig):
         raise UserError(f"teacher {teacher} holds a model of the family {config.family!r}")
-    return {"family": "codec_lm"} | json.loads(config.model_dump_json(exclude_defaults=True))
+    settings: Document = config.model_dump(mode="json", exclude_defaults=True)
+    return {"family": "codec_lm"} | settings
 
 
 def _magpie(answers: Answers) -> Document:
@@ -390,7 +415,7 @@ def _native_size(pipeline: Path) -> int:
         try:
             latents = json.loads((pipeline / part / "config.json").read_bytes())["sample_size"]
             blocks = json.loads((pipeline / "vae" / "config.json").read_bytes())
-            return int(latents) * 2 ** (len(blocks["block_out_channels"]) - 1)
+            return int(latents) << len(blocks["block_out_channels"]) - 1
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return 1024

@@ -119,7 +119,7 @@ def _quantization(record: Record) -> str | None:
     """Return the method by which the linear layers of a model are held that a record describes."""
     match record:
         case RolloutConfig():
-            return record.quantization and record.quantization.method
+            return None if record.quantization is None else record.quantization.method
         case RecordConfig():
             return record.quantization
         case DenoiserConfig():

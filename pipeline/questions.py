@@ -12,7 +12,6 @@ import typer
 from pipeline.first_config import (
     DEMO,
     FAMILY_OF,
-    FIT,
     GUIDANCE_OF,
     MACHINE_OF,
     Answers,
@@ -21,9 +20,12 @@ from pipeline.first_config import (
     check_data,
     check_guidance,
     check_teacher,
+    data_question,
     first_config,
     missing_files,
+    offered_machine,
     offered_teacher,
+    teacher_question,
 )
 from stages.errors import UserError
 
@@ -39,22 +41,21 @@ def asked(given: Mapping[str, str | None], audio_codec: str | None, terminal: bo
     """
 
     def answer(
-        name: str, question: str, default: str | None, check: Callable[[str], Value]
+        name: str, question: str | None, default: str | None, check: Callable[[str], Value]
     ) -> Value:
         if given[name] is not None:
             return check(str(given[name]))
-        if terminal:
+        if terminal and question is not None:
             return _ask(question, default, check)
         if default is None:
             raise UserError(f"there is no terminal to ask for it: give --{name}")
         return check(default)
 
     family = answer("family", _choices("Family", FAMILY_OF), None, _one_of(FirstFamily))
-    demo = "scikit-learn's digits" if family == "diffusion" else "speech from a package"
-    data = answer("data", f"Data: a path, or {DEMO} for {demo}", DEMO, check_data)
+    data = answer("data", data_question(family), DEMO, check_data)
     teacher = answer(
         "teacher",
-        f"Teacher: a path, or {FIT} to train one here",
+        teacher_question(family, data),
         offered_teacher(family, data),
         lambda text: check_teacher(family, data, text),
     )
@@ -64,7 +65,9 @@ def asked(given: Mapping[str, str | None], audio_codec: str | None, terminal: bo
         str(GUIDANCE_OF[family]),
         check_guidance,
     )
-    machine = answer("machine", _choices("Machine", MACHINE_OF), "gpu", _one_of(Machine))
+    machine = answer(
+        "machine", _choices("Machine", MACHINE_OF), offered_machine(teacher), _one_of(Machine)
+    )
     return Answers(family, data, teacher, guidance, machine, audio_codec)
 
 

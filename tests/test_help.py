@@ -64,7 +64,9 @@ def test_help_fits_80_columns_and_ends_with_examples(command):
 
 def examples() -> list[str]:
     epilogs = [get_command(app).epilog, *(command.epilog for command in COMMANDS.values())]
-    lines = [line.strip() for epilog in epilogs for line in epilog.splitlines()]
+    lines = [
+        line.strip() for epilog in epilogs for line in epilog.replace("\\\n", " ").splitlines()
+    ]
     return [line for line in lines if line and line not in ("\b", "Examples:")]
 
 
