@@ -16,6 +16,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+import numpy as np
+
 from pipeline.figures import COLOURS, colour
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ VARIABLES |= {drawn: f"--s{index}" for index, drawn in enumerate(SYSTEM_COLOURS)
 """What matplotlib is told to draw with, and the variable that takes its place."""
 DASHES = ("1 3", "6 2", "2 2", "", "7 2 1 2", "4 1 1 1 1 1")
 """Strokes of lines, so that colour is not the only difference."""
+ROOT_TICKS = (0, 0.02, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
+"""Named probabilities on an axis of roots."""
 MARKERS = "osD^vP"
 """Marks of points, for the same reason."""
 
@@ -135,32 +139,39 @@ def point_chart(
 
 
 def reliability_chart(
-    series: Sequence[Series], shares: Sequence[Sequence[float]], described: str
+    series: Sequence[Series],
+    shares: Sequence[Sequence[float]],
+    edges: Sequence[float],
+    described: str,
 ) -> str:
     """Draw reliability diagrams with the diagonal, and below how many predictions are where.
 
     x is the confidence and y what it is compared with; `shares` are those of the predictions of
-    each of the series in equally wide bins of confidence.
+    each of the series between `edges`, from 0 to 1. Both axes are roots: most codes of speech are
+    not very sure, and the diagonal stays straight.
     """
     with _drawing(described, HEIGHT_PX + 130) as (figure, done):
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        for axis, scale in ((upper.xaxis, upper.set_xscale), (upper.yaxis, upper.set_yscale)):
+            scale("function", functions=(_root, np.square))
+            axis.set_ticks(ROOT_TICKS, [f"{tick:g}" for tick in ROOT_TICKS])
         upper.plot((0, 1), (0, 1), color=SOFT, linewidth=1, dashes=(2, 2))
-        for each, counts in zip(series, shares, strict=True):
+        for each, heights in zip(series, shares, strict=True):
             _draw_points(upper, each, each.x, joined=True)
-            edges = [place / len(counts) for place in range(len(counts) + 1)]
-            lower.stairs(
-                [100 * share for share in counts], edges,
-                color=SYSTEM_COLOURS[each.colour % COLOURS], linestyle=_dashes(each.colour),
-            )  # fmt: skip
+            drawn, dashes = SYSTEM_COLOURS[each.colour % COLOURS], _dashes(each.colour)
+            percent = [100 * share for share in heights]
+            lower.stairs(percent, edges, color=drawn, linestyle=dashes)
         upper.set(xlim=(0, 1), ylim=(0, 1))
         upper.set_ylabel("guided teacher's probability")
         lower.set_ylim(bottom=0)
         lower.set_ylabel("codes, %")
         lower.set_xlabel("system's probability of its likeliest code")
-        _write_numbers(lower.xaxis, MOST_TICKS)
-        _write_numbers(upper.yaxis, MOST_TICKS)
         _write_numbers(lower.yaxis, 3)
     return done() + legend(series)
+
+
+def _root(values: Any) -> Any:
+    return np.sqrt(np.maximum(values, 0))  # an axis looks beyond its ends too
 
 
 def legend(series: Sequence[Series], *, lines: bool = True) -> str:
@@ -220,17 +231,17 @@ def _scale(axes: Axes, series: Sequence[Series]) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     elif min(ends) >= 0:
         axes.set_ylim(bottom=0)
-    _write_numbers(axes.xaxis, MOST_TICKS)
+    _write_numbers(axes.xaxis, MOST_TICKS, integer=True)
     _write_numbers(axes.yaxis, MOST_TICKS)
 
 
-def _write_numbers(axis: Axis, most: int) -> None:
+def _write_numbers(axis: Axis, most: int, *, integer: bool = False) -> None:
     """Write at most `most` ticks as plain numbers: a formula is no text to who has it read out."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "−")))
     if axis.get_scale() == "linear":
-        axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
+        axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], integer=integer))
 
 
 def _name_places(axes: Axes, names: Sequence[str]) -> None:

@@ -92,7 +92,7 @@ MAIN_METRICS = {
     "log_probability": Shown("Log-probability", "of the condition, nats; higher", decimals(3)),
     "class_spread": Shown("Class spread", "within a class; near the reference's", decimals(3)),
     "calibration_error": Shown(
-        "Calibration error", "expected, to the guided teacher; lower", decimals(3)
+        "Calibration error", "expected, to the guided teacher; lower", significant
     ),
     "agreement": Shown("Agreement", "same most probable code; higher", decimals(3)),
     "mos": Shown("MOS, predicted", "1 to 5; higher is better", decimals(2)),

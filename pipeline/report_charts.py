@@ -125,7 +125,8 @@ def calibration_chart(report: Report) -> str:
         for each in found.values()
     ]
     described = f"Reliability of {_listed(found)} against the guided teacher's probabilities"
-    chart = reliability_chart(series, shares, described)
+    edges = next(iter(found.values())).edges
+    chart = reliability_chart(series, shares, edges, described)
     columns = ["system, confidence", "its probability", "guided teacher's", "codes"]
     rows = (
         row for name, each in found.items() for row in _calibration_rows(system_label(name), each)
@@ -143,10 +144,9 @@ def _reliability(name: str, found: Calibration, report: Report) -> Series:
 
 
 def _calibration_rows(label: str, found: Calibration) -> Iterable[str]:
-    width = 100 // len(found.confidence)
     for place, confidence in enumerate(found.confidence):
         if confidence is not None:
-            between = f"{place * width}–{(place + 1) * width}\N{NO-BREAK SPACE}%"
+            between = f"{found.edges[place]:g} to {found.edges[place + 1]:g}"
             yield (
                 f"{row_head(label, between)}<td>{confidence:.3f}</td>"
                 f"{metric_cell(found.reference.values[place], decimals(3))}"

@@ -90,12 +90,12 @@ def _of_run(config: Run, wall_s: float, usage: Usage) -> dict[str, Any]:
 
 def _fingerprints(config: Run, manifest: Manifest | None) -> dict[str, str]:
     """Return the hashes of the store's parts and of the students' weights."""
-    stored = {} if manifest is None else manifest.fingerprints.model_dump()
+    stored: dict[str, str | None] = {} if manifest is None else manifest.fingerprints.model_dump()
     students = {
         system_name(name): weights_fingerprint(RunFolders(config).student(name))
         for name in config.students
     }
-    return stored | {name: found for name, found in students.items() if found is not None}
+    return {name: found for name, found in (stored | students).items() if found}
 
 
 def _publish(config: Run, report: Report) -> None:

@@ -156,8 +156,8 @@ class Bootstrap:
     def error_of_bins(self, ours: Array, theirs: Array, counts: NDArray[np.int64]) -> Metric:
         """Return Σ_b |Σ ours − Σ theirs| / Σ counts, bins b, of sums [U, b], with its interval.
 
-        With summed confidences, summed outcomes and counts it is the expected calibration error of
-        Naeini et al. (2015). The bootstrap draws sentences, as for any other metric.
+        With summed confidences, summed outcomes and counts it is the expected calibration error
+        (Guo et al., 1706.04599). The bootstrap draws sentences, as for any other metric.
         """
         size = self.weights.shape[1]
         totals = np.zeros((2, size, ours.shape[1]))

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import model_validator
 from torch import Tensor
 
 from stages.losses import kl_divergence
@@ -23,8 +24,10 @@ SHARES = 10
 """Parts of equal length into which every rollout is cut."""
 MOST_TIMESTEP_BINS = 20
 """Bins of timesteps over the longest rollout, at most."""
-CONFIDENCES = 10
-"""Bins of equal width of the probability that a system gives to its most probable id."""
+CONFIDENCE_EDGES = (0, 0.01, 0.02, 0.05, *(round(0.1 * tenth, 1) for tenth in range(1, 11)))
+"""Ends of the bins of the probability that a system gives to its most probable id: tenths, and
+finer ones in the first, for most codes of speech are less sure than that."""
+CONFIDENCES = len(CONFIDENCE_EDGES) - 1
 
 Array = NDArray[np.float64]
 
@@ -47,6 +50,13 @@ class Confidence(Record):
     """Summed probabilities that the system gives to these ids."""
     teacher: tuple[float, ...]
     """Summed probabilities that the guided teacher gives to the same ids."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sizes = {len(self.predictions), len(self.system), len(self.teacher)}
+        if sizes != {CONFIDENCES}:
+            raise ValueError(f"{sorted(sizes)} bins of confidence, but there are {CONFIDENCES}")
+        return self
 
 
 class Paired(Record):
@@ -138,7 +148,7 @@ class RolloutSums:
         """Add probabilities [P] of the system's most probable ids, its own and the teacher's."""
         assert self._confidence is not None
         ours = system.double().cpu().numpy()
-        bins = np.minimum((ours * CONFIDENCES).astype(np.int64), CONFIDENCES - 1)
+        bins = np.digitize(ours, CONFIDENCE_EDGES[1:-1])
         for row, weights in enumerate((np.ones_like(ours), ours, teacher.double().cpu().numpy())):
             self._confidence[row] += np.bincount(bins, weights, CONFIDENCES)
 

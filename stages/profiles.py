@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.metrics import Bootstrap, ratio
-from stages.paired import CONFIDENCES, SHARES, Axes, Confidence, Paired, Sums
+from stages.paired import CONFIDENCE_EDGES, SHARES, Axes, Confidence, Paired, Sums
 from stages.report_schema import Bins, Calibration, Divergence, Metric
 
 Array = NDArray[np.float64]
@@ -85,6 +85,7 @@ def _calibration(confidences: Sequence[Confidence], bootstrap: Bootstrap) -> Cal
     ours, theirs, counts = _arrays(confidences)
     totals = zip(ours.sum(0).tolist(), counts.sum(0).tolist(), strict=True)
     return Calibration(
+        edges=CONFIDENCE_EDGES,
         confidence=tuple(above / below if below else None for above, below in totals),
         reference=_bins(theirs, counts, bootstrap),
     )
@@ -106,7 +107,7 @@ def _confidences(rollouts: Sequence[Paired]) -> list[Confidence] | None:
 
 def _arrays(confidences: Sequence[Confidence]) -> tuple[Array, Array, NDArray[np.int64]]:
     """Return sums of the system's and the teacher's probabilities and counts, each [U, b]."""
-    ours = np.array([each.system for each in confidences]).reshape(-1, CONFIDENCES)
-    theirs = np.array([each.teacher for each in confidences]).reshape(-1, CONFIDENCES)
-    counts = np.array([each.predictions for each in confidences]).reshape(-1, CONFIDENCES)
+    ours = np.array([each.system for each in confidences])
+    theirs = np.array([each.teacher for each in confidences])
+    counts = np.array([each.predictions for each in confidences])
     return ours, theirs, counts

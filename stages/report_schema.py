@@ -325,16 +325,20 @@ class Calibration(Record):
     same distributions has confidence and reference equal in every bin.
     """
 
+    edges: tuple[float, ...]
+    """Ends of the bins of confidence, from 0 to 1: one more than there are bins."""
     confidence: tuple[float | None, ...]
-    """Mean probability of the most probable id in each of equally wide bins from 0 to 1."""
+    """Mean probability that the system gives to its most probable id in each bin."""
     reference: Bins
     """Mean probability that the guided teacher gives to the same ids."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(self.confidence) != len(self.reference.values):
+        sizes = len(self.edges) - 1, len(self.confidence), len(self.reference.values)
+        if len(set(sizes)) > 1:
             raise ValueError(
-                f"{len(self.confidence)} confidences with {len(self.reference.values)} references"
+                f"{sizes[0]} bins between edges with {sizes[1]} confidences and {sizes[2]} "
+                "references"
             )
         return self
 

@@ -45,7 +45,9 @@ def drawings():
             [banded((0.3, 0.2, 0.4)), plain((0.1, 0.1, 0.2))], "KL by codebook",
             x_label="codebook", y_label="KL, nats", names=names,
         ),
-        "reliability": reliability_chart([points], [(0.5, 0.25, 0.25)], "reliability"),
+        "reliability": reliability_chart(
+            [points], [(0.5, 0.25, 0.25)], (0, 0.2, 0.5, 1), "reliability"
+        ),
     }  # fmt: skip
 
 
@@ -187,4 +189,8 @@ def test_the_page_of_speech_fits_a_phone_and_a_desk_light_and_dark(tmp_path):
         targets = "[...document.querySelectorAll('nav a')].every(a => document.querySelector("
         assert browser.run(targets + "'[id=\"' + a.getAttribute('href').slice(1) + '\"]'))")
         assert browser.complaints == []
+        dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+        browser._ask("Emulation.setEmulatedMedia", media="print", features=dark)
+        paper = browser.run("getComputedStyle(document.body).backgroundColor")
+        assert paper == "rgb(247, 247, 245)", "paper is light, whatever the screen is"
     assert len(lines) == 2, "one drawing has the colours of both themes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -125,8 +126,10 @@ def test_calibration_is_that_of_another_formula(evaluated, pairs):
     chosen = q.argmax(-1)
     ours, theirs = (x[np.arange(len(x)), chosen] for x in (q, p))
     error = 0.0
-    for place in range(10):
-        inside = (ours >= place / 10) & (ours < (place + 1) / 10 + (place == 9))
+    assert found["edges"][:5] == [0, 0.01, 0.02, 0.05, 0.1]
+    assert found["edges"][5:] == pytest.approx(np.arange(2, 11) / 10)
+    for place, (low, high) in enumerate(pairwise(found["edges"])):
+        inside = (ours >= low) & ((ours < high) | (high == 1))
         assert found["reference"]["predictions"][place] == inside.sum()
         if inside.any():
             assert found["confidence"][place] == pytest.approx(ours[inside].mean(), rel=1e-3)
@@ -143,9 +146,14 @@ def test_calibration_is_that_of_another_formula(evaluated, pairs):
     assert report["codec_copy"]["calibration_error"] is None
 
 
-def test_parts_of_another_version_are_measured_again_and_the_rest_is_kept(evaluated):
+@pytest.mark.parametrize("version", ["sums alone", "other bins"])
+def test_parts_of_another_version_are_measured_again_and_the_rest_is_kept(evaluated, version):
     before, systems = report_of(evaluated), evaluated.root / "report" / "systems"
     old = {"name": "teacher_unguided", "kl_sum": [0.1], "agreed": [1], "predictions": [2]}
+    if version == "other bins":
+        old = json.loads((systems / "teacher_unguided.json").read_text())
+        for rollout in old["paired"]:
+            rollout["confidence"] = {k: v[1:] for k, v in rollout["confidence"].items()}
     (systems / "teacher_unguided.json").write_text(json.dumps(old))
     kept = (systems / "teacher_guided.json").stat().st_mtime_ns
     evaluated.do("evaluate")
@@ -215,9 +223,9 @@ def test_a_student_that_is_too_sure_has_the_error_of_its_excess():
     error = calibration_error([found, found], bootstrap)
     assert (error.value, error.low, error.high) == pytest.approx((0.4, 0.4, 0.4), abs=1e-6)
     told = calibration({"student": [found, found]}, bootstrap)["student"]
-    assert told.confidence[9] == pytest.approx(0.95)
-    assert told.reference.values[9].value == pytest.approx(0.55)
-    assert told.reference.predictions == (0,) * 9 + (8,)
+    assert told.confidence[-1] == pytest.approx(0.95)
+    assert told.reference.values[-1].value == pytest.approx(0.55)
+    assert told.reference.predictions == (0,) * 12 + (8,)
 
 
 def test_intervals_of_calibration_errors_draw_sentences_and_not_bins():

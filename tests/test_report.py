@@ -56,7 +56,9 @@ def divergence(axis):
 
 
 def calibration():
-    return Calibration(confidence=(None, 0.3, 0.812), reference=bins(None, 0.25, 0.789))
+    return Calibration(
+        edges=(0, 0.2, 0.5, 1), confidence=(None, 0.3, 0.812), reference=bins(None, 0.25, 0.789)
+    )
 
 
 def example(folder, **changes):
@@ -199,10 +201,14 @@ def test_systems_that_were_not_evaluated_are_left_out_of_report_json(tmp_path):
         (
             {
                 "calibration": {
-                    "a": {"confidence": [0.1], "reference": {"values": [], "predictions": []}}
+                    "a": {
+                        "edges": [0, 1],
+                        "confidence": [0.1],
+                        "reference": {"values": [], "predictions": []},
+                    }
                 }
             },
-            "1 confidences with 0 references",
+            "1 bins between edges with 1 confidences and 0 references",
         ),
         (
             {
