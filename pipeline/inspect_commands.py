@@ -155,6 +155,41 @@ def plot(
     typer.echo(f"wrote {output}")
 
 
+@inspect_app.command()
+def serve(
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE",
+            help="Folder of a store or of a run, or s3://BUCKET/PREFIX.",
+            show_default=False,
+        ),
+    ],
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of a further run, whose systems are heard.", show_default=False),
+    ] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the dataset, whose audio codec decodes; the run's own."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; elsewhere than here readers need a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port; 0 for a free one.", min=0, max=65535)] = 8765,
+    token: Annotated[
+        str | None, typer.Option(help="What readers must know; drawn where one is needed.")
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = False,
+) -> None:
+    """Show a store and its runs on a local web page, until interrupted."""
+    # A web server, which nobody else waits for.
+    from pipeline.browse.serving import Listening, browse_of, serve_page  # noqa: PLC0415
+
+    browse, listening = browse_of(place, run or [], dataset), Listening(host, port, token)
+    serve_page(browse, listening, typer.echo, open_browser=open_)
+
+
 def refuse_together(options: dict[str, bool]) -> None:
     """Refuse options of which one alone can be given; raises UserError."""
     given = [name for name, is_given in options.items() if is_given]

@@ -1,0 +1,132 @@
+// The list of rollouts: searched, filtered and paged by the server.
+
+import { ask, attempt, byId, count, duration, make, number, plain, significant } from "./dom.js";
+import { keyOf } from "./rollout.js";
+
+const PAUSE_MS = 200;
+let start = 0;
+let asked = 0;
+let matched = 0;
+let pageRollouts = 1;
+let hasEntropy = true; // of the store
+
+const links = () => [...byId("rollouts").querySelectorAll("a")];
+
+export function prepareFinder(store) {
+  const form = byId("filters");
+  hasEntropy = store.has_entropy;
+  for (const [reason, times] of Object.entries(store.stop_reasons)) {
+    form.elements.stop_reason.append(make("option", { value: reason }, `${plain(reason)} (${number(times)})`));
+  }
+  if (!store.has_entropy) {
+    for (const name of ["least_entropy", "most_entropy"]) form.elements[name].parentElement.remove();
+    for (const option of form.querySelectorAll("option[value$=entropy]")) option.remove();
+    form.querySelector(".hint").remove();
+  }
+  let pause = 0;
+  const later = () => {
+    clearTimeout(pause);
+    pause = setTimeout(() => attempt(() => find(0)), PAUSE_MS);
+  };
+  form.addEventListener("input", later);
+  form.addEventListener("reset", later);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  byId("previous").addEventListener("click", () => attempt(() => find(start - pageRollouts)));
+  byId("next").addEventListener("click", () => attempt(() => find(start + pageRollouts)));
+  byId("further").addEventListener("click", () => attempt(() => find(start)));
+  byId("rollouts").addEventListener("keydown", (event) => attempt(() => walk(event)));
+  byId("rollouts").addEventListener("click", (event) => {
+    // Where the list lies above the rollout, who chose one is taken to it.
+    if (event.target.closest("a") && matchMedia("(max-width: 900px)").matches) byId("rollout").scrollIntoView();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "/" || event.target.matches("input, select, textarea")) return;
+    event.preventDefault();
+    form.elements.text.focus();
+  });
+}
+
+// Show a page of what the fields ask for.
+export async function find(from) {
+  const mine = ++asked;
+  const fields = Object.fromEntries(new FormData(byId("filters")));
+  const found = await ask("api/rollouts", { ...fields, start: Math.max(0, from) });
+  if (mine !== asked) return;
+  ({ start, matched, page_rollouts: pageRollouts } = found);
+  const entropyAsked = ["least_entropy", "most_entropy"].some((name) => fields[name]) || (fields.order ?? "").endsWith("entropy");
+  const open = entropyAsked && found.entropy_known < found.entropy_of;
+  byId("found").textContent = told(found, open);
+  byId("further").hidden = !open;
+  byId("rollouts").replaceChildren(...found.rows.map(entry));
+  byId("rollouts").scrollTop = 0;
+  const last = start + found.rows.length;
+  byId("page").textContent = found.rows.length ? `${number(start + 1)}–${number(last)} of ${number(matched)}` : "";
+  byId("previous").disabled = start === 0;
+  byId("next").disabled = last >= matched;
+  markCurrent();
+  await fillEntropies(mine, found.rows);
+}
+
+function told(found, open) {
+  const all = found.matched === found.rollouts ? count(found.rollouts, "rollout")
+    : `${number(found.matched)} of ${count(found.rollouts, "rollout")}`;
+  return open ? `${all}. The entropy is known of ${number(found.entropy_known)} of the ${number(found.entropy_of)} that match otherwise.` : all;
+}
+
+const numbers = ({ timesteps, seconds, stop_reason: reason, entropy }) => [
+  count(timesteps, "step"),
+  seconds === null ? null : duration(seconds),
+  hasEntropy ? plain(reason) : null, // rollouts of codes alone end for a reason
+  entropy === null ? null : `${significant(entropy)} nats`,
+].filter(Boolean).join(" · ");
+
+function entry(row) {
+  return make("li", {}, make("a", { href: `#${keyOf(row.sample_id, row.variation)}`, "data-row": row.row },
+    make("span", { class: "name" }, plain(row.sample_id), row.variation ? ` / ${row.variation}` : ""),
+    row.excerpt ? make("span", { class: "excerpt" }, plain(row.excerpt)) : null,
+    make("span", { class: "numbers" }, numbers(row))));
+}
+
+// Entropies of a page come behind it, for the teacher's predictions must be read for them.
+async function fillEntropies(mine, rows) {
+  const unknown = rows.filter(({ entropy }) => entropy === null);
+  if (!unknown.length || !hasEntropy) return;
+  const found = await ask("api/entropies", { rows: unknown.map(({ row }) => row).join(",") });
+  if (mine !== asked) return;
+  for (const row of unknown.filter(({ row: at }) => at in found)) {
+    const link = byId("rollouts").querySelector(`[data-row="${row.row}"] .numbers`);
+    link.textContent = numbers({ ...row, entropy: found[row.row] });
+  }
+}
+
+// Mark the rollout that is shown.
+export function markCurrent() {
+  const shown = new URLSearchParams(location.hash.slice(1));
+  const own = `#${keyOf(shown.get("sample") ?? "", shown.get("variation") ?? "0")}`;
+  for (const link of links()) {
+    if (link.getAttribute("href") === own) link.setAttribute("aria-current", "true");
+    else link.removeAttribute("aria-current");
+  }
+}
+
+async function walk(event) {
+  const all = links();
+  const at = all.indexOf(document.activeElement);
+  const goal = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: all.length - 1 }[event.key];
+  if (at < 0 || goal === undefined) return;
+  event.preventDefault();
+  if (goal >= all.length && !byId("next").disabled) {
+    await find(start + pageRollouts);
+    open(links()[0]);
+  } else if (goal < 0 && start > 0) {
+    await find(start - pageRollouts);
+    open(links().at(-1));
+  } else {
+    open(all[Math.max(0, Math.min(all.length - 1, goal))]);
+  }
+}
+
+function open(link) {
+  link.focus();
+  location.replace(link.getAttribute("href"));
+}
