@@ -167,7 +167,7 @@ def serve(
     ],
     run: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder of a further run, whose systems are heard.", show_default=False),
+        typer.Option(metavar="FOLDER", help="A further run, whose systems are heard."),
     ] = None,
     dataset: Annotated[
         Path | None,

@@ -204,6 +204,7 @@ def test_a_place_that_is_nothing_of_ours_ends_with_one_message(
     assert "is neither a store nor the folder of a run" in told.err
 
 
+@pytest.mark.slow
 def test_the_command_tells_its_address_and_ends_quietly_when_interrupted(
     store: PredictionStore,
 ) -> None:
@@ -224,6 +225,7 @@ def test_the_command_tells_its_address_and_ends_quietly_when_interrupted(
     assert address == f"http://127.0.0.1:{page.port}/?token={TOKEN}"
 
 
+@pytest.mark.slow
 def test_torch_is_loaded_by_who_listens_alone(tmp_path: Path) -> None:
     store = store_of(tmp_path / "store", ["a"])
     script = (
