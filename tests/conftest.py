@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,6 +256,46 @@ def start_worker(fork_server: subprocess.Popen[str], tmp_path: Path) -> Callable
         return Worker(ask(fork_server, request)["pid"], stderr, fork_server)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def start_command(
+    fork_server: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Worker]:
+    """Start `foretell ARGUMENTS` as a real process that has `imports` already, as its workers do.
+
+    Its standard output is in the file `stdout` beside its standard error.
+    """
+
+    def start(*arguments: str | Path, imports: Sequence[str] = ()) -> Worker:
+        stderr = tmp_path_factory.mktemp("command") / "stderr"
+        request = {"foretell": [*map(str, arguments)], "imports": imports, "environment": {}}
+        request |= {"stderr": str(stderr), "stdout": str(stderr.with_name("stdout"))}
+        return Worker(ask(fork_server, request)["pid"], stderr, fork_server)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def foretell(
+    start_command: Callable[..., Worker],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `foretell ARGUMENTS` to its end, which is the exit code `code`, and return what it said.
+
+    It takes no time for imports; a traceback is never right.
+    """
+
+    def run(
+        *arguments: str | Path, code: int = 0, imports: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        worker = start_command(*arguments, imports=imports)
+        ended, said = worker.wait(), worker.stderr.read_text()
+        assert "Traceback" not in said, said
+        assert ended == code, said
+        told = worker.stderr.with_name("stdout").read_text()
+        return subprocess.CompletedProcess(arguments, ended, told, said)
+
+    return run
 
 
 @pytest.fixture(scope="session")
