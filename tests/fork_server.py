@@ -28,6 +28,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch._dynamo  # noqa: F401 - which the first optimizer of a process would import
+
 from pipeline import cli, launch, worker
 from stages.families import codec_lm_checkpoint, codec_lm_network
 from stages.interruption import STOP_SIGNALS
