@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,10 @@ class Worker:
         return self.wait()
 
 
+Program = subprocess.CompletedProcess[str]
+"""A program that has ended, and what it said."""
+
+
 def ask(server: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, Any]:
     assert server.stdin is not None
     assert server.stdout is not None
@@ -259,17 +264,18 @@ def start_worker(fork_server: subprocess.Popen[str], tmp_path: Path) -> Callable
 
 
 @pytest.fixture(scope="session")
-def start_command(
+def start_program(
     fork_server: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Worker]:
-    """Start `foretell ARGUMENTS` as a real process that has `imports` already, as its workers do.
+    """Start a `foretell` or `script` of ARGUMENTS as a process that has `imports` already.
 
-    Its standard output is in the file `stdout` beside its standard error.
+    So have the processes which it starts (forks.py). Its standard output is in the file `stdout`
+    beside its standard error.
     """
 
-    def start(*arguments: str | Path, imports: Sequence[str] = ()) -> Worker:
-        stderr = tmp_path_factory.mktemp("command") / "stderr"
-        request = {"foretell": [*map(str, arguments)], "imports": imports, "environment": {}}
+    def start(kind: str, *arguments: str | Path, imports: Sequence[str] = ()) -> Worker:
+        stderr = tmp_path_factory.mktemp("program") / "stderr"
+        request = {kind: [*map(str, arguments)], "imports": imports, "environment": {}}
         request |= {"stderr": str(stderr), "stdout": str(stderr.with_name("stdout"))}
         return Worker(ask(fork_server, request)["pid"], stderr, fork_server)
 
@@ -277,18 +283,16 @@ def start_command(
 
 
 @pytest.fixture(scope="session")
-def foretell(
-    start_command: Callable[..., Worker],
-) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `foretell ARGUMENTS` to its end, which is the exit code `code`, and return what it said.
+def run_program(start_program: Callable[..., Worker]) -> Callable[..., Program]:
+    """Run a program to its end, which is the exit code `code`, and return what it said.
 
-    It takes no time for imports; a traceback is never right.
+    A traceback is never right.
     """
 
     def run(
-        *arguments: str | Path, code: int = 0, imports: Sequence[str] = ()
-    ) -> subprocess.CompletedProcess[str]:
-        worker = start_command(*arguments, imports=imports)
+        kind: str, *arguments: str | Path, code: int = 0, imports: Sequence[str] = ()
+    ) -> Program:
+        worker = start_program(kind, *arguments, imports=imports)
         ended, said = worker.wait(), worker.stderr.read_text()
         assert "Traceback" not in said, said
         assert ended == code, said
@@ -296,6 +300,12 @@ def foretell(
         return subprocess.CompletedProcess(arguments, ended, told, said)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def foretell(run_program: Callable[..., Program]) -> Callable[..., Program]:
+    """Run `foretell ARGUMENTS` to its end, which is the exit code `code`."""
+    return partial(run_program, "foretell")
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,13 @@
 Imports the worker once, then reads JSON requests, one a line: `{"arguments", "environment",
 "stderr"}` forks a process that is `python -m pipeline.worker ARGUMENTS` and answers its pid;
 `{"wait": pid}` answers its exit code, negative for a signal. This process runs no stage itself, so
-no thread exists when it forks. `{"foretell": ARGUMENTS, "stdout"}` is the command `foretell`
-instead, whose workers are forks too; how they are begun otherwise, test_cli_runs.py and
-test_slurm.py show. With `"observe": PATH` a process notes there which networks it
-built and what it read of which weight files, and of diffusers' and transformers' models which it
-built of what. With `"order": PATH` it appends there, for every global batch that it begins, the
-position, its rank and the keys of its share. `"imports": [MODULE]` are imported once, before; with
-the argument `late` by each process, for some open a CUDA device, which no fork can take along.
+no thread exists when it forks. `{"foretell": ARGUMENTS, "stdout"}` forks the command `foretell`
+instead, `{"script": [FILE, ...], "stdout"}` a program in Python, and what these start are forks too
+(forks.py). With `"observe": PATH` a process notes there which networks it built and what it read of
+which weight files, and of diffusers' and transformers' models which it built of what. With
+`"order": PATH` it appends there, for every global batch that it begins, the position, its rank and
+the keys of its share. `"imports": [MODULE]` are imported once, before; with the argument `late` by
+each process, for some open a CUDA device, which no fork can take along.
 """
 
 from __future__ import annotations
@@ -17,23 +17,17 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
-import traceback
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch._dynamo  # noqa: F401 - which the first optimizer of a process would import
 
-from pipeline import cli, launch, worker
+from pipeline import worker
 from stages.families import codec_lm_checkpoint, codec_lm_network
-from stages.interruption import STOP_SIGNALS
 from stages.train import TargetLearner
+from tests.forks import ended, foretell, redirect, script
 
 
 def main() -> None:
@@ -68,8 +62,9 @@ def work(request: dict[str, Any]) -> int:
     redirect(2, request["stderr"])
     redirect(1, request.get("stdout", request["stderr"]))
     load(request)
-    if "foretell" in request:
-        return command(request["foretell"])
+    for program in (foretell, script):
+        if program.__name__ in request:
+            return program(request[program.__name__])
     seen = observed() if "observe" in request else None
     if "order" in request:
         note_order(Path(request["order"]))
@@ -77,80 +72,6 @@ def work(request: dict[str, Any]) -> int:
     if seen is not None:
         Path(request["observe"]).write_text(json.dumps(seen), encoding="utf-8")
     return code
-
-
-def redirect(descriptor: int, path: str) -> None:
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
-
-
-def ended(program: Callable[[], int | None]) -> int:
-    """Run a program as an interpreter does, and return its exit code."""
-    try:
-        code = program() or 0
-    except SystemExit as error:
-        code = int(error.code or 0)
-    except BaseException:  # noqa: BLE001 - as an interpreter ends
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
-
-
-def command(arguments: list[str]) -> int:
-    """Be `foretell ARGUMENTS`, whose workers need no interpreter of their own."""
-    sys.argv = ["foretell", *arguments]
-    launch.subprocess = SimpleNamespace(  # type: ignore[attr-defined]
-        Popen=ForkedWorker,
-        DEVNULL=subprocess.DEVNULL,
-        TimeoutExpired=subprocess.TimeoutExpired,
-    )
-    return ended(cli.main)
-
-
-class ForkedWorker:
-    """A worker that `launch` starts, with what it uses of `subprocess.Popen`."""
-
-    def __init__(
-        self, command: Sequence[str], *, env: Mapping[str, str], stdin: int, process_group: int
-    ) -> None:
-        self.returncode: int | None = None
-        assert [*command[:3]] == [sys.executable, "-m", "pipeline.worker"]
-        assert stdin == subprocess.DEVNULL
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setpgid(0, process_group)
-            for number in STOP_SIGNALS:
-                default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-                signal.signal(number, default)
-            os.environ.clear()
-            os.environ.update(env)
-            redirect(0, os.devnull)
-            os._exit(ended(lambda: worker.main(command[3:])))
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if deadline is not None and time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("worker", timeout or 0)
-            time.sleep(0.01)
-        return code
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
 
 def observed() -> dict[str, Any]:

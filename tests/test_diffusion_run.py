@@ -36,7 +36,7 @@ from stages.diffusion.noise import row_noise
 from stages.family import load_denoiser
 from stages.silence import silenced
 from store import PredictionStore, verify
-from tests.conftest import ROOT, Run, Worker, ask, write_run
+from tests.conftest import ROOT, Program, Run, Worker, ask, write_run
 from tests.test_diffusion_pipelines import original_unet, original_vae
 from tests.test_free_space import array_bytes
 
@@ -143,7 +143,7 @@ def document(name: str, runs: Path, pipeline: Path, images: Path, **sections: An
 
 
 @pytest.fixture(scope="module")
-def foretell(_needed, foretell) -> Callable[..., subprocess.CompletedProcess[str]]:
+def foretell(_needed, foretell) -> Callable[..., Program]:
     return partial(foretell, imports=IMPORTS)
 
 
@@ -265,7 +265,7 @@ SLOW = SCHEDULE | {"steps": 40, "checkpoint_every": 5}
 
 
 @pytest.fixture(scope="module")
-def sdxl(models, images, foretell, start_command, tmp_path_factory) -> Run:
+def sdxl(models, images, foretell, start_program, tmp_path_factory) -> Run:
     """A finished run of SDXL by the commands, stopped in the middle of stage one."""
     folder, pipeline = tmp_path_factory.mktemp("sdxl"), models("sdxl")
     sections = document("sdxl", folder / "runs", pipeline, images)
@@ -277,7 +277,7 @@ def sdxl(models, images, foretell, start_command, tmp_path_factory) -> Run:
     sections["students"]["student"] |= {"optimizer": SLOW, "previews": {"every": 30}}
     run = write_run(sections, folder)
     shards = run.root / "store" / "shards"
-    stopped = start_command("run", run.path, imports=IMPORTS)
+    stopped = start_program("foretell", "run", run.path, imports=IMPORTS)
     code = stopped.kill_when(lambda: len(list(shards.glob("*"))) >= 2, signal.SIGINT)
     said = stopped.stderr.read_text()
     assert code == 75, said

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from stages.family import Family, Sample, load_family
 from stages.fit import fit
 from stages.interruption import StopRequest
 from store import PredictionStore
-from tests.conftest import Run, write_run
+from tests.conftest import Program, Run, write_run
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +57,7 @@ MODEL = {
 
 
 @pytest.fixture(scope="module")
-def foretell(require, foretell) -> Callable[..., subprocess.CompletedProcess[str]]:
+def foretell(require, foretell) -> Callable[..., Program]:
     require("peft", "pip install 'foretell[orpheus]'")
     return partial(foretell, imports=["stages.families.causal_lm", "stages.families.snac_codec"])
 
