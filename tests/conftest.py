@@ -52,6 +52,20 @@ def require() -> Callable[[str, str], None]:
     return check
 
 
+LONGEST = (
+    "test_slurm", "test_diffusion_run", "test_digits_proof", "test_slurm_lost_nodes",
+    "test_benchmarks", "test_orpheus_run", "test_cli_runs", "test_mini_run", "test_damage",
+    "test_kill", "test_processes", "test_image_evaluate", "test_long_run", "test_rounds",
+    "test_data", "test_magpie_checkpoint", "test_refusals",
+)  # fmt: skip
+"""Files that take half a minute or more, begun first: at the end no worker waits for another."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 START = "spawn" if torch.cuda.is_available() else "fork"
 """How a test starts processes: a fork has not the threads with which autograd serves a device."""
 TESTS = Path(__file__).parent
@@ -275,7 +289,8 @@ def start_program(
 
     def start(kind: str, *arguments: str | Path, imports: Sequence[str] = ()) -> Worker:
         stderr = tmp_path_factory.mktemp("program") / "stderr"
-        request = {kind: [*map(str, arguments)], "imports": imports, "environment": {}}
+        request = {kind: [*map(str, arguments)], "imports": imports}
+        request |= {"environment": dict(os.environ)}
         request |= {"stderr": str(stderr), "stdout": str(stderr.with_name("stdout"))}
         return Worker(ask(fork_server, request)["pid"], stderr, fork_server)
 
