@@ -38,7 +38,7 @@ from store.shard import Rollout
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "digits_cfg.yaml"
 SMALL = {
-    "fit.optimizer.steps": 500,
+    "fit.optimizer.steps": 800,
     "fit.optimizer.ema_decay": 0.99,
     "rollout.rows.slots": 4,
     "rollout.previews": None,

@@ -14,6 +14,7 @@ each process, for some open a CUDA device, which no fork can take along.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -55,6 +56,9 @@ def start(request: dict[str, Any]) -> int:
 def load(request: dict[str, Any]) -> None:
     for module in request.get("imports", ()):
         importlib.import_module(module)
+    # No collection of garbage in a fork looks at what was imported, and so copies its memory.
+    gc.collect()
+    gc.freeze()
 
 
 def work(request: dict[str, Any]) -> int:
