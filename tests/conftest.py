@@ -67,16 +67,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
-BEGUN: set[Path] = set()
-"""Files of which a test has begun."""
+FROZEN = pytest.StashKey[int]()
+"""Modules whose objects no collection of garbage looks at."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Keep what was imported so far out of later collections of garbage, each a second long."""
-    if item.path not in BEGUN:
-        BEGUN.add(item.path)
+    """Keep what was imported out of collections of garbage, which would take a second each."""
+    if len(sys.modules) > item.config.stash.get(FROZEN, 0) + 100:
         gc.collect()
         gc.freeze()
+        item.config.stash[FROZEN] = len(sys.modules)
 
 
 START = "spawn" if torch.cuda.is_available() else "fork"
