@@ -18,8 +18,9 @@ BENCHMARKS := $(filter-out $(BENCHMARK_PARTS) $(MODEL_BENCHMARKS),$(wildcard ben
 
 # Two processes of one thread do about twice the work of one process with two threads, and spinning
 # OpenMP threads would take that away again. Tests of a file share what they made, so they stay
-# together.
-PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
+# together, and the longest files come first, where tests/conftest.py puts them.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile \
+  --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM = false

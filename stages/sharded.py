@@ -7,17 +7,19 @@ another number of processes, or without sharing anything out.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stages.errors import UserError
+
+FSDP, TENSORS = "torch.distributed.fsdp", "torch.distributed.tensor"
+"""Modules that take a second to import, for which a stage that shares nothing out does not wait."""
 
 
 def shard(module: nn.Module, blocks: Sequence[str], world_size: int, device: torch.device) -> None:
@@ -27,6 +29,9 @@ def shard(module: nn.Module, blocks: Sequence[str], world_size: int, device: tor
     backward, so that it may also be read outside of the module's own forward. Raises `UserError`
     for parameters that are not plain numbers, such as quantized ones.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     _require_plain(module)
     # It warns of writing into what a network returns, which nobody here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
@@ -38,7 +43,11 @@ def shard(module: nn.Module, blocks: Sequence[str], world_size: int, device: tor
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether `shard` has shared out the parameters of a module."""
-    return isinstance(module, FSDPModule)
+    return FSDP in sys.modules and isinstance(module, sys.modules[FSDP].FSDPModule)
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    return TENSORS in sys.modules and isinstance(tensor, sys.modules[TENSORS].DTensor)
 
 
 def _require_plain(module: nn.Module) -> None:
@@ -65,22 +74,25 @@ def _outermost(module: nn.Module, blocks: Sequence[str]) -> Iterator[nn.Module]:
 def reshard(module: nn.Module) -> None:
     """Let go of what a pass without backward has gathered; it would soon be out of date."""
     for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+        if is_sharded(part):
+            cast(Any, part).reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor; where it is shared out, every process has to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return cast(Any, tensor).full_tensor() if _is_shared(tensor) else tensor
 
 
 def like(full: Tensor, shared: Tensor) -> Tensor:
     """Return of a whole tensor what a process keeps, on the device and in the form of `shared`."""
-    if not isinstance(shared, DTensor):
+    if not _is_shared(shared):
         return full.to(shared.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    form = cast(DTensor, shared)
     # Every process has all of it, so none has to send anything.
     return distribute_tensor(
-        full.to(shared.device), shared.device_mesh, shared.placements, src_data_rank=None
+        full.to(form.device), form.device_mesh, form.placements, src_data_rank=None
     )
 
 
@@ -98,6 +110,6 @@ def gather(module: nn.Module, *, leads: bool) -> None:
                 kept = full.cpu() if leads else parameter.detach()
                 gathered[parameter] = nn.Parameter(kept, parameter.requires_grad)
             setattr(part, name, gathered[parameter])
-        if isinstance(part, FSDPModule):
+        if is_sharded(part):
             # `fully_shard` made a class of its own of this one, whose name would go into files.
             part.__class__ = type(part).__mro__[2]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,32 @@ def require() -> Callable[[str, str], None]:
         pytest.skip(reason)
 
     return check
+
+
+LONGEST = (
+    "test_slurm", "test_diffusion_run", "test_digits_proof", "test_slurm_lost_nodes",
+    "test_benchmarks", "test_orpheus_run", "test_cli_runs", "test_mini_run", "test_damage",
+    "test_kill", "test_processes", "test_image_evaluate", "test_long_run", "test_rounds",
+    "test_data", "test_magpie_checkpoint", "test_refusals",
+)  # fmt: skip
+"""Files that take half a minute or more, begun first: at the end no worker waits for another."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+FROZEN = pytest.StashKey[int]()
+"""Modules whose objects no collection of garbage looks at."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Keep what was imported out of collections of garbage, which would take a second each."""
+    if len(sys.modules) > item.config.stash.get(FROZEN, 0) + 100:
+        gc.collect()
+        gc.freeze()
+        item.config.stash[FROZEN] = len(sys.modules)
 
 
 START = "spawn" if torch.cuda.is_available() else "fork"
@@ -221,6 +249,10 @@ class Worker:
         return self.wait()
 
 
+Program = subprocess.CompletedProcess[str]
+"""A program that has ended, and what it said."""
+
+
 def ask(server: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, Any]:
     assert server.stdin is not None
     assert server.stdout is not None
@@ -256,6 +288,52 @@ def start_worker(fork_server: subprocess.Popen[str], tmp_path: Path) -> Callable
         return Worker(ask(fork_server, request)["pid"], stderr, fork_server)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def start_program(
+    fork_server: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Worker]:
+    """Start a `foretell` or `script` of ARGUMENTS as a process that has `imports` already.
+
+    So have the processes which it starts (forks.py). Its standard output is in the file `stdout`
+    beside its standard error.
+    """
+
+    def start(kind: str, *arguments: str | Path, imports: Sequence[str] = ()) -> Worker:
+        stderr = tmp_path_factory.mktemp("program") / "stderr"
+        request = {kind: [*map(str, arguments)], "imports": imports}
+        request |= {"environment": dict(os.environ)}
+        request |= {"stderr": str(stderr), "stdout": str(stderr.with_name("stdout"))}
+        return Worker(ask(fork_server, request)["pid"], stderr, fork_server)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_program(start_program: Callable[..., Worker]) -> Callable[..., Program]:
+    """Run a program to its end, which is the exit code `code`, and return what it said.
+
+    A traceback is never right.
+    """
+
+    def run(
+        kind: str, *arguments: str | Path, code: int = 0, imports: Sequence[str] = ()
+    ) -> Program:
+        worker = start_program(kind, *arguments, imports=imports)
+        ended, said = worker.wait(), worker.stderr.read_text()
+        assert "Traceback" not in said, said
+        assert ended == code, said
+        told = worker.stderr.with_name("stdout").read_text()
+        return subprocess.CompletedProcess(arguments, ended, told, said)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def foretell(run_program: Callable[..., Program]) -> Callable[..., Program]:
+    """Run `foretell ARGUMENTS` to its end, which is the exit code `code`."""
+    return partial(run_program, "foretell")
 
 
 @pytest.fixture(scope="session")

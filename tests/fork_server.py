@@ -3,27 +3,32 @@
 Imports the worker once, then reads JSON requests, one a line: `{"arguments", "environment",
 "stderr"}` forks a process that is `python -m pipeline.worker ARGUMENTS` and answers its pid;
 `{"wait": pid}` answers its exit code, negative for a signal. This process runs no stage itself, so
-no thread exists when it forks. With `"observe": PATH` a process notes there which networks it
-built and what it read of which weight files, and of diffusers' and transformers' models which it
-built of what. With `"order": PATH` it appends there, for every global batch that it begins, the
-position, its rank and the keys of its share. `"imports": [MODULE]` are imported once, before; with
-the argument `late` by each process, for some open a CUDA device, which no fork can take along.
+no thread exists when it forks. `{"foretell": ARGUMENTS, "stdout"}` forks the command `foretell`
+instead, `{"script": [FILE, ...], "stdout"}` a program in Python, and what these start are forks too
+(forks.py). With `"observe": PATH` a process notes there which networks it built and what it read of
+which weight files, and of diffusers' and transformers' models which it built of what. With
+`"order": PATH` it appends there, for every global batch that it begins, the position, its rank and
+the keys of its share. `"imports": [MODULE]` are imported once, before; with the argument `late` by
+each process, for some open a CUDA device, which no fork can take along.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
 import sys
-import traceback
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401 - which the first optimizer of a process would import
+
 from pipeline import worker
 from stages.families import codec_lm_checkpoint, codec_lm_network
 from stages.train import TargetLearner
+from tests.forks import ended, foretell, redirect, script
 
 
 def main() -> None:
@@ -51,24 +56,25 @@ def start(request: dict[str, Any]) -> int:
 def load(request: dict[str, Any]) -> None:
     for module in request.get("imports", ()):
         importlib.import_module(module)
+    # No collection of garbage in a fork looks at what was imported, and so copies its memory.
+    gc.collect()
+    gc.freeze()
 
 
 def work(request: dict[str, Any]) -> int:
     os.environ.update(request["environment"])
-    os.dup2(os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
-    os.dup2(2, 1)
+    redirect(2, request["stderr"])
+    redirect(1, request.get("stdout", request["stderr"]))
     load(request)
+    for program in (foretell, script):
+        if program.__name__ in request:
+            return program(request[program.__name__])
     seen = observed() if "observe" in request else None
     if "order" in request:
         note_order(Path(request["order"]))
-    try:
-        code = worker.main(request["arguments"])
-    except BaseException:  # noqa: BLE001 - as an interpreter ends
-        traceback.print_exc()
-        code = 1
+    code = ended(lambda: worker.main(request["arguments"]))
     if seen is not None:
         Path(request["observe"]).write_text(json.dumps(seen), encoding="utf-8")
-    sys.stderr.flush()
     return code
 
 

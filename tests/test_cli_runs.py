@@ -1,4 +1,8 @@
-"""Whole runs through `python -m pipeline`, every stage in its own process, stopped anywhere."""
+"""Whole runs through `python -m pipeline`, every stage in its own process, stopped anywhere.
+
+One run of all stages, and what happens while processes begin and end, takes interpreters of its
+own; elsewhere commands and workers are forks, which have imported everything already.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +31,6 @@ LONG = {
     "steps": 120, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2,
     "checkpoint_every": 10, "log_every": 10,
 }  # fmt: skip
-
-
-def foretell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
 
 
 @dataclass
@@ -76,8 +73,10 @@ def start(tmp_path):
 def done_run(whole_run, tmp_path_factory):
     """A run of every stage, and what `foretell run` said while it did them."""
     run = whole_run(tmp_path_factory.mktemp("done"))
-    done = foretell("run", run.path)
+    command = [*COMMAND, "run", str(run.path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     return run, done
 
 
@@ -91,10 +90,9 @@ def test_run_does_every_stage_in_order_and_says_so(done_run):
     assert done.stdout == "", "standard output is for reports that were asked for"
 
 
-def test_status_of_a_finished_run_is_exit_code_0(done_run):
+def test_status_of_a_finished_run_is_exit_code_0(done_run, foretell):
     run, _ = done_run
     done = foretell("status", run.path, "--json")
-    assert done.returncode == 0
     stages = json.loads(done.stdout)["stages"]
     assert {name: stage["state"] for name, stage in stages.items()} == dict.fromkeys(
         ("prepare", "fit", "rollout", "train:student", "evaluate"), "done"
@@ -103,19 +101,18 @@ def test_status_of_a_finished_run_is_exit_code_0(done_run):
     assert all(set(s) == {"planned", "done", "missing", "state"} for s in stages.values())
 
 
-def test_a_second_run_does_nothing_and_says_so(done_run):
+def test_a_second_run_does_nothing_and_says_so(done_run, foretell):
     run, _ = done_run
     files = {p: p.stat().st_mtime_ns for p in run.root.rglob("*") if p.is_file()}
     again = foretell("run", run.path)
-    assert again.returncode == 0
     assert "started" not in again.stderr, "no stage may be started"
     assert again.stderr.count(": done\n") == 5
     assert {p: p.stat().st_mtime_ns for p in run.root.rglob("*") if p.is_file()} == files
 
 
-def test_settings_that_only_change_the_speed_leave_a_run_done(done_run):
+def test_settings_that_only_change_the_speed_leave_a_run_done(done_run, foretell):
     run, _ = done_run
-    assert foretell("status", run.path, "--set", "fit.optimizer.processes=2").returncode == 0
+    foretell("status", run.path, "--set", "fit.optimizer.processes=2")
 
 
 @pytest.mark.parametrize(
@@ -128,30 +125,27 @@ def test_settings_that_only_change_the_speed_leave_a_run_done(done_run):
     ],
 )
 def test_other_settings_for_a_finished_stage_are_refused_and_nothing_is_overwritten(
-    done_run, override, stage
+    done_run, override, stage, foretell
 ):
     run, _ = done_run
     files = {p: p.read_bytes() for p in run.root.rglob("*") if p.is_file()}
-    done = foretell("run", run.path, "--set", override)
-    assert done.returncode == 2
+    done = foretell("run", run.path, "--set", override, code=2)
     assert f"{stage} of run 'tiny' was finished with other settings" in done.stderr
     assert {p: p.read_bytes() for p in run.root.rglob("*") if p.is_file()} == files
-    states = json.loads(foretell("status", run.path, "--json", "--set", override).stdout)["stages"]
-    assert states[stage]["state"] == "stale"
+    status = foretell("status", run.path, "--json", "--set", override, code=1)
+    assert json.loads(status.stdout)["stages"][stage]["state"] == "stale"
 
 
-def test_a_lost_shard_is_made_again_and_nothing_else(done_run):
+def test_a_lost_shard_is_made_again_and_nothing_else(done_run, foretell):
     import shutil
 
     run, _ = done_run
     lost = run.root / "store" / "shards" / "00001"
     before = {p.relative_to(lost): p.read_bytes() for p in lost.rglob("*") if p.is_file()}
     shutil.rmtree(lost)
-    status = foretell("status", run.path, "--json")
-    assert status.returncode == 1
+    status = foretell("status", run.path, "--json", code=1)
     assert json.loads(status.stdout)["stages"]["rollout"]["missing"] == 1
     again = foretell("run", run.path)
-    assert again.returncode == 0, again.stderr
     assert again.stderr.count("started") == 1
     assert {p.relative_to(lost): p.read_bytes() for p in lost.rglob("*") if p.is_file()} == before
 
@@ -163,23 +157,22 @@ def steps_done(folder: Path) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_fit_leaves_a_state_that_goes_on_to_the_same_weights(
-    run_of, tiny_run, start, number
+    run_of, tiny_run, number, start_program, foretell
 ):
     fit = tiny_run.document["fit"] | {"optimizer": LONG}
     run, whole = (run_of(n, fit=fit, students=None, rollout=None) for n in ("own", "whole"))
-    command = start("run", run.path)
-    command.wait_for(lambda: steps_done(run.root / "teacher") >= 20)
-    assert command.stop(number) == 75
-    assert f"nothing is lost. To go on: foretell run {run.path}" in command.said
-    assert "Traceback" not in command.said
+    command = start_program("foretell", "run", run.path)
+    assert command.kill_when(lambda: steps_done(run.root / "teacher") >= 20, number) == 75
+    said = command.stderr.read_text()
+    assert f"nothing is lost. To go on: foretell run {run.path}" in said
+    assert "Traceback" not in said
     stopped_at = steps_done(run.root / "teacher")
     assert 20 <= stopped_at < 120
-    status = json.loads(foretell("status", run.path, "--json").stdout)["stages"]["fit"]
-    assert status == {
+    status = foretell("status", run.path, "--json", code=1)
+    assert json.loads(status.stdout)["stages"]["fit"] == {
         "planned": 120, "done": stopped_at, "missing": 120 - stopped_at, "state": "partial",
     }  # fmt: skip
-    again = foretell("run", run.path)
-    assert again.returncode == 0, again.stderr
+    foretell("run", run.path)
     whole.do("fit")
     ours, theirs = (load_file(r.root / "teacher" / "model.safetensors") for r in (run, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -187,33 +180,37 @@ def test_a_signal_in_fit_leaves_a_state_that_goes_on_to_the_same_weights(
     assert record["finished"]
 
 
-def test_ctrl_c_in_rollout_leaves_whole_shards_and_goes_on(run_of, tiny_run, start):
+def test_ctrl_c_in_rollout_leaves_whole_shards_and_goes_on(
+    run_of, tiny_run, start_program, foretell
+):
     section = tiny_run.document["rollout"] | {
         "variations": 8, "rollouts_per_shard": 4, "batch_size": 1
     }  # fmt: skip
     run = run_of("own", fitted=True, rollout=section, students=None)
     shards = run.root / "store" / "shards"
-    command = start("run", run.path)
-    command.wait_for(lambda: shards.exists() and len(list(shards.iterdir())) >= 2)
-    assert command.stop(signal.SIGINT) == 75
-    assert "nothing is lost. To go on: foretell run" in command.said
+    command = start_program("foretell", "run", run.path)
+
+    def two() -> bool:
+        return shards.exists() and len(list(shards.iterdir())) >= 2
+
+    assert command.kill_when(two, signal.SIGINT) == 75
+    assert "nothing is lost. To go on: foretell run" in command.stderr.read_text()
     store = PredictionStore.open(run.root / "store")
     assert 2 <= len(store.committed) < store.planned_shards
     assert verify(store.path).ok
     assert list((store.path / "tmp").iterdir()) == []
-    again = foretell("run", run.path)
-    assert again.returncode == 0, again.stderr
+    foretell("run", run.path)
     assert PredictionStore.open(run.root / "store").missing() == []
 
 
-def test_ctrl_c_while_a_worker_still_starts_is_a_stop_like_any_other(run_of, start):
+def test_ctrl_c_while_a_worker_still_starts_is_a_stop_like_any_other(run_of, start, foretell):
     run = run_of("own", students=None, rollout=None)
     command = start("run", run.path)
     command.wait_for(lambda: "fit: started" in command.said)
     time.sleep(0.3)
     assert command.stop(signal.SIGINT) == 75, command.said
     assert "Traceback" not in command.said
-    assert foretell("run", run.path).returncode == 0
+    foretell("run", run.path)
 
 
 def test_ctrl_c_in_a_stage_that_then_finishes_does_not_begin_the_next(run_of, tiny_run, start):
@@ -258,12 +255,11 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in listed]
 
 
-def test_when_one_worker_fails_the_others_end_and_the_message_is_its(run_of, tiny_run):
+def test_when_one_worker_fails_the_others_end_and_the_message_is_its(run_of, tiny_run, foretell):
     fit = tiny_run.document["fit"] | {
         "optimizer": LONG | {"processes": 2, "learning_rate": 1e18, "clip_norm": 1e30}
     }
     run = run_of("own", fit=fit, students=None, rollout=None)
-    done = foretell("run", run.path)
-    assert done.returncode == 1
+    done = foretell("run", run.path, code=1)
     assert "is not finite" in done.stderr
     assert "learning rate" in done.stderr

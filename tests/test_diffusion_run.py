@@ -1,7 +1,7 @@
 """Diffusers' pipelines from a folder of images to students, as a user runs them.
 
 Every pipeline is small, of random weights, and built offline. One run goes through the commands
-themselves and is stopped twice on the way; the others are the same processes without the imports.
+themselves and is stopped twice on the way. All processes are as they are, but for their imports.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from stages.diffusion.noise import row_noise
 from stages.family import load_denoiser
 from stages.silence import silenced
 from store import PredictionStore, verify
-from tests.conftest import ROOT, Run, Worker, ask, write_run
+from tests.conftest import ROOT, Program, Run, Worker, ask, write_run
 from tests.test_diffusion_pipelines import original_unet, original_vae
 from tests.test_free_space import array_bytes
 
@@ -141,12 +142,9 @@ def document(name: str, runs: Path, pipeline: Path, images: Path, **sections: An
     return {key: value for key, value in (whole | sections).items() if value is not None}
 
 
-def foretell(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == code, done.stderr
-    return done
+@pytest.fixture(scope="module")
+def foretell(_needed, foretell) -> Callable[..., Program]:
+    return partial(foretell, imports=IMPORTS)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +265,7 @@ SLOW = SCHEDULE | {"steps": 40, "checkpoint_every": 5}
 
 
 @pytest.fixture(scope="module")
-def sdxl(models, images, tmp_path_factory) -> Run:
+def sdxl(models, images, foretell, start_program, tmp_path_factory) -> Run:
     """A finished run of SDXL by the commands, stopped in the middle of stage one."""
     folder, pipeline = tmp_path_factory.mktemp("sdxl"), models("sdxl")
     sections = document("sdxl", folder / "runs", pipeline, images)
@@ -278,17 +276,14 @@ def sdxl(models, images, tmp_path_factory) -> Run:
     }  # fmt: skip
     sections["students"]["student"] |= {"optimizer": SLOW, "previews": {"every": 30}}
     run = write_run(sections, folder)
-    shards, said = run.root / "store" / "shards", folder / "said"
-    command = [sys.executable, "-m", "pipeline", "run", str(run.path)]
-    with said.open("w") as errors, subprocess.Popen(command, stderr=errors, env=ENVIRONMENT) as one:
-        while len(list(shards.glob("*"))) < 2:
-            assert one.poll() is None, f"it ended too early: {said.read_text()}"
-            time.sleep(0.002)
-        one.send_signal(signal.SIGINT)
-        assert one.wait() == 75, said.read_text()
+    shards = run.root / "store" / "shards"
+    stopped = start_program("foretell", "run", run.path, imports=IMPORTS)
+    code = stopped.kill_when(lambda: len(list(shards.glob("*"))) >= 2, signal.SIGINT)
+    said = stopped.stderr.read_text()
+    assert code == 75, said
     assert 2 <= len(list(shards.glob("*/shard.json"))) < 18
-    assert "Traceback" not in said.read_text()
-    assert f"nothing is lost. To go on: foretell run {run.path}" in said.read_text()
+    assert "Traceback" not in said
+    assert f"nothing is lost. To go on: foretell run {run.path}" in said
     foretell("run", run.path)
     return run
 
@@ -297,7 +292,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_every_command_knows_the_finished_run(sdxl):
+def test_every_command_knows_the_finished_run(sdxl, foretell):
     stages = json.loads(foretell("status", sdxl.path, "--json").stdout)["stages"]
     assert [*stages] == ["prepare", "rollout", "train:student", "evaluate"]
     assert {stage["state"] for stage in stages.values()} == {"done"}
@@ -313,7 +308,7 @@ def test_every_command_knows_the_finished_run(sdxl):
     assert student["architecture"]["parts"]["adapter"] == sum(t.numel() for t in adapter.values())
 
 
-def test_an_estimate_says_to_the_byte_what_the_finished_run_took(sdxl, tmp_path):
+def test_an_estimate_says_to_the_byte_what_the_finished_run_took(sdxl, foretell, tmp_path):
     dataset = f"--set=dataset={sdxl.root / 'dataset'}"
     own = ("--set=prepare=null", dataset, f"--set=runs={tmp_path / 'runs'}")
     done = foretell("rollout", sdxl.path, "--estimate", "--json", *own)
@@ -366,7 +361,7 @@ def test_a_disk_that_is_too_small_is_refused_and_the_floor_is_heeded(sdxl, do, t
     assert list((tmp_path / "runs/sdxl/store/shards").iterdir()) == []
 
 
-def test_a_second_run_does_nothing(sdxl):
+def test_a_second_run_does_nothing(sdxl, foretell):
     before = bytes_of(sdxl.root)
     done = foretell("run", sdxl.path)
     assert bytes_of(sdxl.root) == before

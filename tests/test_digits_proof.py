@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT
+
+IMPORTS = ["stages.families.diffusion", "sklearn.datasets", "sklearn.linear_model"]
 
 
 @pytest.fixture(scope="module")
-def ratios(require, tmp_path_factory) -> dict[str, float]:
+def ratios(require, run_program, tmp_path_factory) -> dict[str, float]:
     """What the small form of the proof measures, once."""
     require("diffusers", "pip install 'foretell[diffusion]'")
     folder = str(tmp_path_factory.mktemp("proof"))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "benchmarks/digits_proof.py", "--json", "--small",
-         "--seeds", "0", "--keep", folder],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    done = run_program(
+        "script", ROOT / "benchmarks" / "digits_proof.py", "--json", "--small", "--seeds", "0",
+        "--keep", folder, imports=IMPORTS,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
     (line,) = done.stdout.splitlines()
     last = json.loads(line)
     assert last["benchmark"] == "digits_proof"

@@ -156,6 +156,19 @@ def test_configuration_store_and_command_line_come_without_torch():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_workers_load_a_model_without_what_takes_torch_seconds_to_import(tiny_run):
+    script = (
+        "import sys; import pipeline.worker; import torch; from pathlib import Path;"
+        "from stages.families.codec_lm import CodecLM;"
+        "CodecLM.load(Path(sys.argv[1]), device='cpu', dtype=torch.float32);"
+        "sys.exit(str({'torch._dynamo', 'torch.distributed.fsdp', 'sympy'} & {*sys.modules}))"
+    )
+    command = [sys.executable, "-c", script, str(tiny_run.root / "teacher")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
+
+
 def test_tests_are_flat():
     # The one package: a dependency of NeMo's installs another `tests`, which would come first.
     assert list((ROOT / "tests").rglob("__init__.py")) == [ROOT / "tests" / "__init__.py"]

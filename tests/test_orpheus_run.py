@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,10 @@ from stages.family import Family, Sample, load_family
 from stages.fit import fit
 from stages.interruption import StopRequest
 from store import PredictionStore
-from tests.conftest import ROOT, Run, write_run
+from tests.conftest import Program, Run, write_run
 
 pytestmark = pytest.mark.slow
 
-ENVIRONMENT = os.environ | {"PYTHONWARNINGS": "error", "PYTHONPATH": str(ROOT)}
 ENTRIES, FIRST, END, VOCABULARY = 64, 128_266, 128_258, 156_940
 """Entries of the audio codec's codebooks; ids as Orpheus' tokenizer has them."""
 V = 4097
@@ -59,12 +56,10 @@ MODEL = {
 }  # fmt: skip
 
 
-def foretell(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == code, done.stderr
-    return done
+@pytest.fixture(scope="module")
+def foretell(require, foretell) -> Callable[..., Program]:
+    require("peft", "pip install 'foretell[orpheus]'")
+    return partial(foretell, imports=["stages.families.causal_lm", "stages.families.snac_codec"])
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +115,7 @@ def student_of(model: dict[str, Any], init: str, **changes: Any) -> dict[str, An
 
 
 @pytest.fixture(scope="module")
-def run(base, snac, tone_corpus, tmp_path_factory) -> Run:
+def run(base, snac, tone_corpus, foretell, tmp_path_factory) -> Run:
     """A finished run: a teacher of rank 8, students of rank 4 and 2, and a round between them."""
     folder = tmp_path_factory.mktemp("orpheus")
     document = {
@@ -206,7 +201,7 @@ def counted(codes: np.ndarray) -> np.ndarray:
 # ---- the run
 
 
-def test_every_command_knows_the_finished_run(run):
+def test_every_command_knows_the_finished_run(run, foretell):
     stages = json.loads(foretell("status", run.path, "--json").stdout)["stages"]
     assert [*stages] == [
         "prepare", "fit", "rollout", "train:merged", "train:student", "rollout:again",
@@ -521,7 +516,7 @@ def test_mistakes_are_told_in_one_line_before_any_work(run, run_on, base, tmp_pa
     assert not (own.root / "student").exists()
 
 
-def test_a_mistake_ends_a_command_with_code_2(run_on, base):
+def test_a_mistake_ends_a_command_with_code_2(run_on, base, foretell):
     special = MODEL["special"] | {"ai": {"id": 128_262, "token": "<custom_token_5>"}}
     model = model_of(base, 4, special=special)
     own = run_on("special", teacher={"model": model}, fit={"optimizer": SCHEDULE})

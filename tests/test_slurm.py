@@ -5,12 +5,8 @@ Every case of faults ends with a store whose files are those of an undisturbed r
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +15,7 @@ from pipeline.status import status_text
 from pipeline.submission import resubmit
 from stages.interruption import StopRequest
 from store import PredictionStore, verify
-from tests.conftest import ROOT, Run
+from tests.conftest import Run
 from tests.slurm_cluster import Cluster, slurm_cluster
 from tests.slurm_runs import (
     CLUSTER,
@@ -63,15 +59,9 @@ def undisturbed(tiny_run, tmp_path_factory) -> Mapping[str, bytes]:
     return undisturbed_shards(tiny_run, tmp_path_factory.mktemp("undisturbed"))
 
 
-def foretell(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def test_a_run_goes_from_submit_to_an_evaluated_student(run_of, tiny_run, tmp_path, cluster):
+def test_a_run_goes_from_submit_to_an_evaluated_student(
+    run_of, tiny_run, tmp_path, cluster, foretell
+):
     """On the way three jobs are told to stop and one of these is held; training has two nodes."""
     folder, gate = tmp_path / 'a folder, 100% "odd" #1', tmp_path / "gate"
     gated = ["export MASTER_ADDR=127.0.0.1", f"until [ -e {gate} ]; do sleep 0.1; done"]

@@ -31,7 +31,7 @@ from stages.families.codec_lm_network import (
     Prediction,
     architecture_of,
 )
-from stages.families.weights import digest_tensors, no_adapters
+from stages.families.weights import Undrawn, digest_tensors, no_adapters
 from stages.family import LinearOutput, Predicted, Sample, Scores, Step
 from stages.layout import FrameStacking
 from stages.model_config import CodecLMConfig, FamilyName
@@ -111,7 +111,7 @@ class CodecLM:
     def load(cls, path: Path, *, device: str, dtype: torch.dtype) -> Self:
         """Load what `save` wrote, in evaluation mode; raises UserError naming file and tensor."""
         checkpoint = read_checkpoint(path)
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             network = CodecLMNetwork(checkpoint.config, checkpoint.facts)
         tensors = checkpoint.tensors(network, device=device, dtype=dtype)
         network.load_state_dict(tensors, strict=True, assign=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stages.errors import UserError
 
@@ -21,6 +22,25 @@ Shapes = Mapping[str, tuple[int, ...]]
 NOT_TENSORS = (
     "the weights hold more than tensors, and reading them would run code of whoever made the file"
 )
+
+
+class Undrawn(TorchFunctionMode):
+    """Build modules whose weights are read afterwards: none is drawn inside the block.
+
+    On the device `meta` the drawing would import torch's compiler, which takes a second.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return named["tensor"] if "tensor" in named else args[0]
+        return func(*args, **named)
 
 
 def load_tensors(file: Any, name: str, map_location: Any = "cpu") -> dict[str, Tensor]:

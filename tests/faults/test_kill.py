@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +19,7 @@ from store import PredictionStore, verify
 from store.schema import Full, Profile
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from tests.conftest import Run, Worker, write_run
-from tests.test_cli_runs import LONG, children, foretell, steps_done
+from tests.test_cli_runs import LONG, children, steps_done
 from tests.test_store_commit import by_profile, run, tree
 
 pytestmark = pytest.mark.slow
@@ -186,22 +183,23 @@ def test_a_training_killed_again_and_again_ends_with_the_weights_of_one_that_was
 
 
 @pytest.mark.slow
-def test_commands_that_are_killed_with_all_their_workers_go_on_where_they_were(own, whole) -> None:
+def test_commands_that_are_killed_with_all_their_workers_go_on_where_they_were(
+    own, whole, start_program, foretell
+) -> None:
     def kill_when(ready: Callable[[], bool], *arguments: str) -> None:
-        command = [sys.executable, "-m", "pipeline", *arguments]
-        root = str(Path(__file__).parents[2])
-        environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "error"}
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        while not ready():
-            assert process.poll() is None, "it ended before it was ready"
-            time.sleep(0.005)
-        for pid in [*children(process.pid), process.pid]:
-            os.kill(pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        command = start_program("foretell", *arguments)
+
+        def kill_workers() -> bool:
+            if not ready():
+                return False
+            for pid in children(command.pid):
+                os.kill(pid, signal.SIGKILL)
+            return True
+
+        assert command.kill_when(kill_workers, signal.SIGKILL) == -signal.SIGKILL
 
     kill_when(lambda: shards_in(own.root / "store") > 2, "rollout", str(own.path))
     kill_when(lambda: steps_done(own.root / "student") >= 20, "run", str(own.path))
-    done = foretell("run", own.path)
-    assert done.returncode == 0, done.stderr
+    foretell("run", own.path)
     assert arrays_of(own.root / "store") == arrays_of(whole / "store")
     require_same_student(own.root, whole)
