@@ -39,7 +39,7 @@ from pipeline.listening import (
     tally_answers,
     tally_text,
 )
-from pipeline.printing import Json, print_document
+from pipeline.printing import Json, print_document, tell
 from pipeline.progress import stages_of
 from pipeline.repair import repair_text
 from pipeline.run import (
@@ -143,7 +143,7 @@ def main() -> None:
     try:
         app(prog_name="foretell")
     except (UserError, StoreError) as error:
-        sys.stderr.write(f"foretell: {error}\n")
+        tell(f"foretell: {error}")
         sys.exit(FAILED if isinstance(error, SystemFailure) else USAGE_ERROR)
 
 
