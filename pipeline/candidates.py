@@ -7,10 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from stages.guidance import guide
+from pipeline.stored_rows import (
+    Draws,
+    Kept,
+    Whole,
+    allowed_ids,
+    branches_of,
+    distributions_of,
+    guided_logits,
+    log_softmax,
+)
 from store import PredictionStore, Timestep
 from store.encoding import Array
-from store.schema import Dense, Full, Hidden, Manifest, Sampled, TopK
+from store.schema import Dense, Full, Hidden, Sampled, TopK
 
 Document = dict[str, Any]
 
@@ -27,21 +36,12 @@ def describe_stream(store: PredictionStore, timestep: Timestep, stream: int) -> 
         case Dense():
             arrays = timestep.arrays.items()
             return {name: summary(values[stream]) for name, values in arrays if values.ndim}
-        case TopK():
-            found = _kept(timestep.arrays, stream)
-        case Sampled():
-            found = _drawn(timestep.arrays["sampled.ids"][stream])
-        case Full():
-            parts = {
-                name.removeprefix("full."): array[stream]
-                for name, array in timestep.arrays.items()
-                if name not in ("codes", "full.levels")
-            }
-            found = _whole(manifest, parts, stream)
-            if "full.levels" in timestep.arrays:
-                found["level"] = float(timestep.arrays["full.levels"][stream])
-        case Hidden():
-            found = _whole(manifest, _logits(store, timestep, stream), stream)
+        case Full() | Hidden():
+            found = _whole(store, timestep, stream)
+        case TopK() | Sampled():
+            found = _part(store, timestep, stream)
+    if "full.levels" in timestep.arrays:
+        found["level"] = float(timestep.arrays["full.levels"][stream])
     return {"code": int(timestep.arrays["codes"][stream]), **found}
 
 
@@ -57,42 +57,37 @@ def summary(values: Array) -> Document:
     }
 
 
-def _kept(arrays: Mapping[str, Array], stream: int) -> Document:
-    tail = float(np.exp(arrays["top_k.tail_logmass"][stream, 0]))
-    probabilities = _softmax(arrays["top_k.logits"][stream]) * (1 - tail)
-    return {"tail_mass": tail, "candidates": _ranked(arrays["top_k.ids"][stream], probabilities)}
+def _part(store: PredictionStore, timestep: Timestep, stream: int) -> Document:
+    """Candidates of a target that keeps some ids of a row."""
+    match distributions_of(store, _one_row(timestep)):
+        case Kept(ids, logprobs, tail):
+            ranked = _ranked(ids[0, stream], np.exp(logprobs[0, stream].astype(np.float64)))
+            return {"tail_mass": float(np.exp(tail[0, stream])), "candidates": ranked}
+        case Draws(ids):
+            unique, counts = np.unique(ids[0, stream], return_counts=True)
+            ranked = _ranked(unique, counts / ids.shape[-1])
+            return {"tail_mass": None, "candidates": ranked}
+        case Whole():
+            raise AssertionError("a whole distribution is shown with its branches")
 
 
-def _drawn(ids: Array) -> Document:
-    unique, counts = np.unique(ids, return_counts=True)
-    return {"tail_mass": None, "candidates": _ranked(unique, counts / len(ids))}
+def _whole(store: PredictionStore, timestep: Timestep, stream: int) -> Document:
+    """Candidates of a target that knows all ids: with those of both branches where it has them."""
+    branches = branches_of(store, _one_row(timestep))
+    guided = guided_logits(store.manifest, branches)
+    ids = np.flatnonzero(allowed_ids(store.manifest)[stream])
+
+    def probabilities(logits: Array) -> Array:
+        return np.asarray(np.exp(log_softmax(logits[0, stream].astype(np.float64)))[ids])
+
+    apart = branches if "cond" in branches else {}
+    shown = {name: probabilities(logits) for name, logits in apart.items()}
+    return {"tail_mass": 0.0, "candidates": _ranked(ids, probabilities(guided), shown)}
 
 
-def _whole(manifest: Manifest, parts: Mapping[str, Array], stream: int) -> Document:
-    """Candidates from all logits of a stream: the guided ones, or those of both branches."""
-    ids = np.arange(manifest.vocabularies[stream])
-    allowed = ~np.isin(ids, manifest.forbidden)
-    ids = ids[allowed]
-    known = {name: logits[: len(allowed)][allowed] for name, logits in parts.items()}
-    if "cond" not in known:
-        return {"tail_mass": 0.0, "candidates": _ranked(ids, _softmax(known["logits"]))}
-    guided = guide(known["cond"], known["uncond"], manifest.guidance.scale)
-    branches = {name: _softmax(logits) for name, logits in known.items()}
-    return {"tail_mass": 0.0, "candidates": _ranked(ids, _softmax(guided), branches)}
-
-
-def _logits(store: PredictionStore, timestep: Timestep, stream: int) -> dict[str, Array]:
-    """Logits [V] of one stream, from its state and its head, by branch."""
-    group = store.manifest.streams[stream].group
-    place = [s.group for s in store.manifest.streams[:stream]].count(group)
-    weight, bias = store.heads[f"{group}.weight"][place], store.heads[f"{group}.bias"][place]
-    logits = {}
-    for branch, name in (("logits", ""), ("cond", "cond."), ("uncond", "uncond.")):
-        states = timestep.arrays.get(f"hidden.{name}{group}")
-        if states is not None:
-            state = states[place if len(states) > 1 else 0]
-            logits[branch] = weight @ state.astype(np.float32) + bias
-    return logits
+def _one_row(timestep: Timestep) -> dict[str, Array]:
+    """Arrays [1, …] of a timestep."""
+    return {name: array[None] for name, array in timestep.arrays.items()}
 
 
 def _ranked(
@@ -104,8 +99,3 @@ def _ranked(
         for place in np.argsort(-probabilities, kind="stable")
         if probabilities[place] > 0
     ]
-
-
-def _softmax(logits: Array) -> Array:
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    return np.asarray(exponentials / exponentials.sum())

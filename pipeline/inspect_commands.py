@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from functools import partial
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial, reduce
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
-from pipeline.inspection import describe_key, describe_model, describe_store, is_model
+from pipeline.comparison import describe_difference
+from pipeline.comparison_text import difference_text
+from pipeline.inspection import (
+    Document,
+    describe_key,
+    describe_model,
+    describe_rollout,
+    describe_shard,
+    is_model,
+    store_parts,
+)
+from pipeline.inspection_csv import csv_text
 from pipeline.inspection_text import store_text
 from pipeline.printing import Json, print_document
 from stages.errors import UserError
+from store import PredictionStore
 from store.object_url import place_of
 
 DEFAULT = "show"
 """The command that `foretell inspect STORE` stands for."""
+BAR = partial(tqdm, unit="shard", leave=False, disable=None)
+"""Shows progress on a terminal."""
 
 
 class DefaultGroup(TyperGroup):
@@ -41,6 +59,9 @@ inspect_app = typer.Typer(
 )
 
 
+Csv = Annotated[bool, typer.Option("--csv", help="Print one table of comma-separated values.")]
+
+
 @inspect_app.command(DEFAULT)
 def show(
     store: Annotated[
@@ -52,16 +73,97 @@ def show(
     key: Annotated[
         str | None, typer.Option(help="SAMPLE/VARIATION or SAMPLE/VARIATION/TIMESTEP.")
     ] = None,
+    shard: Annotated[int | None, typer.Option(help="Number of a shard.", min=0)] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Read the arrays of every shard, not of a few.")
+    ] = False,
     as_json: Json = False,
+    as_csv: Csv = False,
 ) -> None:
     """Show what is in a store, down to one timestep, or how large a model is."""
+    asked = {"--key": key is not None, "--shard": shard is not None, "--all": everything}
+    refuse_together({"--json": as_json, "--csv": as_csv})
+    refuse_together(asked)
     path = place_of(store)
     if is_model(path):
-        if key is not None:
-            raise UserError(f"--key {key} is for a store, but {path} is the folder of a model")
-        document = describe_model(path)
-    elif key is None:
-        document = describe_store(path, partial(tqdm, unit="shard", disable=None))
+        for option in (name for name, given in asked.items() if given):
+            raise UserError(f"{option} is for a store, but {path} is the folder of a model")
+        parts = iter([describe_model(path)])
+    elif key is not None:
+        parts = iter([describe_key(path, key)])
+    elif shard is not None:
+        parts = iter([describe_shard(path, shard)])
     else:
-        document = describe_key(path, key)
-    print_document(document, as_json, lambda: store_text(document))
+        parts = store_parts(PredictionStore.open(path), everything, BAR)
+    print_parts(parts, as_json, as_csv)
+
+
+@inspect_app.command()
+def diff(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="Store (folder or s3://…), run folder, model folder, or configuration.",
+            show_default=False,
+        ),
+    ],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="Another one of its kind.", show_default=False)
+    ],
+    everything: Annotated[
+        bool, typer.Option("--all", help="Compare every common rollout, not 256 of them.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what differs between two stores or two runs: settings, codes, and KL of the targets."""
+    bar = partial(tqdm, unit="rollout", leave=False, disable=None)
+    found = describe_difference(place_of(a), place_of(b), everything, bar)
+    print_document(found, as_json, lambda: difference_text(found))
+
+
+@inspect_app.command()
+def plot(
+    store: Annotated[
+        str,
+        typer.Argument(metavar="STORE", help="Folder of a store, or s3://….", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png or .svg.")],
+    key: Annotated[
+        str | None, typer.Option(help="SAMPLE/VARIATION: a picture of this rollout.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Read the arrays of every shard, not of a few.")
+    ] = False,
+) -> None:
+    """Draw the distributions of a store, or how sure the teacher was along one rollout."""
+    from pipeline.plots import check_format, plot_rollout, plot_store  # noqa: PLC0415, matplotlib
+
+    refuse_together({"--key": key is not None, "--all": everything})
+    check_format(output)
+    path = place_of(store)
+    if key is None:
+        parts = store_parts(PredictionStore.open(path), everything, BAR)
+        plot_store(reduce(dict.__or__, parts), str(path), output)
+    else:
+        streams = [stream.name for stream in PredictionStore.open(path).manifest.streams]
+        plot_rollout(describe_rollout(path, key), streams, output)
+    typer.echo(f"wrote {output}")
+
+
+def refuse_together(options: dict[str, bool]) -> None:
+    """Refuse options of which one alone can be given; raises UserError."""
+    given = [name for name, is_given in options.items() if is_given]
+    if len(given) > 1:
+        raise UserError(f"{given[0]} and {given[1]} exclude each other: give one of them")
+
+
+def print_parts(parts: Iterator[Document], as_json: bool, as_csv: bool) -> None:
+    """Print every part as soon as it is known; as JSON or CSV all of them together."""
+    if as_json or as_csv:
+        whole = reduce(dict.__or__, parts)
+        typer.echo(csv_text(whole) if as_csv else json.dumps(whole, ensure_ascii=False))
+        return
+    for part in parts:
+        typer.echo(store_text(part))
+        sys.stdout.flush()

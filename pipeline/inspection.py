@@ -5,19 +5,32 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from pipeline.candidates import describe_stream, summary
+from pipeline.quantiles import histogram, outliers, quantiles
+from pipeline.row_statistics import statistics_of
+from pipeline.store_statistics import (
+    Progress,
+    named_measures,
+    read_shards,
+    shards_to_read,
+    store_statistics,
+)
 from stages.errors import UserError
 from stages.rejections import kind_of
 from stages.saved_model import is_saved, saved_model
 from store import PredictionStore, Rollout, Timestep
-from store.encoding import COLUMN
+from store.encoding import COLUMN, Array
+from store.errors import ShardError
 from store.object_url import ObjectUrl
 from store.schema import Manifest
+from store.shard import RolloutTable, ShardRecord
 from store.shard_folder import ShardFolder
 from store.side_tables import table_files
 
@@ -29,53 +42,80 @@ TIMESTEP_KEY = re.compile(ROLLOUT_KEY.pattern + r"/(?P<timestep>[0-9]{1,10})")
 
 @dataclass
 class _Content:
-    """What the committed shards hold."""
+    """What the committed shards hold, by their records and tables of rollouts."""
 
     timesteps: int = 0
-    longest: int = 0
+    lengths: list[Array] = field(default_factory=list)
+    """[R] int64 of every shard."""
     stop_reasons: Counter[str] = field(default_factory=Counter)
     weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Weights in training of the rollouts of every stop reason, added up."""
     sizes: Counter[str] = field(default_factory=Counter)
     """Bytes on disk of every array; other files count as `tables`."""
+    plain: Counter[str] = field(default_factory=Counter)
+    """Bytes of the values of every array, not encoded."""
+    rows: Counter[str] = field(default_factory=Counter)
+    """Timesteps of the shards that have an array."""
 
     def add(self, folder: ShardFolder) -> None:
         record = folder.record()
         table = folder.read_rollouts(record)
         self.timesteps += record.rows
-        self.longest = max(self.longest, int(table.lengths.max()))
+        self.lengths.append(table.lengths)
         self.stop_reasons.update(table.stop_reasons)
         for reason, weight in zip(table.stop_reasons, table.weights.tolist(), strict=True):
             self.weights[reason] += weight
-        for file, check in record.files.items():
-            array, separator, _ = file.partition("/")
-            self.sizes[array if separator else "tables"] += check.bytes
+        self.sizes.update(array_bytes(record))
+        for name, files in folder.files.items():
+            self.plain[name] += record.rows * files.spec.row_bytes
+            self.rows[name] += record.rows
 
 
-def describe_store(
-    path: Path | ObjectUrl, progress: Callable[[Sequence[int]], Iterable[int]] = iter
-) -> Document:
+def array_bytes(record: ShardRecord) -> dict[str, int]:
+    """Return the bytes on disk of every array of a shard; its other files count as `tables`."""
+    sizes: Counter[str] = Counter()
+    for file, check in record.files.items():
+        array, separator, _ = file.partition("/")
+        sizes[array if separator else "tables"] += check.bytes
+    return dict(sizes)
+
+
+def describe_store(path: Path | ObjectUrl, progress: Progress = iter) -> Document:
     """Return what a store is and what is in it, as JSON values; reads no array.
 
     `progress` may wrap the list of shards (tqdm).
     """
     store = PredictionStore.open(path)
-    manifest, content, rejected = store.manifest, _Content(), store.rejected
-    for shard in progress(store.committed):
-        content.add(store.folder(shard))
+    return store_header(store) | store_content(store, progress)
+
+
+def store_parts(
+    store: PredictionStore, everything: bool, progress: Progress = iter
+) -> Iterator[Document]:
+    """Yield what is known of a store, in three documents, each as soon as it is known.
+
+    `store_header` opens nothing, `store_content` reads the tables of all shards, and
+    `store_statistics` the arrays of a few of them, or of all where `everything` is asked for.
+    """
+    yield store_header(store)
+    content = store_content(store, progress)
+    outliers_found = content.pop("outliers")
+    yield content
+    shards = shards_to_read(store, sum(content["bytes"].values()), everything)
+    yield store_statistics(read_shards(store, shards, progress), outliers_found)
+
+
+def store_header(store: PredictionStore) -> Document:
+    """Return what a store is, by its manifest, its plan and the list of its shards."""
+    manifest, rejected = store.manifest, store.rejected
     return {
         "shards": len(store.committed),
         "planned_shards": store.planned_shards,
+        "missing_shards": store.planned_shards - len(store.committed),
         "rollouts": len(store),
+        "planned_rollouts": store.plan.rollouts,
         "rejected": len(rejected),
         "rejected_for": dict(Counter(kind_of(reason) for _, reason in rejected).most_common()),
-        "timesteps": content.timesteps,
-        **_audio(content.timesteps, manifest),
-        "bytes": dict(sorted(content.sizes.items())),
-        "longest": content.longest,
-        "stop_reasons": dict(content.stop_reasons),
-        "weights": dict(content.weights),
-        "weight": math.fsum(content.weights.values()),
         "streams": [stream.model_dump() for stream in manifest.streams],
         **_beside_target(store),
         "targets": manifest.target.model_dump(mode="json"),
@@ -86,13 +126,61 @@ def describe_store(
         "quantization": manifest.quantization and manifest.quantization.model_dump(mode="json"),
         "cfg_scale": manifest.guidance.scale,
         "family": manifest.family,
+        **({} if manifest.timestep_s is None else {"timestep_s": manifest.timestep_s}),
         "source": manifest.source,
         "sampler": manifest.sampler.model_dump(mode="json"),
         "split": manifest.split,
         "seed": manifest.seed,
         "fingerprints": manifest.fingerprints.model_dump(),
+        "fingerprint": store.fingerprint,
         "format_version": manifest.format_version,
     }
+
+
+def store_content(store: PredictionStore, progress: Progress = iter) -> Document:
+    """Return what the committed shards hold, by their records and tables; reads no array."""
+    content = _Content()
+    for shard in progress(store.committed):
+        content.add(store.folder(shard))
+    lengths = np.concatenate([np.zeros(0, np.int64), *content.lengths])
+    keys = [f"{sample_id}/{variation}" for sample_id, variation in store]
+    return {
+        "timesteps": content.timesteps,
+        **_audio(content.timesteps, store.manifest),
+        "bytes": dict(sorted(content.sizes.items())),
+        "arrays": _arrays(content, store.manifest),
+        "longest": int(lengths.max(initial=0)),
+        "lengths": quantiles(lengths) | histogram(lengths),
+        "outliers": {"length": outliers(keys, lengths)},
+        "stop_reasons": dict(content.stop_reasons),
+        "weights": dict(content.weights),
+        "weight": math.fsum(content.weights.values()),
+    }
+
+
+def _arrays(content: _Content, manifest: Manifest) -> list[Document]:
+    """Bytes of every array, of the other files and of all: in all, per timestep and per second."""
+    total = sum(content.sizes.values())
+    plain = sum(content.plain.values())
+    lines: list[tuple[str, int, int | None, int]] = [
+        (name, content.sizes[name], size, content.rows[name])
+        for name, size in sorted(content.plain.items())
+    ]
+    lines.append(("tables", content.sizes["tables"], None, content.timesteps))
+    lines.append(("all", total, plain, content.timesteps))
+    return [
+        {
+            "array": name,
+            "bytes": size,
+            "plain_bytes": plain_size,
+            "ratio": plain_size / size if plain_size else None,
+            "bytes_per_timestep": size / rows,
+            **({} if manifest.timestep_s is None else
+               {"bytes_per_audio_s": size / (rows * manifest.timestep_s)}),
+        }
+        for name, size, plain_size, rows in lines
+        if rows
+    ]  # fmt: skip
 
 
 def _beside_target(store: PredictionStore) -> Document:
@@ -136,6 +224,73 @@ def describe_model(folder: Path) -> Document:
     }
 
 
+def describe_shard(path: Path | ObjectUrl, number: int) -> Document:
+    """Return what a committed shard holds, with every file compared with its sum.
+
+    Raises `StoreError` where it is not planned or not committed. A damaged shard is described as
+    far as it can be read, with its `faults`.
+    """
+    store = PredictionStore.open(path)
+    table = store.rollout_table(number)
+    with store.whole_folder(number) as folder:
+        record = folder.record()
+        faults = list(_faults(folder, record))
+        sizes = array_bytes(record)
+    return {
+        "shard": number,
+        "rollouts": len(table),
+        "timesteps": record.rows,
+        **_audio(record.rows, store.manifest),
+        "bytes": dict(sorted(sizes.items())),
+        "arrays": [
+            {
+                "array": name,
+                "dtype": files.spec.dtype.name,
+                "shape": [record.rows, *files.spec.trailing],
+                "chunk_timesteps": files.chunk,
+                "chunks": files.chunk_count(record.rows),
+                "bytes": sizes[name],
+                "plain_bytes": record.rows * files.spec.row_bytes,
+                "ratio": record.rows * files.spec.row_bytes / sizes[name],
+            }
+            for name, files in folder.files.items()
+        ],
+        "faults": faults,
+        "table": _table(store, number, table, readable=not faults),
+    }
+
+
+def _faults(folder: ShardFolder, record: ShardRecord) -> Iterator[Document]:
+    for stranger in folder.strangers(record):
+        yield {"file": stranger.file, "array": stranger.array, "reason": stranger.reason}
+    for file in sorted(record.files):
+        try:
+            folder.check_file(file, record)
+        except ShardError as error:
+            yield {"file": file, "array": error.array, "reason": error.reason}
+
+
+def _table(
+    store: PredictionStore, number: int, table: RolloutTable, *, readable: bool
+) -> list[Document]:
+    """A line for every rollout of a shard; with its mean entropy or size where arrays are sound."""
+    means = read_shards(store, [number]).means if readable else {}
+    lines = []
+    for row, (sample_id, variation) in enumerate(store.plan[number]):
+        line = {
+            "sample_id": sample_id,
+            "variation": variation,
+            "start": int(table.offsets[row]),
+            "timesteps": int(table.lengths[row]),
+            "stop_reason": table.stop_reasons[row],
+            "weight": float(table.weights[row]),
+            "seed": int(table.seeds[row]),
+        }
+        drawn = {name: int(values[row]) for name, values in table.drawn.items()}
+        lines.append(line | drawn | {name: found[row][1] for name, found in means.items()})
+    return lines
+
+
 def describe_key(path: Path | ObjectUrl, key: str) -> Document:
     """Return what is stored of SAMPLE/VARIATION, or of SAMPLE/VARIATION/TIMESTEP.
 
@@ -157,6 +312,14 @@ def describe_key(path: Path | ObjectUrl, key: str) -> Document:
         f"key {key!r} is not SAMPLE/VARIATION or SAMPLE/VARIATION/TIMESTEP of a rollout in "
         f"{path}: `foretell inspect {path}` says what is there"
     )
+
+
+def describe_rollout(path: Path | ObjectUrl, key: str) -> Document:
+    """Return what is stored of SAMPLE/VARIATION; raises as `describe_key`, or for a timestep."""
+    document = describe_key(path, key)
+    if "timestep" in document:
+        raise UserError(f"key {key!r} is of one timestep, but a rollout is asked for: leave it out")
+    return document
 
 
 def _audio(timesteps: int, manifest: Manifest) -> Document:
@@ -181,7 +344,22 @@ def _rollout(store: PredictionStore, rollout: Rollout) -> Document:
         "seed": rollout.seed,
         "codes": rollout.codes.tolist() if "codes" in rollout.arrays else None,
         **({"drawn": dict(rollout.drawn)} if rollout.drawn else {}),
-        **({} if "codes" in rollout.arrays else {"rows": _rows(rollout)}),
+        **(_certainty(store, rollout) if "codes" in rollout.arrays else {"rows": _rows(rollout)}),
+    }
+
+
+def _certainty(store: PredictionStore, rollout: Rollout) -> Document:
+    """How sure the teacher was at every timestep of a rollout of codes: a list [C] of each."""
+    found = statistics_of(store, rollout.arrays)
+    measures = {"codes": rollout.codes} | named_measures(found)
+    return {
+        "entropy_is": found.entropy_is,
+        "temperature": found.temperature,
+        "certainty": [
+            {"timestep": timestep}
+            | {name: values[timestep].tolist() for name, values in measures.items()}
+            for timestep in range(len(rollout))
+        ],
     }
 
 

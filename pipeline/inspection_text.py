@@ -2,58 +2,67 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
-from io import StringIO
 from typing import Any
 
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 
 from pipeline.inspection import Document
+from pipeline.inspection_tables import TABLES, shard_parts, timestep_parts
+from pipeline.text_tables import rendered, value_table, visible
 from store.verify import Verification
 
 MOST_SHOWN_NUMBERS = 8
-WIDE_LETTERS = 160
-"""Width of what has a line for every timestep."""
-CHECKSUMS = ("_crc", "_sum")
-"""How columns end that tell people nothing."""
+SHOWN_LETTERS = 24
 OF_CODES = ("longest", "stop_reasons", "stop_reason", "weights", "source", "sampler", "codes")
 """What is said of how codes were drawn, and nothing of images."""
+IN_TABLES = (*TABLES, "bytes", "longest", "entropy_is", "temperature")
+"""What stands in a table, or at its head."""
 
 
 def store_text(document: Document) -> str:
-    """Return a readable table of `describe_store` or `describe_key`."""
-    buffer = StringIO()
-    width = WIDE_LETTERS if "rows" in document else 100
-    console = Console(file=buffer, width=width, highlight=False)
-    if "timestep" in document:
-        console.print(_candidate_table(document))
-        beside = {name: document[name] for name in document if name in ("columns", "drawn")}
-        if beside:
-            console.print(_value_table(beside))
-    else:
-        audio = "audio_s" in document
-        shown = {n: value for n, value in document.items() if audio or n not in OF_CODES}
-        console.print(_value_table(shown))
-    return buffer.getvalue().rstrip()
+    """Return a readable text of `describe_store`, of a part of it, or of `describe_key`."""
+    shown = visible(document)
+    if "timestep" in shown:
+        beside = {name: shown[name] for name in ("columns", "drawn") if name in shown}
+        return rendered([*timestep_parts(shown), _values(beside)])
+    if "shard" in shown:
+        return rendered(shard_parts(shown))
+    audio = "audio_s" in shown or "timestep_s" in shown
+    values = {
+        name: value
+        for name, value in shown.items()
+        if name not in IN_TABLES and (audio or name not in OF_CODES)
+    }
+    if "certainty" in shown:
+        del values["codes"]
+    parts: list[RenderableType] = [_values(values)] if values else []
+    for name, parts_of in TABLES.items():
+        if name in shown:
+            parts.extend(parts_of(shown))
+    return rendered(parts)
 
 
-def _value_table(document: Document) -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in document.items():
-        table.add_row(name, _text(name, value))
-    return table
+def _values(document: Document) -> Table:
+    return value_table((name, _text(name, value)) for name, value in document.items())
 
 
 def _text(name: str, value: Any) -> str:
-    if name in SHOWN and value is not None:
+    if value is None:
+        return "none"
+    if name in SHOWN:
         return SHOWN[name](value)
     if isinstance(value, dict):
-        return ", ".join(f"{key} {inner}" for key, inner in value.items())
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
     return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
+
+
+def _plain(value: Any) -> str:
+    """A value within a line, as JSON and not as Python spells it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _streams(streams: list[Document]) -> str:
@@ -93,37 +102,23 @@ def _recording(document: Document, path: str = "") -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _row_lines(rows: list[Document]) -> str:
-    """A line for every timestep, without checksums."""
-    heads = [name for name in rows[0] if not name.endswith(CHECKSUMS)]
-    lines = [["timestep", *(head.removeprefix("dense.") for head in heads)]]
-    for timestep, row in enumerate(rows):
-        lines.append([str(timestep), *(_cell(row[head]) for head in heads)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
-
-
-def _cell(value: Document | float) -> str:
-    if isinstance(value, dict):
-        return f"{value['mean']:.2g} ± {value['std']:.3g}"
-    return _number(value, 5)
-
-
 def _number(value: float, digits: int) -> str:
     return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
 
 
 def _present(fingerprints: Document) -> str:
     """Those that are no empty text: a store has no tokenizer or codec of images."""
-    return ", ".join(f"{part} {found}" for part, found in fingerprints.items() if found)
+    return "\n".join(f"{part} {_head(found)}" for part, found in fingerprints.items() if found)
 
 
-def _bytes(sizes: Document) -> str:
-    total = sum(sizes.values())
-    return f"{total:,} ({', '.join(f'{array} {size:,}' for array, size in sizes.items())})"
+def _head(fingerprint: str) -> str:
+    """Enough of a hash to tell it from others; `--json` has all of it."""
+    head = fingerprint[:SHOWN_LETTERS]
+    return head if head == fingerprint else f"{head}…"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.1f} ({seconds / 3600:,.1f} hours)" if seconds >= 60 else f"{seconds:.3g}"
 
 
 def _lineage(ancestors: list[Document]) -> str:
@@ -187,7 +182,10 @@ def audit_lines(audit: Document | None) -> list[str]:
 
 SHOWN: dict[str, Callable[[Any], str]] = {
     "streams": _streams,
-    "bytes": _bytes,
+    "teacher": _head,
+    "fingerprint": _head,
+    "audio_s": _seconds,
+    "timestep_s": lambda seconds: f"{seconds:.4g}",
     "lineage": _lineage,
     "codes": _codes,
     "weight": lambda weight: f"{weight:,g}",
@@ -199,7 +197,6 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "tables": _tables,
     "recording": _recording,
     "fingerprints": _present,
-    "rows": _row_lines,
     "architecture": _architecture,
     "quantization": _quantization,
 }
@@ -210,38 +207,6 @@ def _size(stream: Document) -> str:
     if stream["kind"] == "categorical":
         return f"V={stream['vocabulary']}"
     return " × ".join(map(str, stream["shape"]))
-
-
-def _candidate_table(document: Document) -> Table:
-    title = f"{document['sample_id']}, variation {document['variation']}, "
-    table = Table(title=title + f"timestep {document['timestep']}")
-    if "code" not in document["streams"][0]:
-        return _latent_table(table, document["streams"])
-    for column in ("stream", "code", "most probable (id: probability)", "tail mass"):
-        table.add_column(column)
-    for stream in document["streams"]:
-        best = ", ".join(_candidate(candidate) for candidate in stream["candidates"][:6])
-        tail = "not stored" if stream["tail_mass"] is None else f"{stream['tail_mass']:.2g}"
-        table.add_row(stream["stream"], str(stream["code"]), best, tail)
-    return table
-
-
-def _candidate(candidate: Document) -> str:
-    text = f"{candidate['id']}: {candidate['probability']:.3f}"
-    if "cond" not in candidate:
-        return text
-    return f"{text} (cond {candidate['cond']:.3f}, uncond {candidate['uncond']:.3f})"
-
-
-def _latent_table(table: Table, streams: list[Document]) -> Table:
-    for column in ("stream", "array", "mean", "std", "rms", "least", "most"):
-        table.add_column(column)
-    for stream in streams:
-        for name, values in stream.items():
-            if name != "stream":
-                numbers = (f"{number:.4g}" for number in values.values())
-                table.add_row(stream["stream"], name, *numbers)
-    return table
 
 
 def verification_text(result: Verification) -> str:

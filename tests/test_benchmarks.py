@@ -37,6 +37,7 @@ SMALL = {
         "none",
     ],
     "guided_decoding": ["--batch-size", "2", "--timesteps", "3", "--repeats", "1"],
+    "inspect_start": ["--shards", "3", "--rollouts", "2", "--gib", "0.001", "--repeats", "1"],
     "lm_guidance": [
         "--rollouts",
         "2",
@@ -131,6 +132,7 @@ REQUIRED = {
         "memory_vs_two_models",
         "slot_bytes_over_full_bytes",
     },
+    "inspect_start": {"first_output_s", "end_s", "all_over_first", "all_over_some"},
     "loss_overhead": {"step_over_ce", "memory_over_ce"},
     "capture_overhead": {"rollout_over_generation"},
 }

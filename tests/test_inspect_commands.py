@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from io import StringIO
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from store import PredictionStore
+from stages.errors import UserError
+from store import Plan, PredictionStore
 from store.schema import TopK
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
+from tests.row_stores import rows_store
 
 
 @pytest.fixture
@@ -51,3 +56,82 @@ def test_without_arguments_the_commands_are_listed() -> None:
     done = CliRunner().invoke(app, ["inspect"])
     assert done.exit_code == 2
     assert "show" in done.output
+
+
+def table(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(StringIO(text)))
+
+
+def test_every_view_is_one_table_of_comma_separated_values(store: PredictionStore) -> None:
+    found = json.loads(answer(store.path, "--json"))
+    lines = {
+        (line["part"], line["name"], line["measure"]): line["value"]
+        for line in table(answer(store.path, "--csv"))
+    }
+    codes = next(a for a in found["arrays"] if a["array"] == "codes")
+    assert float(lines["array", "codes", "bytes_per_timestep"]) == codes["bytes_per_timestep"]
+    first = found["statistics"]["streams"][0]
+    assert float(lines["stream", first["stream"], "entropy.p50"]) == first["entropy"]["p50"]
+
+    shard = json.loads(answer(store.path, "--shard", 0, "--json"))["table"]
+    rows = table(answer(store.path, "--shard", 0, "--csv"))
+    assert [row["sample_id"] for row in rows] == [row["sample_id"] for row in shard]
+    assert [float(row["entropy"]) for row in rows] == [row["entropy"] for row in shard]
+
+    rollout = json.loads(answer(store.path, "--key", "sample-1/0", "--json"))
+    rows = table(answer(store.path, "--key", "sample-1/0", "--csv"))
+    assert len(rows) == rollout["timesteps"] * 2
+    last = rollout["certainty"][-1]
+    assert (int(rows[-1]["code"]), float(rows[-1]["entropy"])) == (
+        last["codes"][1], last["entropy"][1]
+    )  # fmt: skip
+
+    streams = json.loads(answer(store.path, "--key", "sample-1/0/2", "--json"))["streams"]
+    rows = table(answer(store.path, "--key", "sample-1/0/2", "--csv"))
+    expected = [c for stream in streams for c in stream["candidates"]]
+    assert [(int(r["id"]), float(r["probability"])) for r in rows] == [
+        (c["id"], c["probability"]) for c in expected
+    ]
+    assert {row["cond"] for row in rows} == {""}
+
+
+def test_rows_of_images_are_tables_too(tmp_path: Path) -> None:
+    store = rows_store(tmp_path / "s", tmp_path / "table")
+    rollout = json.loads(answer(store.path, "--key", "a/0", "--json"))["rows"]
+    rows = table(answer(store.path, "--key", "a/0", "--csv"))
+    assert [float(row["dense.cond.std"]) for row in rows] == [
+        row["dense.cond"]["std"] for row in rollout
+    ]
+    rows = table(answer(store.path, "--key", "a/0/1", "--csv"))
+    assert {row["array"] for row in rows} == {"dense.cond", "dense.delta", "row.noise"}
+    parts = {line["measure"] for line in table(answer(store.path, "--csv"))}
+    assert {"bytes", "rms dense.delta.p99"} < parts
+    assert "rms dense.cond" in table(answer(store.path, "--shard", 0, "--csv"))[0]
+
+
+def test_options_that_exclude_each_other_are_refused(store: PredictionStore) -> None:
+    for options in (["--json", "--csv"], ["--key", "a/0", "--shard", 0], ["--shard", 0, "--all"]):
+        with pytest.raises(UserError, match="exclude each other"):
+            answer(store.path, *options)
+
+
+def test_what_an_id_holds_steers_no_terminal_and_forges_no_line(tmp_path: Path) -> None:
+    hostile = "x\u202e[bold]:smile:"  # the store refuses control characters
+    manifest = synthetic_manifest(TopK(k=3))
+    samples = pa.table({"sample_id": [hostile, "b"], "text": ["\x1b[31m\n\x9b2J\r", "t"]})
+    plan = Plan.lay_out([hostile, "b"], 1, 2)
+    store = PredictionStore.create(tmp_path / "s", manifest, plan, samples)
+    write_synthetic_shard(store, 0, 5)
+    for options in ([], ["--shard", 0], ["--key", f"{hostile}/0"], ["--key", f"{hostile}/0/1"]):
+        shown = answer(store.path, *options)
+        assert all(c.isprintable() for line in shown.split("\n") for c in line)
+        if options:
+            joined = "".join(shown.split())
+            assert r"x\u202e[bold]:smile:" in joined
+    assert r"\x1b[31m\n\x9b2J\r" in answer(store.path, "--key", f"{hostile}/0")
+
+
+@pytest.mark.parametrize("options", [[], ["--shard", 0], ["--key", "sample-1/0"],
+                                     ["--key", "sample-1/0/2"]])  # fmt: skip
+def test_no_line_is_wider_than_80_letters(store: PredictionStore, options: list[object]) -> None:
+    assert max(map(len, answer(store.path, *options).splitlines())) <= 80

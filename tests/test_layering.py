@@ -108,7 +108,7 @@ def test_the_formula_of_guidance_stands_in_one_place():
     assert [m for m, expressions in found.items() if any("cond" in e for e in expressions)] == []
     users = {m for m in MODULES if "stages.guidance.guide" in set(imports(m))}
     # Where branches are mixed: while decoding, on the way into a store, out of it, and for the eye.
-    elsewhere = {"stages.reduction", "stages.targets", "pipeline.candidates"}
+    elsewhere = {"stages.reduction", "stages.targets", "pipeline.stored_rows"}
     elsewhere |= {"stages.diffusion.parts", "stages.diffusion.row_targets"}
     decoding = {"stages.modules.guided"}
     assert users - set(FAMILIES) == elsewhere | decoding

@@ -1,0 +1,95 @@
+"""One table of comma-separated values for every view of `foretell inspect`.
+
+| view | a line for every | columns |
+| --- | --- | --- |
+| store | number of an array or a stream | `part`, `name`, `measure`, `value` |
+| shard | rollout | `sample_id`, `variation`, `start`, `timesteps`, `stop_reason`, `weight`, `seed`, what was drawn, mean `entropy` or `rms ARRAY` |
+| rollout of codes | timestep and stream | `timestep`, `stream`, `code`, `entropy`, `code_probability`, `kept_mass`, `tail_mass` |
+| rollout of rows | timestep | `timestep`, its columns, `ARRAY.mean`, `ARRAY.std` |
+| timestep of codes | stream and candidate | `stream`, `code`, `tail_mass`, `rank`, `id`, `probability`, `cond`, `uncond` |
+| timestep of rows | stream and array | `stream`, `array`, `mean`, `std`, `rms`, `least`, `most` |
+| model | setting or size | `name`, `value` |
+
+A cell is empty where a target has no such number. Lines end in a line feed; texts with commas,
+quotes or line ends are quoted as in RFC 4180.
+"""  # noqa: E501, a table
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from io import StringIO
+from typing import Any
+
+from pipeline.dotted import dotted
+
+Document = dict[str, Any]
+
+OF_CODES = ("entropy", "code_probability", "kept_mass", "tail_mass")
+OF_CANDIDATES = ("id", "probability", "cond", "uncond")
+
+
+def csv_text(document: Document) -> str:
+    """Return the table of what `foretell inspect` found, with a head and no line end at its end."""
+    columns, lines = _table(document)
+    buffer = StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return buffer.getvalue().rstrip("\n")
+
+
+def _table(document: Document) -> tuple[list[str], list[Document]]:
+    if "statistics" in document:
+        return ["part", "name", "measure", "value"], list(_store(document))
+    if "shard" in document:
+        return list(document["table"][0]), document["table"]
+    if "certainty" in document:
+        columns = ["timestep", "stream", "code", *OF_CODES]
+        return columns, list(_certainty(document["certainty"]))
+    if "rows" in document:
+        lines = [{"timestep": at} | dotted(row) for at, row in enumerate(document["rows"])]
+        return list(lines[0]), lines
+    if "timestep" in document:
+        return _timestep(document["streams"])
+    lines = [{"name": name, "value": value} for name, value in dotted(document).items()]
+    return ["name", "value"], lines
+
+
+def _timestep(streams: list[Document]) -> tuple[list[str], list[Document]]:
+    if "code" in streams[0]:
+        columns = ["stream", "code", "tail_mass", "rank", *OF_CANDIDATES]
+        return columns, list(_candidates(streams))
+    return ["stream", "array", "mean", "std", "rms", "least", "most"], list(_latents(streams))
+
+
+def _store(document: Document) -> Iterator[Document]:
+    for part, name, entries in (
+        ("array", "array", document["arrays"]),
+        ("stream", "stream", document["statistics"]["streams"]),
+    ):
+        for entry in entries:
+            for measure, value in dotted(entry).items():
+                if measure != name and value is not None:
+                    yield {"part": part, "name": entry[name], "measure": measure, "value": value}
+
+
+def _certainty(rows: list[Document]) -> Iterator[Document]:
+    for row in rows:
+        for stream, code in enumerate(row["codes"]):
+            numbers = {name: row[name][stream] for name in OF_CODES if name in row}
+            yield {"timestep": row["timestep"], "stream": stream, "code": code} | numbers
+
+
+def _candidates(streams: list[Document]) -> Iterator[Document]:
+    for stream in streams:
+        head = {name: stream[name] for name in ("stream", "code", "tail_mass")}
+        for rank, candidate in enumerate(stream["candidates"]):
+            yield head | {"rank": rank} | candidate
+
+
+def _latents(streams: list[Document]) -> Iterator[Document]:
+    for stream in streams:
+        for name, numbers in stream.items():
+            if name != "stream":
+                yield {"stream": stream["stream"], "array": name} | numbers
