@@ -25,7 +25,7 @@ from pipeline.grouped_help import (
     START,
     STORES,
     GroupedHelp,
-    PlainCommand,
+    PlainTyper,
     examples,
 )
 from pipeline.inspect_commands import inspect_app
@@ -65,7 +65,7 @@ from store.garbage import delete_garbage, find_garbage
 from store.repair import after_repair, repairable
 from store.repair import repair as take_out
 
-app = typer.Typer(
+app = PlainTyper(
     name="foretell",
     cls=GroupedHelp,
     help="Offline distillation: a teacher's guided predictions, stored once, teach many students.",
@@ -84,6 +84,7 @@ app = typer.Typer(
 app.add_typer(
     inspect_app,
     name="inspect",
+    options_metavar="",
     rich_help_panel=STORES,
     short_help="Show what is in a store, down to one timestep, or in a model.",
     epilog=examples(
@@ -132,7 +133,7 @@ def command(
     group: str, *shown: str, name: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return the decorator of a command: where the help lists it, and examples of it."""
-    return app.command(name, cls=PlainCommand, rich_help_panel=group, epilog=examples(*shown))
+    return app.command(name, rich_help_panel=group, epilog=examples(*shown))
 
 
 def main() -> None:
