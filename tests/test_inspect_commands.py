@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from stages.errors import UserError
 from store import Plan, PredictionStore
+from store.copying import copy_store
 from store.schema import TopK
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from tests.row_stores import rows_store
@@ -181,3 +182,21 @@ def test_the_schema_is_the_documented_one(store: PredictionStore, tmp_path: Path
     page = (Path(__file__).parent.parent / "docs" / "inspect.md").read_text(encoding="utf-8")
     documented = found.keys() | stream.keys() | shard.keys() | rollout.keys()
     assert [name for name in documented if f"`{name}`" not in page] == []
+
+
+@pytest.mark.slow
+def test_object_storage_is_looked_into_as_a_folder_is(
+    store: PredictionStore, object_url: str, tmp_path: Path
+) -> None:
+    copy_store(store.path, object_url)
+    for options in (
+        ["--json"],
+        ["--shard", 0, "--json"],
+        ["--key", "sample-1/0", "--json"],
+        ["--key", "sample-1/0/2", "--csv"],
+    ):
+        assert answer(object_url, *options) == answer(store.path, *options)
+    found = json.loads(answer("diff", object_url, store.path, "--json"))
+    assert found["settings"] == []
+    assert found["stores"][0]["kl"]["mean"] == 0
+    assert "wrote" in answer("plot", object_url, "-o", tmp_path / "a.svg")
