@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from pipeline.text_tables import number_table, probable, short, value_table
+from pipeline.text_tables import Lines, number_table, probable, short, value_table
 
 Document = dict[str, Any]
 Parts = list[RenderableType]
@@ -16,6 +16,8 @@ Parts = list[RenderableType]
 BAR_LETTERS = 50
 MOST_CANDIDATES = 6
 """Candidates of a stream that are shown; `--json` and `--csv` have all."""
+CHECKSUMS = ("_crc", "_sum")
+"""How columns end that tell people nothing."""
 EXACTNESS = {
     "exact": "entropy in nats, exact",
     "lower bound": "entropy in nats, a lower bound: all ids that are not kept count as one",
@@ -230,6 +232,31 @@ def certainty_parts(document: Document) -> Parts:
     return [title, number_table(heads, lines, texts=2)]
 
 
+def row_parts(document: Document) -> Parts:
+    """Every timestep of a rollout without codes, without checksums; above them what is alike."""
+    rows = document["rows"]
+    heads = [name for name in rows[0] if not name.endswith(CHECKSUMS)]
+    alike = [head for head in heads if len(rows) > 1 and len({str(row[head]) for row in rows}) == 1]
+    heads = [head for head in heads if head not in alike]
+    lines = [["timestep", *(head.removeprefix("dense.") for head in heads)]]
+    for timestep, row in enumerate(rows):
+        lines.append([str(timestep), *(_cell(row[head]) for head in heads)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = Lines("\n".join(
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ))  # fmt: skip
+    said = ", ".join(f"{head} {_cell(rows[0][head])}" for head in alike)
+    title = "\nRows (of latents: mean ± standard deviation)"
+    return [title, *([f"in all of them {said}"] if said else []), table]
+
+
+def _cell(value: Document | float) -> str:
+    if isinstance(value, dict):
+        return f"{value['mean']:.2g} ± {value['std']:.3g}"
+    return str(value) if isinstance(value, int) else f"{value:.5g}"
+
+
 def timestep_parts(document: Document) -> Parts:
     """One timestep: the candidates of every stream, or how large its latents are."""
     title = (
@@ -285,5 +312,6 @@ TABLES: dict[str, Callable[[Document], Parts]] = {
     "duplicates": duplicate_parts,
     "outliers": outlier_parts,
     "certainty": certainty_parts,
+    "rows": row_parts,
 }
 """What of a document is shown as a table of its own."""

@@ -12,15 +12,11 @@ from rich.table import Table
 
 from pipeline.inspection import Document
 from pipeline.inspection_tables import TABLES, shard_parts, timestep_parts
-from pipeline.text_tables import WIDTH, rendered, value_table, visible
+from pipeline.text_tables import rendered, value_table, visible
 from store.verify import Verification
 
 MOST_SHOWN_NUMBERS = 8
 SHOWN_LETTERS = 24
-WIDE_LETTERS = 160
-"""Width of what has a line for every timestep."""
-CHECKSUMS = ("_crc", "_sum")
-"""How columns end that tell people nothing."""
 OF_CODES = ("longest", "stop_reasons", "stop_reason", "weights", "source", "sampler", "codes")
 """What is said of how codes were drawn, and nothing of images."""
 IN_TABLES = (*TABLES, "bytes", "longest", "entropy_is", "temperature")
@@ -47,7 +43,7 @@ def store_text(document: Document) -> str:
     for name, parts_of in TABLES.items():
         if name in shown:
             parts.extend(parts_of(shown))
-    return rendered(parts, WIDE_LETTERS if "rows" in shown else WIDTH)
+    return rendered(parts)
 
 
 def _values(document: Document) -> Table:
@@ -104,30 +100,6 @@ def _recording(document: Document, path: str = "") -> str:
         else:
             lines.append(f"{path}{name}: {value}")
     return "\n".join(line for line in lines if line)
-
-
-def _row_lines(rows: list[Document]) -> str:
-    """A line for every timestep, without checksums, and above them what is alike in all."""
-    heads = [name for name in rows[0] if not name.endswith(CHECKSUMS)]
-    alike = [head for head in heads if all(row[head] == rows[0][head] for row in rows[1:])]
-    alike = alike if len(rows) > 1 else []
-    heads = [head for head in heads if head not in alike]
-    lines = [["timestep", *(head.removeprefix("dense.") for head in heads)]]
-    for timestep, row in enumerate(rows):
-        lines.append([str(timestep), *(_cell(row[head]) for head in heads)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = [
-        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    ]
-    said = ", ".join(f"{head} {_cell(rows[0][head])}" for head in alike)
-    return "\n".join([f"in all {said}", *table] if alike else table)
-
-
-def _cell(value: Document | float) -> str:
-    if isinstance(value, dict):
-        return f"{value['mean']:.2g} ± {value['std']:.3g}"
-    return _number(value, 5)
 
 
 def _number(value: float, digits: int) -> str:
@@ -225,7 +197,6 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "tables": _tables,
     "recording": _recording,
     "fingerprints": _present,
-    "rows": _row_lines,
     "architecture": _architecture,
     "quantization": _quantization,
 }

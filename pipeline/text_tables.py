@@ -12,14 +12,23 @@ from rich.table import Table
 WIDTH = 80
 
 
-def rendered(parts: Iterable[RenderableType], width: int = WIDTH) -> str:
-    """Return tables and texts as plain text, one below the other, no line longer than `width`."""
+class Lines(str):
+    """Lines that may be wider than 80 columns, as a table of many numbers is."""
+
+    __slots__ = ()
+
+
+def rendered(parts: Iterable[RenderableType]) -> str:
+    """Return tables and texts as plain text, one below the other.
+
+    Lines are folded at 80 columns, but for those of `Lines`, which stay as they are.
+    """
     buffer = StringIO()
     console = Console(
-        file=buffer, width=width, highlight=False, markup=False, emoji=False, color_system=None
+        file=buffer, width=WIDTH, highlight=False, markup=False, emoji=False, color_system=None
     )
     for part in parts:
-        console.print(part)
+        console.print(part, soft_wrap=isinstance(part, Lines))
     lines = (line.rstrip() for line in buffer.getvalue().splitlines())
     return "\n".join(lines).rstrip()
 

@@ -201,7 +201,7 @@ def test_rows_are_shown_with_their_columns_and_what_was_drawn(tmp_path: Path) ->
                     values = rollout.arrays[part][timestep].astype(np.float64)
                     assert row[part] == pytest.approx({"mean": values.mean(), "std": values.std()})
         lines = store_text(document).splitlines()
-        first = next(at for at, line in enumerate(lines) if line.startswith("rows"))
+        first = next(at for at, line in enumerate(lines) if line.startswith("timestep  "))
         assert len(lines[first:]) == 1 + len(rollout), "a line for every timestep"
         assert "status" in lines[first]
         assert "x_t_crc" not in lines[first]
