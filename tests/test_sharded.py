@@ -94,6 +94,8 @@ def model(request, tmp_path) -> Callable[[Place], tuple[Any, Any]]:
             return codes(lambda: models.student(archive), magpie_models.samples_of(7))
     require("diffusers", test_diffusion_family.HINT)
     require("peft", test_diffusion_family.HINT)
+    import stages.families.diffusion  # noqa: F401 - once, and not in each process
+
     match request.param:
         case "dit":
             return rows(network="DiTTransformer2DModel")
