@@ -26,6 +26,7 @@ from pipeline.run_config import RunConfig, given
 from pipeline.teachers import Teachers, load_model, teacher_path
 from stages.architecture import Architecture
 from stages.background_writer import Drawn
+from stages.code_drift import code_differences, code_drift, require_same_codes
 from stages.config import EvaluateConfig, RolloutConfig, TrainConfig
 from stages.dataset import Dataset, read_header
 from stages.distributed import Place, choose_device, peak_device_bytes, place
@@ -37,6 +38,7 @@ from stages.draw import (
     read_draws,
     read_refused,
 )
+from stages.drift import AuditChoice, AuditedStore, Progress, audited, chosen_keys, limit_of
 from stages.errors import UserError
 from stages.estimate import Estimate, estimated, missing_of, time_batches, trial_plan
 from stages.evaluate import evaluate
@@ -238,6 +240,21 @@ class Assembly:
             path=path,
             free_floor=config.free_floor,
         )
+
+    def audit(
+        self, round_name: str | None, choice: AuditChoice, progress: Progress
+    ) -> AuditedStore:
+        """Ask the teacher of a round again for some rollouts of its store; nothing is written."""
+        config, device, dataset = self._rollout_inputs(round_name)
+        store = PredictionStore.open(self._folders.store_of(round_name))
+        keys = chosen_keys(list(store.keys()), choice.fraction, choice.seed)
+        teacher, quantized = Teachers(self._config, dataset, device).for_rollout(config, round_name)
+        require_same_codes(teacher, store)
+        with progress(len(keys)) as bar:
+            drift = code_drift(teacher, store, keys, batch_size=config.batch_size, done=bar.update)
+        differences = code_differences(store, teacher, quantized, dataset)
+        limit = limit_of(store.manifest, config.precision, quantized=quantized is not None)
+        return audited(store, keys, choice, drift, differences, limit)
 
     def _replay(
         self, config: RolloutConfig, teacher: Family, dataset: Dataset, path: Path | ObjectUrl

@@ -37,8 +37,10 @@ from stages.diffusion.previews import Previews, StudentGallery, render
 from stages.diffusion.record import record, rollout_rows, time_rows
 from stages.diffusion.record_config import ModelContrast, RecordConfig
 from stages.diffusion.record_plan import LaidOut, create_record_store, lay_out_records
+from stages.diffusion.row_drift import predicted_keys, require_recorded, row_differences, row_drift
 from stages.diffusion.train_config import DistilConfig, ImageEvaluateConfig
 from stages.distributed import choose_device, peak_device_bytes, place
+from stages.drift import AuditChoice, AuditedStore, Progress, audited, chosen_keys, limit_of
 from stages.errors import UserError
 from stages.estimate import Estimate, estimated, missing_of
 from stages.family import load_denoiser
@@ -161,6 +163,24 @@ class ImageAssembly:
             path=path,
             free_floor=config.free_floor,
         )
+
+    def audit(self, choice: AuditChoice, progress: Progress) -> AuditedStore:
+        """Ask the teacher again for some rollouts of the store; nothing is written."""
+        config, dataset, models = self._stage_one()
+        store = PredictionStore.open(self._folders.store)
+        require_recorded(store, models.other)
+        keys = chosen_keys(predicted_keys(store), choice.fraction, choice.seed)
+        with progress(len(keys)) as bar:
+            drift = row_drift(
+                models.teacher, store, keys,
+                batch_size=config.batch_size, other=models.other, done=bar.update,
+            )  # fmt: skip
+        differences = row_differences(
+            store, *models, precision=config.precision,
+            dataset_fingerprint=dataset.header.fingerprint,
+        )  # fmt: skip
+        limit = limit_of(store.manifest, config.precision, quantized=models.quantized is not None)
+        return audited(store, keys, choice, drift, differences, limit)
 
     def _laid_out(self, config: RecordConfig, dataset: ImageDataset, models: _Models) -> LaidOut:
         return lay_out_records(

@@ -12,8 +12,10 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from pipeline.audio_export import clip_text, export_clip
 from pipeline.comparison import describe_difference
 from pipeline.comparison_text import difference_text
+from pipeline.config import load_config
 from pipeline.grouped_help import GroupedHelp, PlainTyper
 from pipeline.inspection import (
     Document,
@@ -26,8 +28,10 @@ from pipeline.inspection import (
 )
 from pipeline.inspection_csv import csv_text
 from pipeline.inspection_text import store_text
+from pipeline.launch import FAILED, FINISHED, MORE_TO_DO
 from pipeline.printing import Json, print_document
 from stages.errors import UserError
+from stages.interruption import stop_request
 from store import PredictionStore
 from store.object_url import place_of
 
@@ -167,3 +171,82 @@ def print_parts(parts: Iterator[Document], as_json: bool, as_csv: bool) -> None:
     for part in parts:
         typer.echo(store_text(part))
         sys.stdout.flush()
+
+
+@inspect_app.command()
+def audio(
+    store: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE", help="Folder of a store, or s3://BUCKET/PREFIX.", show_default=False
+        ),
+    ],
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="SAMPLE/VARIATION.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="WAV file to write.", show_default=False)
+    ],
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the dataset with the audio codec. [default: the run's]"),
+    ] = None,
+    recording: Annotated[
+        bool, typer.Option("--recording", help="The recording behind the rollout instead.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a rollout as it sounds to a WAV file.
+
+    Its stored codes are decoded; no model is loaded but the audio codec.
+    """
+    clip = export_clip(
+        place_of(store), key, output, dataset=dataset, recording=recording, overwrite=force
+    )
+    print_document(clip.model_dump() | {"audio_s": clip.audio_s}, as_json, lambda: clip_text(clip))
+
+
+@inspect_app.command()
+def audit(
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG", help="YAML configuration of a run.", show_default=False),
+    ],
+    fraction: Annotated[
+        float, typer.Option(help="Share of the rollouts that is asked for again; one at least.")
+    ] = 0.001,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest mean drift of a stream or rollout, in nats (a share for draws and "
+            "images). [default: what arithmetic and storage explain]"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the rollouts.", min=0)] = 0,
+    round_: Annotated[
+        str | None,
+        typer.Option("--round", help="Audit the store of this round. [default: the run's own]"),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the teacher again and compare.
+
+    Exit code 1 where the store holds something else than the teacher predicts.
+    """
+    from pipeline.drift_audit import audit_document, audit_of, audit_text  # noqa: PLC0415, torch
+    from stages.drift import AuditChoice  # noqa: PLC0415, likewise
+
+    try:
+        with stop_request(at_once=True):  # nothing is written that could be left half done
+            found = audit_of(
+                load_config(config, set_ or []), round_, AuditChoice(fraction, seed, limit)
+            )
+    except KeyboardInterrupt:
+        raise typer.Exit(MORE_TO_DO) from None
+    print_document(audit_document(found), as_json, lambda: audit_text(found))
+    raise typer.Exit(FINISHED if found.ok else FAILED)

@@ -325,6 +325,36 @@ def test_an_estimate_says_to_the_byte_what_the_finished_run_took(sdxl, tmp_path)
     assert found["timesteps_per_s"] > 0
 
 
+def audited(run: Run, *options: str, code: int = 0) -> Any:
+    done = foretell(
+        "inspect", "audit", run.path, "--fraction", "0.2", "--json", *options, code=code
+    )
+    return json.loads(done.stdout)
+
+
+def test_an_audit_of_a_finished_run_finds_what_the_teacher_predicts(sdxl, flux, mixed):
+    for run, rollouts, parts in ((sdxl, 4, 9), (flux, 4, 4), (mixed, 3, 9)):
+        found = audited(run)
+        assert found["ok"], found
+        assert found["teacher_matches"], found["differences"]
+        assert found["rollouts"] == rollouts
+        assert len(found["drift"]["parts"]) == parts
+        assert found["drift"]["measure"] == "squared_error"
+        assert found["largest_mean"] < found["limit"] < 3e-2
+
+
+def test_an_audit_tells_another_denoiser(sdxl, models, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(models("sdxl"), other)
+    (weights,) = (other / "unet").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: 1.05 * tensor for name, tensor in tensors.items()}, weights)
+    found = audited(sdxl, f"--set=teacher.pretrained.path={other}", code=1)
+    assert list(found["differences"]) == ["teacher"]
+    assert not found["ok"]
+    assert not found["teacher_matches"]
+
+
 def test_a_disk_that_is_too_small_is_refused_and_the_floor_is_heeded(sdxl, do, tmp_path):
     own = ("prepare=null", f"dataset={sdxl.root / 'dataset'}", f"runs={tmp_path / 'runs'}")
     said = do(sdxl, "rollout", code=2, options=(*own, "rollout.free_floor=1000000000000000"))

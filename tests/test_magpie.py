@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from stages.loss_config import LossConfig
 from stages.losses import distillation_loss
 from stages.sampling import END, NOT_FINITE, TRUNCATED, RolloutPolicy
 from stages.sampling import LIMIT as AT_LIMIT
+from stages.stored_frames import stored_frames
 from stages.targets import Forbidden, SparseTarget
 from tests.magpie_models import (
     CODEBOOKS,
@@ -561,12 +563,17 @@ def test_rollouts_that_become_nan_leave_the_batch_and_the_others_do_not_notice(
 @pytest.mark.parametrize("stacking", [1, 2, 4])
 def test_the_layout_gives_a_recordings_frames_back(models, stacking):
     family = models.teacher(models.archive(frame_stacking=stacking))
+    told: Any = SimpleNamespace(  # what a manifest says of them
+        family=family.name, streams=family.streams, end_id=family.end_id,
+        conditioning=family.facts.model_dump(mode="json"),
+    )  # fmt: skip
     for sample in samples_of(5):
         codes = family.reference_codes(sample)
         frames = torch.from_numpy(sample["codes"].astype("int64")).view(-1, CODEBOOKS)
         assert codes.shape == (family.timesteps(sample), len(family.streams))
         assert len(codes) == -(-len(frames) // stacking) + 1
         assert torch.equal(family.frames(codes), frames)
+        assert torch.equal(stored_frames(told, codes), frames)
         streams = CODEBOOKS * stacking
         assert torch.equal(codes[:, :streams], codes[:, streams:])
         whole = len(frames) // stacking

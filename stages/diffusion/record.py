@@ -233,7 +233,7 @@ class _Recorder:
         rows, target = self._recording.rows, self._target
         made: Ask
         if len(self._models) == 2:
-            made = partial(_value, model)
+            made = partial(value_of, model)
         elif isinstance(rows, TrajectoryRows):
             made = trajectory_ask(model, self._passes, target, rows, self._schedule)
         else:
@@ -348,7 +348,8 @@ class _Recorder:
         return ShardWork(number, shard, draws, predicted=predicted, seed=seed)
 
 
-def _value(model: Denoiser, asked: Asked) -> dict[str, Tensor]:
+def value_of(model: Denoiser, asked: Asked) -> dict[str, Tensor]:
+    """Return what one of two models predicts of rows, [b, 1, 1, *shape] float32."""
     cond, _ = ask(model, asked, "one")
     return {VALUE: cond[:, None, None]}
 

@@ -18,11 +18,10 @@ from stages.data import planned_samples
 from stages.diffusion.conversion import Conversion, Placed
 from stages.diffusion.facts import SIZES, ImageFacts, Recording
 from stages.diffusion.model_config import PredictionType, TimestepsConfig
-from stages.diffusion.noise import matches, noised, row_noise
+from stages.diffusion.noise import noised
 from stages.diffusion.stored_row import DATA, SOURCES, Described, RowKey, StoredRow
 from stages.diffusion.train_config import DistilConfig
 from stages.distributed import Place
-from stages.errors import UserError
 from stages.host_memory import HostMemory
 from stages.loader import Loader
 from stages.packed import Packed
@@ -214,25 +213,8 @@ class RowReader:
 
     def _noised(self, cell: StoredRow) -> _State:
         """A latent of the dataset, with its noise drawn again."""
-        x0, stored = cell.image["latent"], cell.noise()
-        if stored is not None:
-            noise = stored.astype(np.float32)
-        else:
-            sample_id, _, slot = cell.key
-            variation = cell.drawn("image_variation"), cell.drawn("text_variation")
-            seed = self.store.manifest.seed
-            noise = row_noise(seed, sample_id, *variation, slot, x0.shape)
-        level = cell.level
-        x_t = noised(x0, noise, *level[1:])
-        if not matches(x_t, cell.column("x_t_crc"), cell.column("x_t_sum")):
-            origin = "as it is stored" if stored is not None else "drawn again from its key"
-            raise UserError(
-                f"{cell} cannot be rebuilt: its latent and its noise, {origin}, do not give "
-                "the noised latent that the teacher saw (its checksum differs). Either the store "
-                "was altered: restore it from a copy; or this machine computes other numbers: "
-                "record again with rows.store_noise: true, which stores the noise"
-            )
-        return _State(x_t, level, cell.answered, x0, noise)
+        x_t, noise = cell.noised()
+        return _State(x_t, cell.level, cell.answered, cell.image["latent"], noise)
 
     def _visited(self, cell: StoredRow) -> _State:
         """A state of a trajectory."""

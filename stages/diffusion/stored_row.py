@@ -11,7 +11,7 @@ import numpy as np
 
 from stages.diffusion.facts import END, OK, REPEATED
 from stages.diffusion.image_config import TargetSource
-from stages.diffusion.noise import matches
+from stages.diffusion.noise import matches, noised, row_noise
 from stages.diffusion.target_sums import target_crc, target_names
 from stages.errors import UserError
 from store import PredictionStore
@@ -126,6 +126,31 @@ class StoredRow:
         """Return the noise [*shape] float16, where it is stored."""
         values = self.shard.arrays.get(f"{COLUMN}noise")
         return None if values is None else values[self.row, 0]
+
+    def noised(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the latent that the teacher saw and its noise, [*shape] float32 each.
+
+        The noise is the stored one or is drawn again from its key. Raises `UserError` where the
+        checksum of the latent differs.
+        """
+        x0, stored = self.image["latent"], self.noise()
+        if stored is not None:
+            noise = stored.astype(np.float32)
+        else:
+            sample_id, _, slot = self.key
+            variation = self.drawn("image_variation"), self.drawn("text_variation")
+            seed = self.store.manifest.seed
+            noise = row_noise(seed, sample_id, *variation, slot, x0.shape)
+        x_t = noised(x0, noise, *self.level[1:])
+        if not matches(x_t, self.column("x_t_crc"), self.column("x_t_sum")):
+            origin = "as it is stored" if stored is not None else "drawn again from its key"
+            raise UserError(
+                f"{self} cannot be rebuilt: its latent and its noise, {origin}, do not give "
+                "the noised latent that the teacher saw (its checksum differs). Either the store "
+                "was altered: restore it from a copy; or this machine computes other numbers: "
+                "record again with rows.store_noise: true, which stores the noise"
+            )
+        return x_t, noise
 
     def state(self, row: int) -> np.ndarray:
         """Return the state [*shape] float16 of its trajectory at a place of the shard.

@@ -1,0 +1,111 @@
+"""What `foretell inspect audit` does and says: whether a store is what its teacher predicts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from textwrap import fill
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pipeline.assembly import Assembly
+from pipeline.config import Run
+from pipeline.image_assembly import ImageAssembly
+from pipeline.run_config import RunConfig
+from stages.drift import AuditChoice, AuditedStore, PartDrift, StoreDrift
+from stages.errors import UserError
+from stages.interruption import StopRequest
+
+UNITS = {
+    "kl": "KL(stored ‖ recomputed), nats",
+    "redrawn": "share of draws that become others",
+    "squared_error": "squared error over mean square",
+}
+"""Measure → what its numbers are."""
+
+
+def audit_of(config: Run, round_name: str | None, choice: AuditChoice) -> AuditedStore:
+    """Ask the teacher of a run, or of a round of it, again; raises `UserError` where it has none.
+
+    Only the teacher is loaded, as stage one loads it, and nothing is written.
+    """
+    if round_name is not None and round_name not in config.rounds:
+        raise UserError(f"run {config.name!r} has no round {round_name!r}: {list(config.rounds)}")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as its processes have
+    if isinstance(config, RunConfig):
+        return Assembly(config, StopRequest()).audit(round_name, choice, _bar)
+    return ImageAssembly(config, StopRequest()).audit(choice, _bar)
+
+
+def _bar(rollouts: int) -> tqdm[Any]:
+    return tqdm(total=rollouts, unit="rollout", desc="audit", disable=None)
+
+
+def audit_document(found: AuditedStore) -> dict[str, Any]:
+    """Return what was found as JSON values."""
+    return found.model_dump(mode="json") | {
+        "ok": found.ok,
+        "largest_mean": found.drift.largest_mean,
+        "not_finite": found.drift.not_finite,
+    }
+
+
+def audit_text(found: AuditedStore) -> str:
+    """Return what was found as a table, and the verdict last."""
+    drift, worst = found.drift, found.drift.worst[0]
+    lines = [
+        found.store,
+        f"{found.rollouts:,} of {found.committed:,} rollouts asked for again, "
+        f"{found.timesteps:,} timesteps (seed {found.seed})",
+    ]
+    for name, (stored, now) in found.differences.items():
+        lines += [f"ANOTHER {name.upper()}", f"  of the store  {stored}", f"  asked now     {now}"]
+    lines += ["", UNITS[drift.measure], *_table(drift), ""]
+    if drift.not_finite:
+        lines.append(f"{drift.not_finite:,} predictions are NaN or infinite now")
+    sign = "<=" if drift.largest_mean <= found.limit else ">"
+    lines += [
+        f"worst rollout  {worst.mean:.1e}  {worst.sample_id!r} variation {worst.variation}",
+        f"largest mean   {drift.largest_mean:.1e} {sign} {found.limit:.1e}, the limit:",
+        fill(found.limit_from, initial_indent="  ", subsequent_indent="  "),
+        _verdict(found),
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(found: AuditedStore) -> str:
+    teacher = "this teacher" if found.teacher_matches else "this other teacher"
+    holds = f"it holds what {teacher} predicts"
+    return holds if found.ok else f"it does not hold what {teacher} predicts".upper()
+
+
+def _table(drift: StoreDrift) -> list[str]:
+    rows = [_header(drift), *(_row(part) for part in drift.parts)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _header(drift: StoreDrift) -> Sequence[str]:
+    name = "level" if drift.measure == "squared_error" else "stream"
+    likeliest = ("same likeliest",) if drift.measure == "kl" else ()
+    return name, "predictions", "mean", "p99", "largest", *likeliest
+
+
+def _row(part: PartDrift) -> Sequence[str]:
+    name = part.name
+    if part.part != "guided":
+        name += f" {part.part}"
+    if part.temperature != 1:
+        name += f" at T={part.temperature:g}"
+    agreement = () if part.agreement is None else (f"{part.agreement:.2%}",)
+    numbers = (f"{value:.1e}" for value in (part.mean, part.p99, part.largest))
+    return name, f"{part.predictions:,}", *numbers, *agreement
