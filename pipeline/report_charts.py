@@ -212,7 +212,8 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _card(title: str, chart: str, table: str) -> str:
-    numbers = f"<details><summary>Numbers</summary>{table}</details>" if table else ""
+    named = f'Numbers<span class="heard">: {escape(title)}</span>'
+    numbers = f"<details><summary>{named}</summary>{table}</details>" if table else ""
     return (
         f'<figure class="card"><figcaption><h3>{escape(title)}</h3></figcaption>{chart}{numbers}'
         "</figure>"
