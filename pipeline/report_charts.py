@@ -127,7 +127,7 @@ def calibration_chart(report: Report) -> str:
     described = f"Reliability of {_listed(found)} against the guided teacher's probabilities"
     edges = next(iter(found.values())).edges
     chart = reliability_chart(series, shares, edges, described)
-    columns = ["system, confidence", "its probability", "guided teacher's", "codes"]
+    columns = ["system, confidence", "system's", "guided teacher's", "codes"]
     rows = (
         row for name, each in found.items() for row in _calibration_rows(system_label(name), each)
     )
