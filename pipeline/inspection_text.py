@@ -53,6 +53,8 @@ def _values(document: Document) -> Table:
 def _text(name: str, value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if name in SHOWN:
         return SHOWN[name](value)
     if isinstance(value, dict):
