@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
 )
 BUCKET = pa.field("bucket", pa.int16(), nullable=False)
 """Column of a plan whose shards are of several buckets."""
-EMPTY = pa.array([], pa.string())
+EMPTY = pa.nulls(0, pa.string())  # pa.array would import pandas where it is installed
 MAX_VARIATION = 2**31
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
