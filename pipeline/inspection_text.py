@@ -192,7 +192,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "codes": _codes,
     "weight": lambda weight: f"{weight:,g}",
     "weights": _weights,
-    "rejected_for": lambda kinds: _text("", kinds) or "none",
+    "rejected_for": lambda kinds: "\n".join(f"{k} {n:,}" for k, n in kinds.items()) or "none",
     "columns": _names,
     "drawn": _names,
     "buckets": _buckets,
