@@ -77,14 +77,18 @@ def plot_store(document: Document, title: str, path: Path) -> None:
         figure.set_size_inches(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.4)
         for place, panel in enumerate(panels):
             panel(figure.add_subplot(rows, columns, place + 1), found)
-        statistics = found["statistics"]
-        figure.suptitle(
-            f"{visible(title)}: {found['rollouts']:,} rollouts, {found['timesteps']:,} timesteps"
-            f" (teacher's numbers over {statistics['shards']:,} of {statistics['of_shards']:,} "
-            "shards)",
-            x=0.01, ha="left",
-        )  # fmt: skip
+        figure.suptitle(_heading(found, visible(title)), x=0.01, ha="left")
         _save(figure, path)
+
+
+def _heading(found: Document, title: str) -> str:
+    statistics = found["statistics"]
+    read = f"over {statistics['shards']:,} of {statistics['of_shards']:,} shards"
+    heading = f"{title}: {found['rollouts']:,} rollouts, {found['timesteps']:,} timesteps"
+    if statistics["entropy_is"] is None:
+        return f"{heading}; sizes of values {read}"
+    key = "dot: median, thick bar: 10 to 90 %, thin bar: 1 to 99 % of the timesteps"
+    return f"{heading}\nby stream, {read}; {key}"
 
 
 def plot_rollout(document: Document, streams: list[str], path: Path) -> None:
@@ -179,12 +183,11 @@ def _by_stream(axes: Axes, found: Document, measure: str, colour: str) -> None:
     streams = found["statistics"]["streams"]
     x = np.arange(len(streams))
     at = {name: [s[measure][name] for s in streams] for name in ("p1", "p10", "p50", "p90", "p99")}
-    axes.vlines(x, at["p1"], at["p99"], color=colour, linewidth=1, label="1 to 99 %")
-    axes.vlines(x, at["p10"], at["p90"], color=colour, linewidth=5, alpha=0.5, label="10 to 90 %")
-    axes.plot(x, at["p50"], "o", color=colour, markersize=5, label="median")
+    axes.vlines(x, at["p1"], at["p99"], color=colour, linewidth=1)
+    axes.vlines(x, at["p10"], at["p90"], color=colour, linewidth=5, alpha=0.5)
+    axes.plot(x, at["p50"], "o", color=colour, markersize=5)
     _name_streams(axes, [stream["stream"] for stream in streams])
     axes.set_xlim(-0.6, len(streams) - 0.4)
-    axes.legend(fontsize="small")
 
 
 def _whole() -> MaxNLocator:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from stages.errors import UserError
 from store import Plan, PredictionStore
+from store.copying import copy_store
 from store.schema import TopK
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from tests.row_stores import rows_store
@@ -135,3 +136,67 @@ def test_what_an_id_holds_steers_no_terminal_and_forges_no_line(tmp_path: Path) 
                                      ["--key", "sample-1/0/2"]])  # fmt: skip
 def test_no_line_is_wider_than_80_letters(store: PredictionStore, options: list[object]) -> None:
     assert max(map(len, answer(store.path, *options).splitlines())) <= 80
+
+
+def keys_of(document: object) -> set[str]:
+    return set(document) if isinstance(document, dict) else set()
+
+
+def test_the_schema_is_the_documented_one(store: PredictionStore, tmp_path: Path) -> None:
+    """Names that machines rely on: one may be added here, none may go."""
+    found = json.loads(answer(store.path, "--json"))
+    assert found.keys() == {
+        "shards", "planned_shards", "missing_shards", "rollouts", "planned_rollouts", "timesteps",
+        "audio_s", "timestep_s", "bytes", "arrays", "longest", "lengths", "stop_reasons", "weights",
+        "weight", "statistics", "duplicates", "outliers", "streams", "targets", "profile",
+        "lineage", "teacher", "architecture", "quantization", "cfg_scale", "family", "source",
+        "sampler", "split", "seed", "fingerprints", "fingerprint", "format_version", "rejected",
+        "rejected_for",
+    }  # fmt: skip
+    assert keys_of(found["arrays"][0]) == {
+        "array", "bytes", "plain_bytes", "ratio", "bytes_per_timestep", "bytes_per_audio_s"
+    }  # fmt: skip
+    quantiles = {"least", "p1", "p10", "p50", "p90", "p99", "most", "mean"}
+    assert keys_of(found["lengths"]) == quantiles | {"edges", "counts"}
+    assert keys_of(found["statistics"]) == {
+        "shards", "of_shards", "rollouts", "timesteps", "entropy_is", "temperature", "streams",
+        "unreadable",
+    }  # fmt: skip
+    stream = found["statistics"]["streams"][0]
+    measures = {"entropy", "code_probability", "kept_mass", "tail_mass"}
+    assert keys_of(stream) == measures | {"stream"}
+    assert keys_of(stream["entropy"]) == quantiles
+    assert keys_of(found["duplicates"]["rollouts"]) == {"groups", "members", "examples"}
+    assert keys_of(found["outliers"]) == {"length", "entropy"}
+
+    shard = json.loads(answer(store.path, "--shard", 0, "--json"))
+    assert shard.keys() == {
+        "shard", "rollouts", "timesteps", "audio_s", "bytes", "arrays", "faults", "table"
+    }  # fmt: skip
+    rollout = json.loads(answer(store.path, "--key", "sample-0/0", "--json"))
+    assert rollout.keys() == {
+        "sample_id", "variation", "conditions", "timesteps", "audio_s", "stop_reason", "weight",
+        "seed", "codes", "entropy_is", "temperature", "certainty",
+    }  # fmt: skip
+    assert keys_of(rollout["certainty"][0]) == measures | {"timestep", "codes"}
+    page = (Path(__file__).parent.parent / "docs" / "inspect.md").read_text(encoding="utf-8")
+    documented = found.keys() | stream.keys() | shard.keys() | rollout.keys()
+    assert [name for name in documented if f"`{name}`" not in page] == []
+
+
+@pytest.mark.slow
+def test_object_storage_is_looked_into_as_a_folder_is(
+    store: PredictionStore, object_url: str, tmp_path: Path
+) -> None:
+    copy_store(store.path, object_url)
+    for options in (
+        ["--json"],
+        ["--shard", 0, "--json"],
+        ["--key", "sample-1/0", "--json"],
+        ["--key", "sample-1/0/2", "--csv"],
+    ):
+        assert answer(object_url, *options) == answer(store.path, *options)
+    found = json.loads(answer("diff", object_url, store.path, "--json"))
+    assert found["settings"] == []
+    assert found["stores"][0]["kl"]["mean"] == 0
+    assert "wrote" in answer("plot", object_url, "-o", tmp_path / "a.svg")
