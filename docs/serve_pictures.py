@@ -19,7 +19,7 @@ from tests.browser import Browser, find_chromium
 from tests.served_pages import served
 
 HERE = Path(__file__).parent
-COLOURS = 160
+COLOURS = 224
 FEW_SENTENCES = (
     "[...document.querySelectorAll('.run-body > .card')].slice(3).forEach(card => card.remove())"
 )

@@ -22,7 +22,8 @@ from pipeline.candidates import describe_stream
 from pipeline.report import write_report
 from stages.report_schema import AudioClip, AudioSample, Metric, Report, System
 from store import PredictionStore
-from store.schema import Full
+from store.schema import Full, TopK
+from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from tests.browser import Browser, find_chromium
 from tests.conftest import Run
 from tests.row_stores import rows_store
@@ -388,3 +389,22 @@ def test_a_store_of_images_shows_its_channels(browser: Browser, tmp_path: Path) 
         assert browser.run("document.querySelector('audio')") is None
         browser.open(f"{page.address}#sample=d&variation=1")
         browser.wait("document.querySelector('#sample').textContent === 'd'")
+
+
+def test_of_many_streams_the_chosen_one_is_in_sight(browser: Browser, tmp_path: Path) -> None:
+    manifest = synthetic_manifest(TopK(k=4), streams=32, vocabulary=34)
+    store = synthetic_store(tmp_path / "store", manifest, 1, 1, 1)
+    write_synthetic_shard(store, 0, 5)
+    with served(Browse(PredictionStore.open(store.path), [])) as page:
+        show(browser, page, sample="sample-0", variation=0)
+        browser.run("document.querySelector('.cells').focus()")
+        for stream in range(1, 32):
+            browser.press("ArrowDown")
+            browser.wait(f"document.querySelector('#told').innerText.includes('.{stream}: ')")
+        row, box = browser.run(
+            "['tr.chosen', '.tall:has(#streams)'].map(each => (({ top, bottom }) => [top, bottom])"
+            "(document.querySelector(each).getBoundingClientRect()))"
+        )
+        assert box[0] <= row[0] < row[1] <= box[1] + 1
+        last = browser.run("document.querySelectorAll('#streams button')[31].innerText")
+        assert browser.run("document.querySelector('tr.chosen button').innerText") == last

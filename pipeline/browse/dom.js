@@ -24,6 +24,21 @@ export function makeSvg(name, attributes, ...children) {
   return element;
 }
 
+// A table whose first column names its rows: each is a list of cells, or a ready row.
+export function makeTable(attributes, caption, heads, rows) {
+  const asRow = (row) => Array.isArray(row)
+    ? make("tr", {}, make("th", { scope: "row" }, row[0]), row.slice(1).map((cell) => make("td", {}, cell)))
+    : row;
+  return make("table", attributes,
+    make("caption", {}, caption),
+    make("thead", {}, make("tr", {}, heads.map((head) => make("th", { scope: "col" }, head)))),
+    make("tbody", {}, rows.map(asRow)));
+}
+
+// What is longer or wider than its place; it can be reached by keyboard, and so moved.
+export const scroller = (label, ...children) =>
+  make("div", { class: "tall scroll", tabindex: "0", role: "region", "aria-label": label }, ...children);
+
 function set(element, attributes) {
   for (const [key, value] of Object.entries(attributes)) {
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
@@ -75,7 +90,8 @@ export function percent(share) {
   if (share === null || share === undefined) return "–";
   const value = 100 * share;
   if (value === 0) return "0\u00a0%";
-  return value < 0.01 ? "<\u00a00.01\u00a0%" : `${value >= 10 ? value.toFixed(1) : value.toFixed(2)}\u00a0%`;
+  if (value < 0.01) return "<\u00a00.01\u00a0%";
+  return `${value.toFixed(value >= 10 ? 1 : 2)}\u00a0%`;
 }
 
 export function duration(seconds) {

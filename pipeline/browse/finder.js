@@ -16,7 +16,8 @@ export function prepareFinder(store) {
   const form = byId("filters");
   hasEntropy = store.has_entropy;
   for (const [reason, times] of Object.entries(store.stop_reasons)) {
-    form.elements.stop_reason.append(make("option", { value: reason }, `${plain(reason)} (${number(times)})`));
+    const title = `${plain(reason)} (${number(times)})`;
+    form.elements.stop_reason.append(make("option", { value: reason }, title));
   }
   if (!store.has_entropy) {
     for (const name of ["least_entropy", "most_entropy"]) form.elements[name].parentElement.remove();
@@ -37,7 +38,8 @@ export function prepareFinder(store) {
   byId("rollouts").addEventListener("keydown", (event) => attempt(() => walk(event)));
   byId("rollouts").addEventListener("click", (event) => {
     // Where the list lies above the rollout, who chose one is taken to it.
-    if (event.target.closest("a") && matchMedia("(max-width: 900px)").matches) byId("rollout").scrollIntoView();
+    const below = matchMedia("(max-width: 900px)").matches;
+    if (below && event.target.closest("a")) byId("rollout").scrollIntoView();
   });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "/" || event.target.matches("input, select, textarea")) return;
@@ -53,14 +55,15 @@ export async function find(from) {
   const found = await ask("api/rollouts", { ...fields, start: Math.max(0, from) });
   if (mine !== asked) return;
   ({ start, matched, page_rollouts: pageRollouts } = found);
-  const entropyAsked = ["least_entropy", "most_entropy"].some((name) => fields[name]) || (fields.order ?? "").endsWith("entropy");
-  const open = entropyAsked && found.entropy_known < found.entropy_of;
+  const byEntropy = fields.least_entropy || fields.most_entropy || fields.order.endsWith("entropy");
+  const open = byEntropy && found.entropy_known < found.entropy_of;
   byId("found").textContent = told(found, open);
   byId("further").hidden = !open;
   byId("rollouts").replaceChildren(...found.rows.map(entry));
   byId("rollouts").scrollTop = 0;
   const last = start + found.rows.length;
-  byId("page").textContent = found.rows.length ? `${number(start + 1)}–${number(last)} of ${number(matched)}` : "";
+  byId("page").textContent = found.rows.length
+    ? `${number(start + 1)}–${number(last)} of ${number(matched)}` : "";
   byId("previous").disabled = start === 0;
   byId("next").disabled = last >= matched;
   markCurrent();
@@ -70,7 +73,9 @@ export async function find(from) {
 function told(found, open) {
   const all = found.matched === found.rollouts ? count(found.rollouts, "rollout")
     : `${number(found.matched)} of ${count(found.rollouts, "rollout")}`;
-  return open ? `${all}. The entropy is known of ${number(found.entropy_known)} of the ${number(found.entropy_of)} that match otherwise.` : all;
+  if (!open) return all;
+  const [known, of] = [found.entropy_known, found.entropy_of].map(number);
+  return `${all}. The entropy is known of ${known} of the ${of} that match otherwise.`;
 }
 
 const numbers = ({ timesteps, seconds, stop_reason: reason, entropy }) => [

@@ -1,6 +1,6 @@
 // One quantity of a rollout over timesteps and streams, in which a timestep is chosen.
 
-import { make, number, significant } from "./dom.js";
+import { make, makeTable, number, plain, scroller, significant } from "./dom.js";
 
 // Viridis at even steps: lightness rises with the value, for every eye.
 const COLOURS = [
@@ -72,10 +72,11 @@ export function heatMap(rollout, streams, timestep_s, choose) {
     cell.style.height = `${100 / streams.length}%`;
     const value = quantity().values[at.stream][at.timestep];
     const time = timestep_s === null ? "" : `, ${(at.timestep * timestep_s).toFixed(2)} s`;
-    const stream = streams.length > 1 ? `, ${streams[at.stream].name}` : "";
+    const stream = streams.length > 1 ? `, ${plain(streams[at.stream].name)}` : "";
     cells.setAttribute("aria-valuenow", String(at.timestep));
-    cells.setAttribute("aria-valuetext",
-      `timestep ${at.timestep} of ${steps}${time}${stream}: ${quantity().title} ${significant(value)} ${quantity().unit}`.trim());
+    const { title, unit } = quantity();
+    const where = `timestep ${at.timestep} of ${steps}${time}${stream}`;
+    cells.setAttribute("aria-valuetext", `${where}: ${title} ${significant(value)} ${unit}`.trim());
   }
 
   function go(timestep, stream) {
@@ -112,31 +113,30 @@ export function heatMap(rollout, streams, timestep_s, choose) {
 
   const end = timestep_s === null ? `${number(steps)} steps` : `${(steps * timestep_s).toFixed(2)} s`;
   const rows = streams.length > 1
-    ? `Rows are the streams, ${streams[0].name} on top, ${streams.at(-1).name} below; columns the timesteps. `
-    : "Columns are the timesteps. ";
+    ? `Rows are the streams, ${plain(streams[0].name)} on top, ${plain(streams.at(-1).name)} below; `
+    : "";
   const box = make("div", { class: "map" },
     make("div", { class: "bar-of-map" }, make("div", {}, make("h3", {}, "Over time"), select),
       make("span", { class: "scale" }, least, legend, most)),
     cells,
     make("div", { class: "axis", "aria-hidden": "true" }, make("span", {}, "0"), make("span", {}, end)),
-    make("p", { class: "hint", id: "map-hint" }, `${rows}Click, or use the arrow keys, to look into one. `, note),
+    make("p", { class: "hint", id: "map-hint" },
+      `${rows}columns are the timesteps. Click, or use the arrow keys, to look into one. `, note),
     table());
 
   // The same numbers for who cannot see the map; made when opened, for it may be long.
   function table() {
-    const holder = make("div", { class: "tall", tabindex: "0", role: "region", "aria-label": "The map as a table" });
+    const holder = scroller("The map as a table");
     const details = make("details", {}, make("summary", {}, "The map as a table"), holder);
     details.addEventListener("toggle", fill);
     select.addEventListener("change", fill);
     function fill() {
       if (!details.open) return;
-      const values = quantity().values;
-      holder.replaceChildren(make("table", {},
-        make("caption", {}, `${quantity().title} ${quantity().unit && `in ${quantity().unit}`}`),
-        make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "timestep"),
-          streams.map((stream) => make("th", { scope: "col" }, stream.name)))),
-        make("tbody", {}, Array.from({ length: steps }, (_, t) => make("tr", {},
-          make("th", { scope: "row" }, t), values.map((row) => make("td", {}, significant(row[t]))))))));
+      const { title, unit, values } = quantity();
+      const rows = Array.from({ length: steps }, (_, t) =>
+        [t, ...values.map((row) => significant(row[t]))]);
+      const heads = ["timestep", ...streams.map((stream) => plain(stream.name))];
+      holder.replaceChildren(makeTable({}, unit ? `${title} in ${unit}` : title, heads, rows));
     }
     return details;
   }

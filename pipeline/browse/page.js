@@ -32,7 +32,7 @@ async function start() {
 function facts(store) {
   const sizes = new Set(store.streams.map((stream) => stream.vocabulary ?? stream.shape.join(" × ")));
   const target = store.target.kind === "top_k" ? `top ${store.target.k}` : store.target.kind;
-  const shards = store.shards === store.planned_shards ? number(store.shards) : `${number(store.shards)} of ${number(store.planned_shards)}`;
+  const [there, planned] = [store.shards, store.planned_shards].map(number);
   const told = {
     Family: store.family,
     Target: store.target.branches === "both" ? `${target}, both branches` : target,
@@ -42,7 +42,7 @@ function facts(store) {
     Rollouts: number(store.rollouts),
     Timesteps: number(store.timesteps),
     ...(store.audio_s === null ? {} : { Audio: duration(store.audio_s) }),
-    Shards: shards,
+    Shards: there === planned ? there : `${there} of ${planned}`,
   };
   byId("facts").replaceChildren(...Object.entries(told).map(([name, value]) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, plain(value)))));
@@ -88,7 +88,8 @@ async function showAsked(wanted) {
     return;
   }
   markCurrent();
-  await showRollout(shown.store, sample, wanted.get("variation") ?? "0", Number(wanted.get("timestep") ?? 0));
+  const timestep = Number(wanted.get("timestep") ?? 0);
+  await showRollout(shown.store, sample, wanted.get("variation") ?? "0", timestep);
 }
 
 attempt(start);

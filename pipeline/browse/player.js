@@ -13,7 +13,7 @@ export function player(title, where, { colour = 1, details = null, hear = null }
     controls: true, preload: "none", src: address("clip.wav", where), "aria-label": title,
   });
   const mark = make("span", { class: "mark", hidden: true });
-  const sight = make("div", { class: "sight" });
+  const sight = make("div", { class: "sight" }, make("p", { class: "wait" }, "Loading the clip"));
   const length = make("span", { class: "length" });
   const box = make("div", { class: `clip c${colour}` },
     make("h4", {}, make("span", { class: "dot" }), title, length), sight, audio, details);
@@ -56,10 +56,11 @@ export function player(title, where, { colour = 1, details = null, hear = null }
     const facts = await ask("api/outline", where);
     seconds = facts.seconds;
     length.textContent = duration(seconds);
-    sight.append(
+    sight.replaceChildren(
       outline(facts.outline),
       make("img", {
-        src: address("spectrogram.png", where), alt: `Spectrogram of ${title}, up to ${facts.rate_hz / 2000} kHz`,
+        src: address("spectrogram.png", where),
+        alt: `Spectrogram of ${title}, up to ${facts.rate_hz / 2000} kHz`,
       }),
       mark,
     );

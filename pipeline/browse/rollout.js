@@ -1,6 +1,8 @@
 // One rollout: what it is, what it sounds like, its map, and a timestep of it.
 
-import { ask, attempt, byId, duration, make, plain, significant, tell } from "./dom.js";
+import {
+  ask, attempt, byId, duration, make, makeTable, plain, scroller, significant, tell,
+} from "./dom.js";
 import { candidates, inWords } from "./candidates.js";
 import { heatMap } from "./heat_map.js";
 import { player } from "./player.js";
@@ -78,15 +80,24 @@ function head(store, found) {
     first ? make("p", { class: "said" }, plain(first[1])) : null,
     make("dl", { class: "small" }, [...Object.entries(facts), ...others].map(([name, value]) =>
       make("div", {}, make("dt", {}, plain(name)), make("dd", {}, plain(value))))),
-    found.variations.length > 1 ? make("nav", { class: "variations", "aria-label": "Variations" }, "Variation",
-      found.variations.map((each) => make("a", {
-        href: `#${keyOf(found.sample_id, each)}`, "aria-current": each === found.variation ? "true" : null,
-      }, each))) : null);
+    found.variations.length > 1 ? variations(found) : null);
 }
 
+function variations(found) {
+  return make("nav", { class: "variations", "aria-label": "Variations" }, "Variation",
+    found.variations.map((each) => make("a", {
+      href: `#${keyOf(found.sample_id, each)}`,
+      "aria-current": each === found.variation ? "true" : null,
+    }, each)));
+}
+
+const OF_SOURCE = {
+  teacher: "Rollout of the teacher", student: "Rollout of a student",
+  dataset: "The recording's codes", replay: "Codes of the replayed store",
+};
+
 function clips(store, key, map) {
-  const names = { teacher: "Rollout of the teacher", student: "Rollout of a student", dataset: "The recording's codes", replay: "Codes of the replayed store" };
-  const made = [player(names[store.source], key, { hear: map.hear })];
+  const made = [player(OF_SOURCE[store.source], key, { hear: map.hear })];
   if (store.recordings && store.source !== "dataset") {
     made.push(player("The recording, through the audio codec", { ...key, recording: "1" }, { colour: 0 }));
   }
@@ -104,11 +115,10 @@ function heard(store, players) {
 function columns(found) {
   const names = Object.keys(found.columns);
   if (!names.length) return null;
-  return make("section", {}, make("div", { class: "tall scroll", tabindex: "0", role: "region", "aria-label": "Columns" },
-    make("table", {}, make("caption", {}, "Beside the predictions"),
-      make("thead", {}, make("tr", {}, ["timestep", ...names].map((name) => make("th", { scope: "col" }, name)))),
-      make("tbody", {}, Array.from({ length: found.timesteps }, (_, t) => make("tr", {},
-        make("th", { scope: "row" }, t), names.map((name) => make("td", {}, significant(found.columns[name][t]))))))))); 
+  const rows = Array.from({ length: found.timesteps }, (_, t) =>
+    [t, ...names.map((name) => significant(found.columns[name][t]))]);
+  const table = makeTable({}, "Beside the predictions", ["timestep", ...names.map(plain)], rows);
+  return make("section", { "aria-label": "Columns" }, scroller("Columns", table));
 }
 
 async function showTimestep(timestep, stream) {
@@ -131,6 +141,9 @@ function show(found, stream) {
     (at) => {
       map.place(found.timestep, at);
       show(found, at);
-      byId("streams").querySelectorAll("button")[at].focus();
+      byId("streams").querySelectorAll("button")[at].focus({ preventScroll: true });
     }));
+  const row = document.querySelector("#streams tr.chosen");
+  const box = row?.closest(".tall");
+  if (box) box.scrollTop = row.offsetTop - (box.clientHeight - row.offsetHeight) / 2;
 }

@@ -1,7 +1,10 @@
 // A run: what its evaluation measured, and its systems side by side.
 
-import { address, ask, byId, count, make, plain } from "./dom.js";
+import { address, ask, byId, count, make, makeTable, plain, scroller } from "./dom.js";
 import { player } from "./player.js";
+
+const SWITCHING = "The keys 1 to 9 switch between the clips of the sentence that was played last: "
+  + "the next one goes on where the other stopped.";
 
 let players = [];
 let sentences = []; // the players of each
@@ -12,11 +15,16 @@ export async function showRun(run) {
   byId("run").replaceChildren(
     make("div", { class: "run-head" },
       make("h2", {}, `Evaluation of ${plain(found.run ?? found.name)}`),
-      found.evaluated ? make("p", {}, `${count(found.samples, "held-out sample")}, ${count(found.sentences, "different condition")}`) : null,
-      found.has_page ? make("a", { href: address("report", { run }), target: "_blank", rel: "noopener" }, "Open the report") : null),
+      found.evaluated ? make("p", {}, sizes(found)) : null,
+      found.has_page ? make("a", {
+        href: address("report", { run }), target: "_blank", rel: "noopener",
+      }, "Open the report") : null),
     make("div", { class: "run-body" }, ...(found.evaluated ? body(run, found)
       : [make("p", { class: "card" }, "This run has no report yet: run `foretell evaluate` first.")])));
 }
+
+const sizes = ({ samples, sentences }) =>
+  `${count(samples, "held-out sample")}, ${count(sentences, "different condition")}`;
 
 let last = null; // the clip that was played last
 
@@ -40,11 +48,12 @@ function body(run, found) {
   const looks = Object.fromEntries(found.systems.map((system) => [system.name, system]));
   const parts = [];
   if (found.warnings.length) {
-    parts.push(make("ul", { class: "notice" }, found.warnings.map((warning) => make("li", {}, plain(warning)))));
+    const items = found.warnings.map((warning) => make("li", {}, plain(warning)));
+    parts.push(make("ul", { class: "notice" }, items));
   }
   if (found.metrics.length) parts.push(systems(found));
   if (found.audio.length) {
-    parts.push(make("p", { class: "hint" }, "The keys 1 to 9 switch between the clips of the sentence that was played last: the next one goes on where the other stopped."));
+    parts.push(make("p", { class: "hint" }, SWITCHING));
   }
   parts.push(...found.audio.map((sample, item) => sentence(run, sample, item, looks)));
   parts.push(...found.images.map((sample, item) => drawn(run, sample, item, looks)));
@@ -52,29 +61,32 @@ function body(run, found) {
 }
 
 function systems(found) {
-  const head = make("tr", {}, make("th", { scope: "col" }, "system"),
-    found.metrics.map(({ title, hint }) => make("th", { scope: "col", title: hint }, title)));
+  const heads = ["system", ...found.metrics.map(({ title, hint }) => make("span", { title: hint }, title))];
   const cell = (value) => value === null ? make("td", {}, "–")
     : make("td", {}, value.value, value.interval ? make("small", {}, value.interval.join(" – ")) : null);
+  const rows = found.systems.map(({ label, colour, values }) => make("tr", { class: `c${colour}` },
+    make("th", { scope: "row" }, make("span", { class: "dot" }), plain(label)), values.map(cell)));
   return make("section", { class: "card", "aria-label": "Systems" },
-    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Metrics of the systems" },
-      make("table", { class: "systems" }, make("caption", {}, "Systems"), make("thead", {}, head),
-        make("tbody", {}, found.systems.map((system) => make("tr", { class: `c${system.colour}` },
-          make("th", { scope: "row" }, make("span", { class: "dot" }), plain(system.label)), system.values.map(cell)))))),
+    scroller("Metrics of the systems", makeTable({ class: "systems" }, "Systems", heads, rows)),
     make("p", { class: "hint" }, "Below a value: its 95 % interval."));
 }
 
 function sentence(run, sample, item, looks) {
-  const made = sample.clips.map(({ system, heard, edits }) => player(plain(looks[system].label), { run, item, system }, {
-    colour: looks[system].colour,
-    details: heard === null ? null : make("p", {}, heard ? make("q", {}, plain(heard)) : "nothing heard", errors(edits)),
-  }));
+  const made = sample.clips.map((clip) => {
+    const { label, colour } = looks[clip.system];
+    return player(plain(label), { run, item, system: clip.system }, { colour, details: heardIn(clip) });
+  });
   players.push(...made);
   sentences.push(made);
   return make("section", { class: "card", "aria-labelledby": `item-${item}` },
     make("h3", { id: `item-${item}` }, plain(sample.text)),
-    make("p", { class: "id" }, plain(sample.sample_id), sample.speaker ? ` · ${plain(sample.speaker)}` : ""),
+    make("p", { class: "id" }, [sample.sample_id, sample.speaker].filter(Boolean).map(plain).join(" · ")),
     make("div", { class: "clips" }, made.map(({ box }) => box)));
+}
+
+function heardIn({ heard, edits }) {
+  if (heard === null) return null;
+  return make("p", {}, heard ? make("q", {}, plain(heard)) : "nothing heard", errors(edits));
 }
 
 const errors = (edits) => edits === null ? "" : ` · ${edits ? count(edits, "error") : "no error"}`;
@@ -84,7 +96,10 @@ function drawn(run, sample, item, looks) {
     make("h3", { id: `image-${item}` }, plain(sample.text || sample.sample_id)),
     make("p", { class: "id" }, plain(sample.sample_id)),
     make("div", { class: "pictures" }, sample.systems.map((system) => make("figure", {},
-      make("img", { src: address("picture.png", { run, item, system }), alt: `${labelOf(system, looks)}: ${plain(sample.text)}`, loading: "lazy" }),
+      make("img", {
+        src: address("picture.png", { run, item, system }), loading: "lazy",
+        alt: `${labelOf(system, looks)}: ${plain(sample.text)}`,
+      }),
       make("figcaption", {}, labelOf(system, looks))))));
 }
 
