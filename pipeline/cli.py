@@ -25,7 +25,7 @@ from pipeline.grouped_help import (
     START,
     STORES,
     GroupedHelp,
-    PlainCommand,
+    PlainTyper,
     examples,
 )
 from pipeline.inspect_commands import inspect_app
@@ -39,7 +39,7 @@ from pipeline.listening import (
     tally_answers,
     tally_text,
 )
-from pipeline.printing import Json, print_document
+from pipeline.printing import Json, print_document, tell
 from pipeline.progress import stages_of
 from pipeline.repair import repair_text
 from pipeline.run import (
@@ -65,7 +65,7 @@ from store.garbage import delete_garbage, find_garbage
 from store.repair import after_repair, repairable
 from store.repair import repair as take_out
 
-app = typer.Typer(
+app = PlainTyper(
     name="foretell",
     cls=GroupedHelp,
     help="Offline distillation: a teacher's guided predictions, stored once, teach many students.",
@@ -84,6 +84,7 @@ app = typer.Typer(
 app.add_typer(
     inspect_app,
     name="inspect",
+    options_metavar="",
     rich_help_panel=STORES,
     short_help="Show what is in a store, down to one timestep, or in a model.",
     epilog=examples(
@@ -132,7 +133,7 @@ def command(
     group: str, *shown: str, name: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return the decorator of a command: where the help lists it, and examples of it."""
-    return app.command(name, cls=PlainCommand, rich_help_panel=group, epilog=examples(*shown))
+    return app.command(name, rich_help_panel=group, epilog=examples(*shown))
 
 
 def main() -> None:
@@ -143,7 +144,7 @@ def main() -> None:
     try:
         app(prog_name="foretell")
     except (UserError, StoreError) as error:
-        sys.stderr.write(f"foretell: {error}\n")
+        tell(f"foretell: {error}")
         sys.exit(FAILED if isinstance(error, SystemFailure) else USAGE_ERROR)
 
 

@@ -60,7 +60,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             )
         document = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+        absent = isinstance(error, FileNotFoundError)
+        advice = "; correct the path, or write one with `foretell init`" if absent else ""
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}{advice}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(document, dict):
@@ -161,6 +163,9 @@ def _problems(error: ValidationError, document: Mapping[str, Any], run: type[Run
                 yield f"{where}.{_discriminator(problem)}: missing; give one of {known}"
             case "union_tag_invalid":
                 yield f"{where}.{_discriminator(problem)}: {_unknown_tag(problem, run)}"
+            case "model_type" | "model_attributes_type" | "dict_type":
+                given = _shown(problem["input"])
+                yield f"{where}: must be a section, with keys of its own below it (given: {given})"
             case _:
                 message = problem["msg"].removeprefix("Value error, ")
                 given = problem["input"]

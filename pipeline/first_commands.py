@@ -14,7 +14,7 @@ from pipeline.doctor import diagnose
 from pipeline.doctor_text import diagnosis_text
 from pipeline.first_config import FirstFamily, Machine
 from pipeline.launch import FAILED, FINISHED
-from pipeline.printing import Json, print_document
+from pipeline.printing import Json, print_document, tell
 from pipeline.questions import asked, refuse_to_overwrite, write_first_config
 
 
@@ -52,7 +52,7 @@ def init(
     try:
         answers = asked(given | {"machine": machine}, audio_codec, sys.stdin.isatty())
     except typer.Abort:
-        sys.stderr.write("\nforetell: no more answers, so nothing was written\n")
+        tell("\nforetell: no more answers, so nothing was written")
         raise typer.Exit(FAILED) from None
     typer.echo(write_first_config(path, answers))
 

@@ -5,16 +5,23 @@ It must read without colour, in 80 columns and aloud, so there are no boxes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from inspect import cleandoc
-from typing import Any
+from typing import Any, TypeVar
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 START, STAGES, CLUSTER = "Start here", "Stages, one at a time", "On a cluster (Slurm)"
 STORES, LISTENING = "Stores", "Judged by ears"
 GROUPS = (START, STAGES, CLUSTER, STORES, LISTENING)
 """What commands are for, in the order of the help; a command names its group as its panel."""
+OTHERS = "Commands"
+LONGEST_SENTENCE = 1000
+"""Letters; the first sentence on a command is shown whole, and wrapped where it is long."""
+
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 class PlainCommand(TyperCommand):
@@ -37,6 +44,14 @@ class PlainCommand(TyperCommand):
         _write_epilog(self, formatter)
 
 
+class PlainTyper(typer.Typer):
+    """A group of commands whose help is plain."""
+
+    def command(self, *args: Any, **settings: Any) -> Callable[[Handler], Handler]:
+        """Return the decorator of a command, of `PlainCommand` unless told otherwise."""
+        return super().command(*args, **{"cls": PlainCommand} | settings)
+
+
 class GroupedHelp(TyperGroup):
     """A group of commands whose help lists them below a heading for each `rich_help_panel`."""
 
@@ -48,15 +63,14 @@ class GroupedHelp(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each group, with the first sentence on every command."""
         width = max(map(len, self.commands))
-        limit = formatter.width - width - 4
-        for group in GROUPS:
-            rows = [
-                (name.ljust(width), command.get_short_help_str(limit))
-                for name, command in self.commands.items()
-                if getattr(command, "rich_help_panel", None) == group
-            ]
+        rows: dict[str, list[tuple[str, str]]] = {group: [] for group in (*GROUPS, OTHERS)}
+        for name, command in self.commands.items():
+            group = getattr(command, "rich_help_panel", None)
+            whole = command.get_short_help_str(LONGEST_SENTENCE)
+            rows[group if group in GROUPS else OTHERS].append((name.ljust(width), whole))
+        for group in filter(rows.get, rows):
             with formatter.section(group):
-                formatter.write_dl(rows)
+                formatter.write_dl(rows[group])
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples."""

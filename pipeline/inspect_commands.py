@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
-from typer.core import TyperGroup
 
 from pipeline.audio_export import clip_text, export_clip
 from pipeline.comparison import describe_difference
 from pipeline.comparison_text import difference_text
 from pipeline.config import load_config
+from pipeline.grouped_help import GroupedHelp, PlainTyper
 from pipeline.inspection import (
     Document,
     describe_key,
@@ -41,7 +41,7 @@ BAR = partial(tqdm, unit="shard", leave=False, disable=None)
 """Shows progress on a terminal."""
 
 
-class DefaultGroup(TyperGroup):
+class DefaultGroup(GroupedHelp):
     """A group of commands in which the default one needs no name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -50,7 +50,7 @@ class DefaultGroup(TyperGroup):
         return super().parse_args(ctx, args if named or not args else [DEFAULT, *args])
 
 
-inspect_app = typer.Typer(
+inspect_app = PlainTyper(
     cls=DefaultGroup,
     no_args_is_help=True,
     rich_markup_mode=None,

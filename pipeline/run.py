@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pipeline.config import Run
 from pipeline.folders import RunFolders
 from pipeline.job_environment import IN_JOB
 from pipeline.launch import FINISHED, MORE_TO_DO, launch
+from pipeline.printing import tell
 from pipeline.progress import progress, stage_identity, stages_of
 from pipeline.record import StageRecord, Usage, read_record, write_record
 from stages.config import RolloutConfig
@@ -106,7 +106,10 @@ def is_left(stage: str, path: Path, config: Run) -> bool:
     with other settings.
     """
     if stage not in stages_of(config):
-        raise UserError(f"{path} has no section for the stage {stage!r}")
+        raise UserError(
+            f"{path} has no section for the stage {stage!r}: its stages are "
+            f"{', '.join(stages_of(config)) or 'none'}"
+        )
     state = progress(config, stage).state
     if state == "stale":
         raise UserError(
@@ -183,4 +186,4 @@ def under_torchrun() -> bool:
 
 def say(message: str) -> None:
     """Tell a person what is going on; standard output is left to reports."""
-    sys.stderr.write(message + "\n")
+    tell(message)

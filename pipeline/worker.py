@@ -19,6 +19,7 @@ from pipeline.cluster_config import ClusterConfig
 from pipeline.config import load_config
 from pipeline.image_assembly import ImageAssembly
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
+from pipeline.printing import tell
 from pipeline.record import own_usage
 from pipeline.run_config import RunConfig
 from stages.errors import PeerLost, UserError
@@ -62,18 +63,18 @@ def _attempt(options: argparse.Namespace, stop: StopRequest) -> int:
         code = FINISHED if assembly.run(options.stage) else MORE_TO_DO
         _note_usage(assembly.peak_device_bytes)
     except SystemFailure as error:
-        sys.stderr.write(f"{options.stage}: {error}\n")
+        tell(f"{options.stage}: {error}")
         return FAILED
     except (UserError, StoreError) as error:
-        sys.stderr.write(f"{options.stage}: {error}\n")
+        tell(f"{options.stage}: {error}")
         return USAGE_ERROR
     except (FloatingPointError, PeerLost) as error:
-        sys.stderr.write(f"{options.stage}: {error}\n")
+        tell(f"{options.stage}: {error}")
         return FAILED
     except OSError as error:
-        sys.stderr.write(
+        tell(
             f"{options.stage}: {error}; what was finished before is safe: free space or correct "
-            "the cause, then run the same command again\n"
+            "the cause, then run the same command again"
         )
         return FAILED
     return code

@@ -30,7 +30,9 @@ def read_dataset_header(path: Path, header: type[Header], version: int, holds: s
     try:
         content = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} is no dataset: dataset.json is missing; run `prepare`") from error
+        raise UserError(
+            f"{path} is no dataset: dataset.json is missing; run `foretell prepare` first"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}/dataset.json cannot be read: {error}") from error
     found = content if isinstance(content, dict) else {}

@@ -126,7 +126,10 @@ class PredictionStore:
         """
         layout = layout_of(path).opened()
         if not lies_at(layout.manifest):
-            raise StoreError(f"{layout} is no store: it holds no manifest.json; correct it")
+            raise StoreError(
+                f"{layout} is no store: it holds no manifest.json; give the folder of one, such as "
+                "runs/NAME/store, or make it with `foretell rollout`"
+            )
         for name, limit in (("cached_shards", cached_shards), ("mapped_shards", mapped_shards)):
             if limit < 1:
                 raise StoreError(f"{name} is {limit} but must be >= 1: raise it")

@@ -133,7 +133,10 @@ class RemoteLayout(Layout):
         """The layout with all of the store on this machine that is small; raises StoreError."""
         text = self.client.read("manifest.json")
         if text is None:
-            raise StoreError(f"{self} is no store: it holds no manifest.json; correct the URL")
+            raise StoreError(
+                f"{self} is no store: it holds no manifest.json; correct the URL, or make the "
+                "store with `foretell rollout`"
+            )
         manifest, fingerprint = unsealed(text, f"{self}/manifest.json", Manifest)
         name = hashlib.sha256(f"{endpoint_url()} {self} {fingerprint}".encode()).hexdigest()[:32]
         layout = replace(

@@ -70,7 +70,8 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, tiny_run):
     done = foretell("run", tmp_path / "none.yaml")
     assert done.returncode == 2
     assert done.stderr == (
-        f"foretell: cannot read the configuration {tmp_path}/none.yaml: No such file or directory\n"
+        f"foretell: cannot read the configuration {tmp_path}/none.yaml: No such file or directory; "
+        "correct the path, or write one with `foretell init`\n"
     )
 
 

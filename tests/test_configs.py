@@ -154,7 +154,7 @@ BAD = {
     ),
     "a word for a number": ({"seed": "one"}, "seed: Input should be a valid integer"),
     "a fraction for a count": ({"fit.optimizer.steps": 2.5}, "(given: 2.5)"),
-    "a list for a section": ({"fit": [1]}, "fit: Input should be a valid dictionary"),
+    "a list for a section": ({"fit": [1]}, "fit: must be a section, with keys of its own"),
     "a bad choice": ({"fit.optimizer.precision": "fp8"}, "Input should be 'fp32', "),
     "an unknown family": (
         {"teacher.model.family": "gpt"},
@@ -342,7 +342,7 @@ def test_a_stage_is_stale_exactly_when_something_it_depends_on_has_changed(load,
 
 def test_what_never_makes_a_stage_stale_is_what_changes_only_its_speed_or_its_stop():
     fast = {"processes", "parallel", "device", "log_every", "micro_batch_size", "loader"}
-    kept = {"checkpoint_every", "keep_checkpoints", "disk_check", "free_floor"}
+    kept = {"checkpoint_every", "keep_checkpoints", "disk_check", "free_floor", "tensorboard"}
     assert fast | kept == VOLATILE
 
 

@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from pipeline.cli import app, main
 from pipeline.grouped_help import GROUPS
+from pipeline.printing import tell
 
 COMMANDS = get_command(app).commands
 ROOT = Path(__file__).parent.parent
@@ -148,3 +149,25 @@ def test_bash_is_told_how_to_ask(capsys, monkeypatch):
     script = capsys.readouterr().out
     assert "_FORETELL_COMPLETE=complete_bash" in script
     assert re.search(r"complete .*foretell", script)
+
+
+class Screen(StringIO):
+    """A terminal on which something is told."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_is_told_breaks_no_word_on_a_terminal_and_no_line_elsewhere():
+    path = "/a/path/that/is/longer/than/" + "a-terminal/" * 8 + "x.yaml"
+    message = f"foretell: cannot read {path}: there is no such file\n  prepare.source: missing"
+    with redirect_stderr(StringIO()) as file:
+        tell(message)
+    assert file.getvalue() == message + "\n"
+    with redirect_stderr(Screen()) as screen:
+        tell(message)
+    lines = screen.getvalue().splitlines()
+    assert path in " ".join(lines).replace(":", "").split()
+    assert [line for line in lines if len(line) > 80 and path not in line] == []
+    assert lines[-1] == "  prepare.source: missing"
+    assert screen.getvalue().split() == message.split()
