@@ -287,13 +287,15 @@ def _measured_loss(manifest: Manifest) -> float | None:
 def _storage_loss(manifest: Manifest, target: TopK | Full | Hidden) -> float:
     """Return the KL in nats that rounding what is stored may cost."""
     scale, rounding = manifest.guidance.scale, TYPE_ERROR[target.dtype]
-    gain = (abs(scale) + abs(1 - scale)) ** 2 if manifest.branches == "both" else 1.0
+    both = manifest.branches == "both"
+    gain = (abs(scale) + abs(1 - scale)) ** 2 if both else 1.0
     if isinstance(target, Hidden):
         steps = [rounding, *(profile.hidden_step for profile in _compact(manifest))]
         return gain * HIDDEN_LOSS_NATS * sum((256 * step) ** 2 for step in steps)
     # Relative to its row's maximum a likely logit is not below −ln V.
-    losses = [profile.loss_nats for profile in _compact(manifest)]
-    return gain * ((rounding * math.log(manifest.vocabulary)) ** 2 / 2 + sum(losses))
+    typed = gain * (rounding * math.log(manifest.vocabulary)) ** 2 / 2
+    # Logits of both branches are compact without loss.
+    return typed if both else typed + sum(profile.loss_nats for profile in _compact(manifest))
 
 
 def _compact(manifest: Manifest) -> list[Compact]:

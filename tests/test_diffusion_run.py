@@ -340,7 +340,7 @@ def test_an_audit_of_a_finished_run_finds_what_the_teacher_predicts(sdxl, flux, 
         assert found["rollouts"] == rollouts
         assert len(found["drift"]["parts"]) == parts
         assert found["drift"]["measure"] == "squared_error"
-        assert found["largest_mean"] < found["limit"] < 2e-2
+        assert found["largest_mean"] < found["limit"] < 3e-2
 
 
 def test_an_audit_tells_another_denoiser(sdxl, models, tmp_path):

@@ -41,8 +41,7 @@ def moved(dataset: Any, **changes: Any) -> FakeDenoiser:
     return denoiser
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("branches", ["both", "guided"])
+@pytest.mark.parametrize(("branches", "dtype"), [("both", "float16"), ("guided", "float32")])
 @pytest.mark.parametrize("rows", [FORWARD, FORWARD | {"store_noise": True}, TRAJECTORY])
 def test_an_untouched_store_is_within_what_rounding_explains(tmp_path, rows, branches, dtype):
     forward = rows["kind"] == "forward"
@@ -113,7 +112,7 @@ def test_along_a_trajectory_no_error_adds_up(tmp_path):
 
 @pytest.mark.parametrize("branches", ["both", "guided"])
 def test_what_an_adapter_changes_is_asked_with_and_without_it(tmp_path, branches):
-    dataset = images(tmp_path / "images")
+    dataset = images(tmp_path / "images", ["teacher", "prior"])
     adapted = FakeDenoiser(dataset.facts, adapted=True)
     target, contrast = BOTH | {"branches": branches}, {"kind": "adapter"}
     store = written(tmp_path / "store", dataset, adapted, target=target, contrast=contrast)
@@ -129,7 +128,7 @@ def test_what_an_adapter_changes_is_asked_with_and_without_it(tmp_path, branches
 
 @pytest.mark.parametrize("changed", ["first", "second", "neither"])
 def test_of_two_models_each_answers_for_its_part(tmp_path, changed):
-    dataset = images(tmp_path / "images")
+    dataset = images(tmp_path / "images", ["teacher", "prior"])
     models = FakeDenoiser(dataset.facts), FakeDenoiser(dataset.facts, seed=1)
     store = written(
         tmp_path / "store", dataset, models[0], other=models[1], target=BOTH,

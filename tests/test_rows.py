@@ -372,7 +372,7 @@ def test_noise_of_another_key_is_refused_and_stored_noise_needs_no_key(tmp_path,
     def other(*key):
         return np.random.default_rng(0).standard_normal(key[-1], np.float32)
 
-    monkeypatch.setattr("stages.diffusion.rows.row_noise", other)
+    monkeypatch.setattr("stages.diffusion.stored_row.row_noise", other)
     with pytest.raises(UserError, match="drawn again from its key"):
         walked(plain, config_of(), range(8))
     assert walked(with_noise, config_of(), range(0, ROWS, 8))
