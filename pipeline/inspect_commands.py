@@ -54,8 +54,7 @@ inspect_app = PlainTyper(
     cls=DefaultGroup,
     no_args_is_help=True,
     rich_markup_mode=None,
-    options_metavar="",
-    subcommand_metavar="STORE [OPTIONS] | COMMAND [ARGS]...",
+    subcommand_metavar="STORE | COMMAND [ARGS]...",
     help="Show what is in a store, down to one timestep, or how large a model is.\n\n"
     f"`foretell inspect STORE` is short for `foretell inspect {DEFAULT} STORE`, whose options "
     f"`foretell inspect {DEFAULT} --help` lists. A folder that is called like a command is "
@@ -84,7 +83,10 @@ def show(
     as_json: Json = False,
     as_csv: Csv = False,
 ) -> None:
-    """Show what is in a store, down to one timestep, or how large a model is."""
+    """Show what is in a store, or how large a model is.
+
+    Of a store also one shard, one rollout, or one timestep with its candidates.
+    """
     asked = {"--key": key is not None, "--shard": shard is not None, "--all": everything}
     refuse_together({"--json": as_json, "--csv": as_csv})
     refuse_together(asked)
@@ -120,7 +122,10 @@ def diff(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what differs between two stores or two runs: settings, codes, and KL of the targets."""
+    """Show what differs between two stores or two runs.
+
+    Settings, keys and codes, and the KL between their targets where both follow on equal codes.
+    """
     bar = partial(tqdm, unit="rollout", leave=False, disable=None)
     found = describe_difference(place_of(a), place_of(b), everything, bar)
     print_document(found, as_json, lambda: difference_text(found))
@@ -140,7 +145,10 @@ def plot(
         bool, typer.Option("--all", help="Read the arrays of every shard, not of a few.")
     ] = False,
 ) -> None:
-    """Draw the distributions of a store, or how sure the teacher was along one rollout."""
+    """Draw the distributions of a store, or one rollout.
+
+    Of a rollout: how sure the teacher was over timesteps and streams, as a heat map.
+    """
     from pipeline.plots import check_format, plot_rollout, plot_store  # noqa: PLC0415, matplotlib
 
     refuse_together({"--key": key is not None, "--all": everything})

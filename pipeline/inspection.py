@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -143,7 +144,6 @@ def store_content(store: PredictionStore, progress: Progress = iter) -> Document
     for shard in progress(store.committed):
         content.add(store.folder(shard))
     lengths = np.concatenate([np.zeros(0, np.int64), *content.lengths])
-    keys = [f"{sample_id}/{variation}" for sample_id, variation in store]
     return {
         "timesteps": content.timesteps,
         **_audio(content.timesteps, store.manifest),
@@ -151,11 +151,20 @@ def store_content(store: PredictionStore, progress: Progress = iter) -> Document
         "arrays": _arrays(content, store.manifest),
         "longest": int(lengths.max(initial=0)),
         "lengths": quantiles(lengths) | histogram(lengths),
-        "outliers": {"length": outliers(keys, lengths)},
+        "outliers": {"length": outliers(partial(_key_at, store), lengths)},
         "stop_reasons": dict(content.stop_reasons),
         "weights": dict(content.weights),
         "weight": math.fsum(content.weights.values()),
     }
+
+
+def _key_at(store: PredictionStore, place: int) -> str:
+    """SAMPLE/VARIATION of a rollout by its place among all that are committed."""
+    ends = np.cumsum(store.plan.sizes[store.committed])
+    at = int(np.searchsorted(ends, place, side="right"))
+    shard = store.committed[at]
+    sample_id, variation = store.plan[shard][place - int(ends[at])]
+    return f"{sample_id}/{variation}"
 
 
 def _arrays(content: _Content, manifest: Manifest) -> list[Document]:

@@ -53,6 +53,8 @@ def _values(document: Document) -> Table:
 def _text(name: str, value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if name in SHOWN:
         return SHOWN[name](value)
     if isinstance(value, dict):
@@ -190,7 +192,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "codes": _codes,
     "weight": lambda weight: f"{weight:,g}",
     "weights": _weights,
-    "rejected_for": lambda kinds: _text("", kinds) or "none",
+    "rejected_for": lambda kinds: "\n".join(f"{k} {n:,}" for k, n in kinds.items()) or "none",
     "columns": _names,
     "drawn": _names,
     "buckets": _buckets,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,12 @@ def histogram(values: Array) -> Document:
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
-def outliers(names: Sequence[str], values: Array) -> list[Document]:
+def outliers(name_of: Callable[[int], str], values: Array) -> list[Document]:
     """Return what lies far from the median of [n] numbers, the farthest first, at most 10.
 
-    `z` is the distance from the median over 1.4826 times the median distance; where that is 0, over
-    1.2533 times the mean distance (Iglewicz and Hoaglin, 1993).
+    `name_of` names the number at a place. `z` is its distance from the median over 1.4826 times
+    the median distance; where that is 0, over 1.2533 times the mean distance (Iglewicz and Hoaglin,
+    1993).
     """
     if not values.size:
         return []
@@ -59,7 +60,7 @@ def outliers(names: Sequence[str], values: Array) -> list[Document]:
     scores = (values - np.median(values)) / unit
     order = np.argsort(-np.abs(scores), kind="stable")[:MOST_OUTLIERS]
     return [
-        {"key": names[place], "value": float(values[place]), "z": float(scores[place])}
+        {"key": name_of(int(place)), "value": float(values[place]), "z": float(scores[place])}
         for place in order
         if abs(scores[place]) >= FAR_OUT
     ]

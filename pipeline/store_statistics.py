@@ -134,7 +134,7 @@ def store_statistics(sampled: Sampled, lengths: Document) -> Document:
     `lengths` are the outliers among the lengths of all rollouts, which need no array.
     """
     far_out = {
-        name: outliers([key for key, _ in means], np.array([mean for _, mean in means]))
+        name: outliers([key for key, _ in means].__getitem__, np.array([mean for _, mean in means]))
         for name, means in sampled.means.items()
     }
     return {

@@ -170,14 +170,14 @@ def test_a_diffusion_store_is_summed_up_by_noise_level(tmp_path: Path) -> None:
 
 def test_values_far_from_the_median_are_outliers_farthest_first() -> None:
     values = np.array([10.0, 11, 9, 10, 12, 40, -60])
-    found = outliers(list("abcdefg"), values)
+    found = outliers("abcdefg".__getitem__, values)
     assert [line["key"] for line in found] == ["g", "f"]
     assert found[1]["z"] == pytest.approx((40 - 10) / (1.4826 * 1))
     mostly_equal = np.array([5.0] * 20 + [6.0])
-    (far,) = outliers([str(n) for n in range(21)], mostly_equal)
+    (far,) = outliers(str, mostly_equal)
     assert far["key"] == "20"
     assert far["z"] == pytest.approx(1 / (1.2533 / 21))
-    assert outliers(["a", "b"], np.array([3.0, 3.0])) == []
+    assert outliers(str, np.array([3.0, 3.0])) == []
 
 
 def test_bars_have_round_widths_and_hold_every_length() -> None:
@@ -205,3 +205,17 @@ def test_an_empty_store_has_no_statistics(tmp_path: Path) -> None:
     found = whole(store)
     assert found["statistics"]["shards"] == 0
     assert "Over 0 of 0 shards" in store_text(found)
+
+
+def test_the_outliers_of_length_are_named_by_their_keys(tmp_path: Path) -> None:
+    manifest = synthetic_manifest(TopK(k=3))
+    store = synthetic_store(tmp_path / "s", manifest, 9, 1, 2)
+    for shard in (0, 2, 3):
+        with store.writer(shard) as writer:
+            for key in store.plan[shard]:
+                timesteps = 60 if key[0] == "sample-5" else 4 + int(key[0][-1]) % 2
+                arrays = synthetic_arrays(manifest, key, timesteps)
+                writer.append(*key, arrays, stop_reason="end", weight=1.0, seed=1)
+            writer.commit()
+    (far,) = whole(PredictionStore.open(store.path))["outliers"]["length"]
+    assert (far["key"], far["value"]) == ("sample-5/0", 60)
