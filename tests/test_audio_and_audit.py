@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.stored_audio import StoredAudio
 from stages.audio import read_audio, to_pcm16
 from stages.audio_codec import load_audio_codec
+from stages.code_drift import code_drift
+from stages.drift import limit_of
 from stages.errors import UserError
 from stages.family import load_family
 from stages.stored_frames import stored_frames
@@ -27,8 +29,9 @@ from store import PredictionStore
 from tests.diffusion_stores import write_store
 from tests.test_causal_lm import family_of as language_model_of
 from tests.test_causal_lm import folder, tiny  # noqa: F401, fixtures: a tiny language model
+from tests.test_causal_lm import samples_of as language_samples_of
 from tests.test_cli import foretell
-from tests.test_rollout import VARIANTS, teacher_of
+from tests.test_rollout import VARIANTS, teacher_of, written
 
 ROOT = Path(__file__).parent.parent
 KEY = ("clip-00", 1)
@@ -274,6 +277,23 @@ def test_another_teacher_that_predicts_the_same_is_named_and_passes(audited, tin
     assert done.returncode == 0
     assert "ANOTHER TEACHER" in done.stdout
     assert done.stdout.endswith("it holds what this other teacher predicts\n")
+
+
+def test_codes_behind_an_end_are_not_compared(folder, tmp_path):  # noqa: F811
+    family = language_model_of(folder)
+    sampler = {"temperature": 2.0, "max_timesteps": 4, "min_timesteps": 1}
+    store = written(
+        tmp_path / "store", family, language_samples_of(3), sampler=sampler, source="dataset"
+    )
+    found = code_drift(family, store, list(store.keys()), batch_size=2)
+    assert family.predicted is not None
+    counted = sum(
+        family.predicted(torch.from_numpy(store[key].codes.astype(np.int64))).sum(0)
+        for key in store
+    ).tolist()
+    assert [part.predictions for part in found.parts] == counted
+    assert counted[0] > counted[1], "after the end in a timestep's first slot nothing counts"
+    assert found.within(limit_of(store.manifest, "fp32", quantized=False).value)
 
 
 def test_ctrl_c_ends_an_audit_with_more_to_do(audited, monkeypatch):
