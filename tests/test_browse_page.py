@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> PredictionStore:
 def page(store: PredictionStore) -> Iterator[Served]:
     with served(Browse(store, [])) as found:
         yield found
+
+
+@contextmanager
+def shown(browser: Browser, browse: Browse, listening: Listening | None = None) -> Iterator[Served]:
+    """Serve a page while the block runs; the browser leaves it before the server ends."""
+    with served(browse, listening) as page:
+        yield page
+        browser.open("about:blank")
 
 
 def show(browser: Browser, page: Served, **place: Any) -> None:
@@ -274,7 +283,7 @@ def test_nothing_sticks_out_at_the_width_of_a_phone(
 def test_a_token_opens_the_page_and_leaves_the_address(
     browser: Browser, store: PredictionStore
 ) -> None:
-    with served(Browse(store, []), Listening(port=0, token=TOKEN)) as page:
+    with shown(browser, Browse(store, []), Listening(port=0, token=TOKEN)) as page:
         browser.open(page.address)
         browser.wait("document.querySelector('#candidates tbody tr') !== null")
         address = browser.run("location.href")
@@ -317,7 +326,7 @@ def test_teacher_and_student_are_seen_and_heard_side_by_side(
     browser: Browser, tmp_path: Path
 ) -> None:
     speech_report(tmp_path / "report")
-    with served(Browse(None, run_folders([tmp_path]))) as page:
+    with shown(browser, Browse(None, run_folders([tmp_path]))) as page:
         browser.open(page.address)
         browser.wait("document.querySelectorAll('.sight img').length === 4")
         browser.wait("[...document.images].every(i => i.complete && i.naturalHeight === 128)")
@@ -350,7 +359,7 @@ def test_a_rollout_of_a_run_is_decoded_and_heard(browser: Browser, tiny_run: Run
     browse = browse_of(str(tiny_run.root), [], None)
     assert browse.store is not None
     sample_id, variation = next(iter(browse.store.keys()))
-    with served(browse) as page:
+    with shown(browser, browse) as page:
         browser.open(f"{page.address}#{urlencode({'sample': sample_id, 'variation': variation})}")
         browser.wait("document.querySelectorAll('.sight img').length === 2")
         titles = "[...document.querySelectorAll('.clip h4')].map(h => h.childNodes[1].textContent)"
@@ -380,7 +389,7 @@ def test_a_rollout_of_a_run_is_decoded_and_heard(browser: Browser, tiny_run: Run
 
 def test_a_store_of_images_shows_its_channels(browser: Browser, tmp_path: Path) -> None:
     store = rows_store(tmp_path / "store", tmp_path / "table")
-    with served(Browse(store, [])) as page:
+    with shown(browser, Browse(store, [])) as page:
         browser.open(f"{page.address}#sample=a&variation=0&timestep=1")
         browser.wait("document.querySelector('#summaries tbody tr') !== null")
         browser.wait("document.images.length >= 2")
@@ -389,13 +398,16 @@ def test_a_store_of_images_shows_its_channels(browser: Browser, tmp_path: Path) 
         assert browser.run("document.querySelector('audio')") is None
         browser.open(f"{page.address}#sample=d&variation=1")
         browser.wait("document.querySelector('#sample').textContent === 'd'")
+        browser.wait(
+            "[...document.images].map(i => i.alt).join() === 'Channels of row.noise at timestep 0'"
+        )
 
 
 def test_of_many_streams_the_chosen_one_is_in_sight(browser: Browser, tmp_path: Path) -> None:
     manifest = synthetic_manifest(TopK(k=4), streams=32, vocabulary=34)
     store = synthetic_store(tmp_path / "store", manifest, 1, 1, 1)
     write_synthetic_shard(store, 0, 5)
-    with served(Browse(PredictionStore.open(store.path), [])) as page:
+    with shown(browser, Browse(PredictionStore.open(store.path), [])) as page:
         show(browser, page, sample="sample-0", variation=0)
         browser.run("document.querySelector('.cells').focus()")
         for stream in range(1, 32):

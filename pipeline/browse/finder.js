@@ -67,7 +67,7 @@ export async function find(from) {
   byId("previous").disabled = start === 0;
   byId("next").disabled = last >= matched;
   markCurrent();
-  await fillEntropies(mine, found.rows);
+  attempt(() => fillEntropies(mine, found.rows));
 }
 
 function told(found, open) {
