@@ -13,6 +13,7 @@ from stages.training_log import read_log
 from store import PredictionStore
 from store.object_url import ObjectUrl
 from store.remote import store_exists
+from store.threads import in_threads
 
 
 class Made(NamedTuple):
@@ -59,7 +60,7 @@ def _store(path: Path | ObjectUrl) -> Made:
     if not store_exists(path):
         return Made()
     store = PredictionStore.open(path)
-    records = [store.folder(shard).record() for shard in store.committed]
+    records = list(in_threads(lambda shard: store.folder(shard).record(), store.committed))
     size = sum(check.bytes for record in records for check in record.files.values())
     return Made(size, sum(record.rows for record in records), "timesteps")
 

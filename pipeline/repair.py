@@ -20,7 +20,8 @@ def repair_text(found: Verification, damaged: Sequence[int], repaired: Sequence[
     ]
     if repaired:
         lines.append(
-            f"{len(repaired)} shards are planned again: `foretell rollout` makes them, with the "
-            "same bytes; `foretell gc` deletes the damaged ones"
+            f"{len(repaired)} {'shard is' if len(repaired) == 1 else 'shards are'} planned again: "
+            "`foretell rollout` makes what was taken out, with the same bytes; `foretell gc` "
+            "deletes what was damaged"
         )
     return "\n".join(lines or ["there is nothing to repair"])

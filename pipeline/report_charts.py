@@ -127,7 +127,7 @@ def calibration_chart(report: Report) -> str:
     described = f"Reliability of {_listed(found)} against the guided teacher's probabilities"
     edges = next(iter(found.values())).edges
     chart = reliability_chart(series, shares, edges, described)
-    columns = ["system, confidence", "its probability", "guided teacher's", "codes"]
+    columns = ["system, confidence", "system's", "guided teacher's", "codes"]
     rows = (
         row for name, each in found.items() for row in _calibration_rows(system_label(name), each)
     )
@@ -212,7 +212,8 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _card(title: str, chart: str, table: str) -> str:
-    numbers = f"<details><summary>Numbers</summary>{table}</details>" if table else ""
+    named = f'Numbers<span class="heard">: {escape(title)}</span>'
+    numbers = f"<details><summary>{named}</summary>{table}</details>" if table else ""
     return (
         f'<figure class="card"><figcaption><h3>{escape(title)}</h3></figcaption>{chart}{numbers}'
         "</figure>"

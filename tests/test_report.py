@@ -269,8 +269,9 @@ def test_the_page_is_well_formed_escapes_every_text_and_loads_nothing(tmp_path):
     outline = Outline(render(example(tmp_path), tmp_path))
     outline.require_inert("data:audio/flac", absent={"img"})
     # Title, heading, sentence, its id and speaker, what was heard, a warning, a reason, a setting
-    # twice; a run's title, legend, row and twice the caption; in three charts a tick and a row.
-    assert "".join(outline.text).count(HOSTILE) == 21
+    # twice; of the loss curves the title twice, legend, row and twice the caption; in three charts
+    # a tick and a row.
+    assert "".join(outline.text).count(HOSTILE) == 22
 
 
 def test_the_audio_of_the_page_is_the_wav_file_bit_for_bit(tmp_path):

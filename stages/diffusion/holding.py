@@ -7,14 +7,13 @@ from collections.abc import Collection
 import torch
 
 from stages.diffusion.denoiser import Denoiser
-from stages.diffusion.model_config import StorageMethod
 from stages.quantization import quantize, require_layers
-from store.schema import Quantization
+from store.schema import Quantization, QuantizationMethod
 
 
 def quantize_denoiser(
     denoiser: Denoiser,
-    method: StorageMethod,
+    method: QuantizationMethod,
     *,
     keep: Collection[str] = (),
     device: str | torch.device,

@@ -11,9 +11,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.diffusion.model_config import StorageMethod, require_quantizable
+from stages.diffusion.model_config import require_quantizable
 from stages.ranges import Positive, Share
-from store.schema import Record
+from store.schema import QuantizationMethod, Record
 
 TargetSource = Literal["teacher", "data", "prior"]
 Size = tuple[Positive, Positive]
@@ -46,7 +46,7 @@ class PipelineEncoderConfig(Record):
     """Latents are drawn once from the autoencoder's posterior, by key, or are its mode."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Weights and arithmetic of the encoders."""
-    quantization: dict[str, StorageMethod] = Field(default_factory=dict)
+    quantization: dict[str, QuantizationMethod] = Field(default_factory=dict)
     """Component name, such as `text_encoder_2` → how its linear layers are held."""
     device: str = "auto"
     """Torch device that encodes; `auto` takes CUDA where it is present."""

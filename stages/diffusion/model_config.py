@@ -24,7 +24,6 @@ NetworkClass = Literal[
     "SD3Transformer2DModel",
     "FluxTransformer2DModel",
 ]
-StorageMethod = QuantizationMethod
 
 
 def require_quantizable(name: str, precision: str, quantization: str) -> None:
@@ -109,7 +108,7 @@ class DenoiserConfig(Record):
     """Compute activations again on the way back instead of keeping them."""
     base_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of frozen weights under an adapter; what is trained is fp32."""
-    base_quantization: StorageMethod | None = None
+    base_quantization: QuantizationMethod | None = None
     """How the linear layers of the frozen network under an adapter are held."""
 
     @model_validator(mode="after")

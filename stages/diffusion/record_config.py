@@ -13,12 +13,11 @@ from pydantic import Field, model_validator
 from stages.config import FREE_FLOOR
 from stages.diffusion.model_config import (
     DiffusionTeacher,
-    StorageMethod,
     TimestepsConfig,
     require_quantizable,
 )
 from stages.ranges import Positive
-from store.schema import Dense, Fast, Guidance, Profile, Record
+from store.schema import Dense, Fast, Guidance, Profile, QuantizationMethod, Record
 
 
 class ForwardRows(Record):
@@ -118,7 +117,7 @@ class RecordConfig(Record):
     """Rows of a forward pass, with both branches twice as many."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Weights and arithmetic of the teacher; a row that is not finite is repeated in fp32."""
-    quantization: StorageMethod | None = None
+    quantization: QuantizationMethod | None = None
     """How the linear layers of the denoiser are held."""
     keep: tuple[str, ...] = ()
     """Layers that are not quantized, by name or pattern."""
