@@ -29,6 +29,7 @@ import yaml
 from PIL import Image
 
 from pipeline.config import load_config
+from store import PredictionStore
 from tests.conftest import tiny_document
 from tests.object_server import BUCKET
 from tests.pages import PAGES, ROOT, Block, blocks_of, code_of, page_name
@@ -135,9 +136,7 @@ def require_typed(command: str, *, whole: bool = True) -> None:
         case ["torchrun", *options]:
             require_parsed(options[options.index("pipeline") + 1 :])
         case _:
-            assert words[0] in ("apt-get", "dpkg", "export", "git", "cd"), (
-                f"{command!r}: what is it?"
-            )
+            assert words[0] in ("apt-get", "dpkg", "export", "ssh"), f"{command!r}: what is it?"
     for word in words:
         if re.fullmatch(r"configs/\w+\.yaml", word):
             load_config(ROOT / word)
@@ -251,6 +250,8 @@ class Reader:
     """A scratch folder, and what a page's Python has defined."""
 
     folder: Path
+    words: dict[str, str] = field(default_factory=dict)
+    """What the page's words stand for here, beside `PLACEHOLDERS`."""
     before: dict[str, Callable[[], None]] = field(default_factory=dict)
     """What happens elsewhere before a command that begins so, such as listeners who answer."""
     names: dict[str, Any] = field(default_factory=dict)
@@ -270,6 +271,8 @@ class Reader:
             if command.startswith(begin):
                 happen()
         words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command, comments=True)]
+        for shown, meant in self.words.items():
+            words = [word.replace(shown, meant) for word in words]
         words = [name for word in words for name in self._expanded(word)]
         match words:
             case ["foretell", *arguments]:
@@ -412,6 +415,7 @@ def finished_runs(reader: Reader, finished: Path, _: pytest.FixtureRequest) -> N
     """The runs `mini` and `demo` are done."""
     for name in ("mini", "demo"):
         shutil.copytree(finished / "runs" / "mini", reader.folder / "runs" / name)
+    reader.words["SAMPLE/"] = f"{next(PredictionStore.open('runs/mini/store').keys())[0]}/"
 
 
 def damaged(reader: Reader, finished: Path, request: pytest.FixtureRequest) -> None:

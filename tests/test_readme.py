@@ -20,7 +20,11 @@ def test_every_command_is_in_the_table_and_the_table_names_no_other():
 
     text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     named = re.findall(r"^\| `foretell (\w+)`", text, flags=re.MULTILINE)
-    assert sorted(named) == sorted(get_command(app).commands)
+    commands = get_command(app).commands
+    assert sorted(named) == sorted(commands)
+    text = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `foretell inspect ([a-z]+) [^`]*`", text, flags=re.MULTILINE)
+    assert sorted([*named, "show"]) == sorted(commands["inspect"].commands)
 
 
 def test_every_make_target_of_the_readme_exists():
