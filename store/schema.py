@@ -44,7 +44,11 @@ class Record(BaseModel):
     """A small frozen value that writes itself to JSON and back; unknown keys are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        defer_build=True,  # a command builds the records that it reads, not all that are imported
     )
 
     @classmethod
