@@ -54,10 +54,10 @@ def require() -> Callable[[str, str], None]:
 
 
 LONGEST = (
-    "test_slurm", "test_diffusion_run", "test_digits_proof", "test_slurm_lost_nodes",
+    "test_slurm", "test_digits_proof", "test_diffusion_run", "test_slurm_lost_nodes",
     "test_benchmarks", "test_orpheus_run", "test_cli_runs", "test_mini_run", "test_damage",
-    "test_kill", "test_processes", "test_image_evaluate", "test_long_run", "test_rounds",
-    "test_data", "test_magpie_checkpoint", "test_refusals",
+    "test_kill", "test_processes", "test_long_run", "test_sharded", "test_magpie",
+    "test_magpie_checkpoint",
 )  # fmt: skip
 """Files that take half a minute or more, begun first: at the end no worker waits for another."""
 

@@ -65,10 +65,10 @@ def work(request: dict[str, Any]) -> int:
     os.environ.update(request["environment"])
     redirect(2, request["stderr"])
     redirect(1, request.get("stdout", request["stderr"]))
-    load(request)
     for program in (foretell, script):
         if program.__name__ in request:
             return program(request[program.__name__])
+    load(request)  # with `late`; what these programs start imports by itself then
     seen = observed() if "observe" in request else None
     if "order" in request:
         note_order(Path(request["order"]))

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from pipeline import cli, launch, worker
 from stages.interruption import STOP_SIGNALS
 
@@ -65,6 +67,8 @@ _run_afresh = subprocess.run
 
 def _run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """Do what `subprocess.run` does with a program in Python."""
+    if torch.cuda.is_initialized():  # which no fork survives
+        return _run_afresh(command, **options)
     match [*command]:
         case [sys.executable, "-m", "pipeline", *arguments]:
             program = foretell

@@ -264,6 +264,7 @@ def prepare_run(run_of, tiny_run, source: Path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_bad_recordings_are_rejected_by_name_and_counted_and_stop_nothing(
     run_of, tiny_run, tmp_path, start_worker
 ):

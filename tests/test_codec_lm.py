@@ -470,6 +470,7 @@ def test_bfloat16_models_stay_close_to_float32(tmp_path):
         assert difference < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plain", "all"])
 def test_the_training_pass_is_one_graph_without_breaks(variant):
     family = family_of(context_frames=9, dropout=0.0, **VARIANTS[variant])

@@ -216,6 +216,7 @@ def test_a_backend_that_leaves_a_layer_as_it_was_is_an_error(method, monkeypatch
         quantize(Pair(), method, device="cpu")
 
 
+@pytest.mark.slow
 def test_what_the_packages_say_of_themselves_does_not_reach_the_log():
     script = (
         "from torch import nn; from stages.quantization import quantize\n"

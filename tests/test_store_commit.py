@@ -68,6 +68,7 @@ def run(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 @by_profile
 def test_a_writer_killed_at_any_disk_call_publishes_all_or_nothing(
     tmp_path: Path, profile: Profile
