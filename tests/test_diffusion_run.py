@@ -320,14 +320,18 @@ def test_an_estimate_says_to_the_byte_what_the_finished_run_took(sdxl, foretell,
     assert found["timesteps_per_s"] > 0
 
 
-def audited(run: Run, *options: str, code: int = 0) -> Any:
-    done = foretell(
-        "inspect", "audit", run.path, "--fraction", "0.2", "--json", *options, code=code
-    )
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def audited(foretell) -> Callable[..., Any]:
+    """Audit a fifth of a run and return what the command printed."""
+
+    def audit(run: Run, *options: str, code: int = 0) -> Any:
+        asked = ("inspect", "audit", run.path, "--fraction", "0.2", "--json", *options)
+        return json.loads(foretell(*asked, code=code).stdout)
+
+    return audit
 
 
-def test_an_audit_of_a_finished_run_finds_what_the_teacher_predicts(sdxl, flux, mixed):
+def test_an_audit_of_a_finished_run_finds_what_the_teacher_predicts(audited, sdxl, flux, mixed):
     for run, rollouts, parts in ((sdxl, 4, 9), (flux, 4, 4), (mixed, 3, 9)):
         found = audited(run)
         assert found["ok"], found
@@ -338,7 +342,7 @@ def test_an_audit_of_a_finished_run_finds_what_the_teacher_predicts(sdxl, flux, 
         assert found["largest_mean"] < found["limit"] < 3e-2
 
 
-def test_an_audit_tells_another_denoiser(sdxl, models, tmp_path):
+def test_an_audit_tells_another_denoiser(audited, sdxl, models, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(models("sdxl"), other)
     (weights,) = (other / "unet").glob("*.safetensors")
