@@ -15,6 +15,7 @@ from stages.capture import Capture, HostArrays
 from stages.family import Branch, Branches, Scores
 from stages.guidance import guide
 from stages.measure import _compare
+from stages.paired import Axes
 from stages.targets import restore
 from store.encoding import array_specs, find_fault
 from store.schema import Dense, Full, Manifest, Sampled, Target, TopK
@@ -178,10 +179,10 @@ def test_a_system_is_measured_within_the_vocabulary_of_every_stream(padding):
     family = SimpleNamespace(
         heads=(), streams=manifest.streams, score=lambda *_, **__: Scores(logits)
     )
-    (found,) = _compare(family, 1.0, SimpleNamespace(manifest=manifest), batch)
-    kl, agreed, predictions = found
-    assert kl == pytest.approx(0, abs=1e-5)
-    assert agreed == predictions == 2 * LENGTHS[1]
+    axes = Axes(LENGTHS[1], tuple(stream.name for stream in manifest.streams))
+    (found,) = _compare(family, 1.0, SimpleNamespace(manifest=manifest), axes, batch)
+    assert found.kl == pytest.approx(0, abs=1e-5)
+    assert found.agreed == found.predictions == 2 * LENGTHS[1]
 
 
 def test_the_short_stream_is_reduced_as_a_store_of_its_own_would_be():

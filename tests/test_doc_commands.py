@@ -332,8 +332,11 @@ def require_shown(shown: list[str], said: str, command: str) -> None:
 
 
 def alike(line: str) -> str:
-    """A line without its numbers, its columns and the unit that a time happens to have."""
-    without = re.sub(r"[\d.,]*\d", "0", " ".join(line.split()))
+    """A line without its numbers, its columns and the unit that a time happens to have.
+
+    Nor has it a rate: there is none of shards that were committed in one tick of the clock.
+    """
+    without = re.sub(r"[\d.,]*\d", "0", " ".join(line.split())).replace(", 0 shards/min", "")
     return re.sub(r"\b0 (s|min|h|days) left", "0 s left", without)
 
 

@@ -13,7 +13,8 @@ from stages.interruption import STOP_SIGNALS
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from stages.interruption import hold_back, stop_request
 
 number, last, when = int(sys.argv[1]), sys.argv[2] == "last", sys.argv[3]
@@ -31,6 +32,10 @@ print("ended")
 
 
 def said_by(number: int, last: str, when: str) -> subprocess.CompletedProcess[str]:
+    """Run the script, whose signals do what they do to a command that a person types.
+
+    Where a shell started the tests in the background, they ignore SIGINT, and children would too.
+    """
     command = [sys.executable, "-c", SCRIPT, str(int(number)), last, when]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 

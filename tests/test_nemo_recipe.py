@@ -126,7 +126,7 @@ REFUSED = {
     ),
     "value of terms": ({"kl": -1}, r"loss\.kl: .*equal to 0 \(given: -1\)"),
     "nothing to learn": ({"kl": 0}, r"students\.small\.loss: all terms of the loss weigh 0"),
-    "no mapping": ("nemo", r"students\.small\.loss: Input should be a valid dictionary"),
+    "no mapping": ("nemo", r"students\.small\.loss: must be a section"),
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from stages.host_batches import Span, host_batch, restored_batch
 from stages.host_memory import HostMemory
 from stages.interruption import StopRequest
 from stages.measure import _compare
+from stages.paired import Axes
 from stages.rollout_plan import create_store, lay_out
 from stages.sampling import mask_forbidden
 from stages.slot_layout import SlotLayout
@@ -168,14 +169,12 @@ def test_a_student_is_compared_in_predicted_codes(tmp_path):
     student.module.eval()
     with torch.no_grad():
         (batch,) = rollout_batches(store, keys, 6, CPU, {"backbone"}, student.predicted)
-        rows = list(_compare(student, 1.0, store, batch))
+        rows = list(_compare(student, 1.0, store, Axes.of(store), batch))
         found = by_definition(student, family_of(0))
-    for (kl, agreed, count), (values, marks), (same, _) in zip(
-        rows, found["kl"], found["agreed"], strict=True
-    ):
-        assert kl == pytest.approx(float(values[marks].sum()), rel=1e-4)
-        assert agreed == int(same[marks].sum())
-        assert count == int(marks.sum())
+    for row, (values, marks), (same, _) in zip(rows, found["kl"], found["agreed"], strict=True):
+        assert row.kl == pytest.approx(float(values[marks].sum()), rel=1e-4)
+        assert row.agreed == int(same[marks].sum())
+        assert row.predictions == int(marks.sum())
 
 
 # What a batch weighs.

@@ -198,6 +198,7 @@ def test_a_plan_travels_to_other_processes() -> None:
 MEASURE = """
 import sys
 import numpy as np
+import pyarrow as pa
 from store import PredictionStore
 from store.order import Order
 
@@ -205,6 +206,7 @@ def mib(name):
     status = dict(line.split(":") for line in open("/proc/self/status"))
     return int(status[name].split()[0]) / 1024
 
+pa.array([0])  # which imports pandas where it is installed
 before = mib("VmRSS")
 store = PredictionStore.open(sys.argv[1])
 print(mib("VmHWM") - before, mib("VmRSS") - before)

@@ -22,6 +22,7 @@ from stages.interruption import StopRequest
 from stages.losses import stream_weights
 from stages.measure import _compare
 from stages.model_config import CodecLMConfig
+from stages.paired import Axes
 from stages.rollout import rollout
 from stages.rollout_plan import create_store, lay_out
 from stages.sampling import mask_forbidden
@@ -553,5 +554,7 @@ def test_a_student_without_a_local_transformer_is_compared_in_the_streams_that_i
         reference = store_of(tmp_path / name, "full", model)
         batches = rollout_batches(reference, list(reference), 6, HERE.device, {"backbone"})
         with torch.no_grad():
-            found += [list(_compare(student, 1.0, reference, batch)) for batch in batches]
+            axes = Axes.of(reference)
+            rows = [list(_compare(student, 1.0, reference, axes, batch)) for batch in batches]
+            found += [[(row.kl, row.agreed, row.predictions) for row in batch] for batch in rows]
     assert found[0] == found[1]
