@@ -9,6 +9,6 @@ if IN_JOB in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
     hold_back()  # a signal waits until the command listens, however long imports take
     raise_early_signal()
 
-from pipeline.cli import main
+from pipeline.entry import main
 
 main()

@@ -30,7 +30,7 @@ from pipeline.grouped_help import (
 )
 from pipeline.inspect_commands import inspect_app
 from pipeline.inspection_text import verification_text
-from pipeline.launch import FAILED, FINISHED, MORE_TO_DO, USAGE_ERROR
+from pipeline.launch import FAILED, FINISHED, MORE_TO_DO
 from pipeline.listening import (
     SheetOptions,
     export_document,
@@ -39,7 +39,7 @@ from pipeline.listening import (
     tally_answers,
     tally_text,
 )
-from pipeline.printing import Json, print_document, tell
+from pipeline.printing import Json, print_document
 from pipeline.progress import stages_of
 from pipeline.repair import repair_text
 from pipeline.run import (
@@ -56,11 +56,9 @@ from pipeline.submission import Submitted, held_jobs, resubmit, submission_text,
 from stages.errors import UserError
 from stages.interruption import StopRequest, stop_request
 from stages.listening import Kind
-from store import StoreError
 from store import verify as check
 from store.convert import convert as convert_store
 from store.copying import copy_store
-from store.errors import SystemFailure
 from store.garbage import delete_garbage, find_garbage
 from store.repair import after_repair, repairable
 from store.repair import repair as take_out
@@ -84,14 +82,8 @@ app = PlainTyper(
 app.add_typer(
     inspect_app,
     name="inspect",
-    options_metavar="",
     rich_help_panel=STORES,
     short_help="Show what is in a store, down to one timestep, or in a model.",
-    epilog=examples(
-        "foretell inspect runs/my/store",
-        "foretell inspect runs/my/store --key SAMPLE/0/12",
-        "foretell inspect runs/my/student",
-    ),
 )
 
 Config = Annotated[
@@ -134,18 +126,6 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return the decorator of a command: where the help lists it, and examples of it."""
     return app.command(name, rich_help_panel=group, epilog=examples(*shown))
-
-
-def main() -> None:
-    """Run the command line; a user's mistake is one message and exit code 2, never a traceback.
-
-    Where a disk or object storage refuses, the code is 1.
-    """
-    try:
-        app(prog_name="foretell")
-    except (UserError, StoreError) as error:
-        tell(f"foretell: {error}")
-        sys.exit(FAILED if isinstance(error, SystemFailure) else USAGE_ERROR)
 
 
 def _stage(

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import load_config
 from pipeline.distribution_divergence import (
     common_temperature,
     divergence_of_rows,
@@ -99,6 +98,8 @@ def _settings(place: Place, kind: str) -> Document:
             return manifest.model_dump(mode="json", exclude={"files"})
         case "configuration":
             assert isinstance(place, Path)
+            from pipeline.config import load_config  # noqa: PLC0415, stores are compared without
+
             return load_config(place, []).model_dump(mode="json")
         case "model":
             assert isinstance(place, Path)

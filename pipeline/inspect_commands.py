@@ -15,8 +15,7 @@ from tqdm import tqdm
 from pipeline.audio_export import clip_text, export_clip
 from pipeline.comparison import describe_difference
 from pipeline.comparison_text import difference_text
-from pipeline.config import load_config
-from pipeline.grouped_help import GroupedHelp, PlainTyper
+from pipeline.grouped_help import GroupedHelp, PlainTyper, examples
 from pipeline.inspection import (
     Document,
     describe_key,
@@ -54,11 +53,18 @@ inspect_app = PlainTyper(
     cls=DefaultGroup,
     no_args_is_help=True,
     rich_markup_mode=None,
+    add_completion=False,
+    options_metavar="",
     subcommand_metavar="STORE | COMMAND [ARGS]...",
     help="Show what is in a store, down to one timestep, or how large a model is.\n\n"
     f"`foretell inspect STORE` is short for `foretell inspect {DEFAULT} STORE`, whose options "
     f"`foretell inspect {DEFAULT} --help` lists. A folder that is called like a command is "
     "reached as ./diff.",
+    epilog=examples(
+        "foretell inspect runs/my/store",
+        "foretell inspect runs/my/store --key SAMPLE/0/12",
+        "foretell inspect runs/my/student",
+    ),
 )
 
 
@@ -281,6 +287,7 @@ def audit(
 
     Exit code 1 where the store holds something else than the teacher predicts.
     """
+    from pipeline.config import load_config  # noqa: PLC0415, whose settings nobody else waits for
     from pipeline.drift_audit import audit_document, audit_of, audit_text  # noqa: PLC0415, torch
     from stages.drift import AuditChoice  # noqa: PLC0415, likewise
 

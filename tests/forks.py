@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from pipeline import cli, launch, worker
+import pipeline.cli  # noqa: F401, imported once, for all forks
+from pipeline import entry, launch, worker
 from stages.interruption import STOP_SIGNALS
 
 
@@ -51,7 +52,7 @@ def foretell(arguments: Sequence[str]) -> int:
         DEVNULL=subprocess.DEVNULL,
         TimeoutExpired=subprocess.TimeoutExpired,
     )
-    return ended(cli.main)
+    return ended(entry.main)
 
 
 def script(arguments: Sequence[str]) -> int:

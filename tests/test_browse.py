@@ -23,7 +23,7 @@ from pipeline.browse.rollout_index import PAGE_ROLLOUTS, Query, RolloutIndex
 from pipeline.browse.serving import Listening, browse_of, page_server
 from pipeline.browse.store_view import MOST_CANDIDATES
 from pipeline.candidates import describe_stream
-from pipeline.cli import main
+from pipeline.entry import main
 from stages.errors import UserError
 from stages.report_schema import AudioClip, AudioSample, Images, ImageSample, Report, System
 from store import PredictionStore

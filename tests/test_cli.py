@@ -43,7 +43,7 @@ def in_a_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def foretell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command in this process, which is faster: the same entry point, output and code."""
-    from pipeline.cli import main
+    from pipeline.entry import main
 
     command = ["foretell", *map(str, arguments)]
     with (

@@ -291,7 +291,7 @@ class Reader:
         return sorted(map(str, Path().glob(word))) if "*" in word and "/" in word else [word]
 
     def _foretell(self, arguments: list[str]) -> str:
-        from pipeline.cli import main
+        from pipeline.entry import main
 
         said = io.StringIO()
         with (

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from pipeline import doctor, packages
-from pipeline.cli import main
 from pipeline.config import load_config
 from pipeline.doctor import diagnose, everything
 from pipeline.doctor_text import diagnosis_text
+from pipeline.entry import main
 from pipeline.needs import needs
 from pipeline.probe import ASKED, reason
 from stages.errors import UserError

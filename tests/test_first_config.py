@@ -13,9 +13,9 @@ from unittest.mock import patch
 import pytest
 import yaml
 
-from pipeline.cli import main
 from pipeline.commented_yaml import commented_yaml
 from pipeline.config import load_config
+from pipeline.entry import main
 from pipeline.first_config import (
     DEMO,
     FIT,

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
-from pipeline.cli import main
+from pipeline.entry import main
 from store import PredictionStore, StoreError, commit, verify
 from store.garbage import delete_garbage, find_garbage
 from store.schema import TopK

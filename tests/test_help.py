@@ -12,7 +12,8 @@ from unittest.mock import patch
 import pytest
 from typer.main import get_command
 
-from pipeline.cli import app, main
+from pipeline.cli import app
+from pipeline.entry import main
 from pipeline.grouped_help import GROUPS
 from pipeline.printing import tell
 
