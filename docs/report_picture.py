@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.browser import Browser, find_chromium
 
-WIDTH, HEIGHT, COLOURS = 1280, 1000, 192
+WIDTH, HEIGHT = 1280, 1000
 SCROLL_BAR = 15
 """Pixels that the window needs beside the page."""
 
@@ -27,7 +27,7 @@ def main(report: str) -> None:
         browser.show(WIDTH + SCROLL_BAR)
         browser.open(Path(report).resolve() / "report.html")
         drawn = Image.open(io.BytesIO(browser.picture())).convert("RGB")
-    top = drawn.crop((0, 0, WIDTH, HEIGHT)).quantize(COLOURS, dither=Image.Dither.NONE)
+    top = drawn.crop((0, 0, WIDTH, HEIGHT))
     top.save(Path(__file__).parent / "report.png", optimize=True)
 
 

@@ -21,12 +21,15 @@ from tests.served_pages import served
 HERE = Path(__file__).parent
 COLOURS = 224
 FEW_SENTENCES = (
-    "[...document.querySelectorAll('.run-body > .card')].slice(3).forEach(card => card.remove())"
+    "[...document.querySelectorAll('.run-body > .card')].slice(2).forEach(card => card.remove())"
 )
 
 
-def picture(browser: Browser, address: str, path: Path, clips: int, first: str = "") -> None:
-    """Wait until a page shows so many clips and keep a picture of it; `first` changes the page."""
+SHOWN = "[...document.querySelectorAll('.sight')].every(clip => clip.querySelector('img'))"
+
+
+def picture(browser: Browser, address: str, path: Path, first: str = "") -> None:
+    """Wait until a page shows its clips and keep a picture of it; `first` changes the page."""
     browser.open(address)
     browser.wait("document.querySelectorAll('.sight').length >= 2", 60)
     browser.run(first)
@@ -35,7 +38,7 @@ def picture(browser: Browser, address: str, path: Path, clips: int, first: str =
         "(path => { path.textContent = path.textContent.split('/').slice(-3).join('/'); })"
         "(document.querySelector('#path'))"
     )
-    browser.wait(f"document.querySelectorAll('.sight img').length >= {clips}", 60)
+    browser.wait(SHOWN, 60)
     browser.wait("[...document.images].every(image => image.complete)")
     time.sleep(1)
     drawn = Image.open(io.BytesIO(browser.picture())).convert("RGB")
@@ -52,10 +55,10 @@ def main(run: str, key: str) -> None:
         Browser(chromium, Path(profile)) as browser,
     ):
         browser.show(1280)
-        picture(browser, f"{page.address}#view=store&{key}", HERE / "serve_store.png", 2)
+        picture(browser, f"{page.address}#view=store&{key}", HERE / "serve_store.png")
         browser.open("about:blank")
         address = f"{page.address}#view=run&run=0"
-        picture(browser, address, HERE / "serve_run.png", 6, FEW_SENTENCES)
+        picture(browser, address, HERE / "serve_run.png", FEW_SENTENCES)
 
 
 if __name__ == "__main__":
