@@ -40,6 +40,8 @@ from tests.conftest import ROOT
 from tests.row_stores import rows_store
 from tests.served_pages import Served, served
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "a-token-of-some-letters"
 REASONS = ("end", "truncated", "max_timesteps")
 

@@ -45,6 +45,8 @@ from store.shard_folder import MappedShard
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from tests.stopping import StopAfter
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SAMPLES, VARIATIONS, ROLLOUTS_PER_SHARD = 22, 2, 6
 ROLLOUTS = SAMPLES * VARIATIONS

@@ -43,6 +43,8 @@ from tests.recorded import (
 )
 from tests.stopping import StopAfter
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 BOTH, GUIDED = ("dense.cond", "dense.delta"), ("dense.guided",)
 WIDE = {"kind": "dense", "branches": "both", "dtype": "float32"}
