@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from stages.errors import UserError
+from stages.guidance import error_gain
 from stages.sampling import keyed_seed
 from store import PredictionStore
 from store.plan import Key
@@ -252,13 +253,13 @@ def limit_of(manifest: Manifest, precision: str, *, quantized: bool) -> Limit:
 
     `precision` is that of the teacher, fp32, bf16 or fp16; one that is `quantized` rounds what it
     reads as coarsely as bf16 at least. Logits that are off by at most e change KL by at most e²/2
-    (Hoeffding's lemma), and guidance at scale s amplifies an error by |s| + |1 − s|. Square roots
+    (Hoeffding's lemma), and guidance amplifies an error (`error_gain`). Square roots
     of small divergences add up at worst. Where stage one has measured how far a teacher of fewer
     bits is from itself in float32, that counts instead.
     """
     arithmetic = "bf16" if quantized and precision == "fp32" else precision
     scale, target = manifest.guidance.scale, manifest.target
-    gain = abs(scale) + abs(1 - scale)
+    gain = error_gain(scale)
     told = f"{arithmetic} arithmetic" + (f" guided at {scale:g}" if scale != 1 else "")
     if isinstance(target, Sampled):
         return Limit(REDRAWN_SHARE[arithmetic], f"draws that {told} may move")
@@ -288,7 +289,7 @@ def _storage_loss(manifest: Manifest, target: TopK | Full | Hidden) -> float:
     """Return the KL in nats that rounding what is stored may cost."""
     scale, rounding = manifest.guidance.scale, TYPE_ERROR[target.dtype]
     both = manifest.branches == "both"
-    gain = (abs(scale) + abs(1 - scale)) ** 2 if both else 1.0
+    gain = error_gain(scale) ** 2 if both else 1.0
     if isinstance(target, Hidden):
         steps = [rounding, *(profile.hidden_step for profile in _compact(manifest))]
         return gain * HIDDEN_LOSS_NATS * sum((256 * step) ** 2 for step in steps)

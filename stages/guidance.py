@@ -32,5 +32,10 @@ def guide(
     return mixed
 
 
+def error_gain(scale: float) -> float:
+    """Return by how much guidance at a scale amplifies an error of its branches, at worst."""
+    return abs(scale) + abs(1 - scale)
+
+
 def _single(values: Any) -> Any:
     return values.astype(np.float32) if isinstance(values, np.ndarray) else values.float()
