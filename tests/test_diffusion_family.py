@@ -16,6 +16,8 @@ from stages.errors import UserError
 from stages.family import load_denoiser
 from stages.saved_model import is_saved, saved_family, saved_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 HINT = "pip install 'foretell[diffusion]'"
 UNET = {

@@ -111,6 +111,7 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_read(tmp_path: Path)
     assert list(store_parts(empty, everything=False))[-1]["statistics"]["shards"] == 0
 
 
+@pytest.mark.slow
 def test_looking_into_stores_imports_no_torch_and_matplotlib_only_to_draw(tmp_path: Path) -> None:
     paths = [str(stored(tmp_path / name, TopK(k=k)).path) for name, k in (("a", 3), ("b", 4))]
     script = f"""

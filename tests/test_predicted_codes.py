@@ -41,6 +41,8 @@ from store.synthetic import (
 from tests.test_data import config_of as reading
 from tests.test_train import FACTS, HERE, SAMPLES, SCALE, config_of, family_of, learned, store_of
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

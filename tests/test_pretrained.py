@@ -15,6 +15,8 @@ from stages.families.codec_lm import CodecLM
 from stages.family import load_family
 from store import PredictionStore
 
+pytestmark = pytest.mark.slow
+
 ASKED: list[tuple[str, DatasetFacts, str, torch.dtype]] = []
 
 

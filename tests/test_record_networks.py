@@ -23,6 +23,8 @@ from stages.family import load_denoiser
 from stages.interruption import StopRequest
 from store import PredictionStore, verify
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],

@@ -35,6 +35,8 @@ from tests.diffusion_stores import (
     write_store,
 )
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ROWS = len(SAMPLES) * IMAGES * TEXTS * SLOTS
 TRAJECTORIES = Written(rows=TrajectoryRows(kind="trajectory", steps=5), samples=TEACHERS)
