@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
-from pipeline.completion import configurations, rounds, stores, students, systems
-from pipeline.config import Run, load_config, speech_run
-from pipeline.conversion import ProfileName, conversion_text, profile_of
-from pipeline.copying import copy_text
+from pipeline.arguments import Config, Set
+from pipeline.completion import rounds, stores, students
+from pipeline.config import Run, load_config
 from pipeline.first_commands import doctor, init
-from pipeline.garbage import deletion_text, garbage_text
 from pipeline.grouped_help import (
     CLUSTER,
     LISTENING,
@@ -29,19 +24,10 @@ from pipeline.grouped_help import (
     examples,
 )
 from pipeline.inspect_commands import inspect_app
-from pipeline.inspection_text import verification_text
 from pipeline.launch import FAILED, FINISHED, MORE_TO_DO
-from pipeline.listening import (
-    SheetOptions,
-    export_document,
-    export_sheets,
-    export_text,
-    tally_answers,
-    tally_text,
-)
+from pipeline.listening_commands import listen, tally
 from pipeline.printing import Json, print_document
 from pipeline.progress import stages_of
-from pipeline.repair import repair_text
 from pipeline.run import (
     do_stage,
     do_stage_among_peers,
@@ -52,16 +38,10 @@ from pipeline.run import (
 )
 from pipeline.slurm import QueueEntry, requeue_if_asked
 from pipeline.status import run_status, status_text
+from pipeline.store_commands import convert, copy, gc, verify
 from pipeline.submission import Submitted, held_jobs, resubmit, submission_text, submit
 from stages.errors import UserError
 from stages.interruption import StopRequest, stop_request
-from stages.listening import Kind
-from store import verify as check
-from store.convert import convert as convert_store
-from store.copying import copy_store
-from store.garbage import delete_garbage, find_garbage
-from store.repair import after_repair, repairable
-from store.repair import repair as take_out
 
 app = PlainTyper(
     name="foretell",
@@ -86,39 +66,7 @@ app.add_typer(
     short_help="Show what is in a store, down to one timestep, or in a model.",
 )
 
-Config = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CONFIG",
-        help="YAML configuration of a run; `foretell init` writes one.",
-        show_default=False,
-        autocompletion=configurations,
-    ),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override one key, e.g. rollout.batch_size=8; may be given again.",
-    ),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Write the scripts and submit nothing.")]
-StorePlace = Annotated[
-    str,
-    typer.Argument(
-        metavar="STORE",
-        help="Folder of a store, or s3://BUCKET/PREFIX.",
-        show_default=False,
-        autocompletion=stores,
-    ),
-]
-StorePath = Annotated[
-    str,
-    typer.Argument(
-        metavar="STORE", help="Folder of a store.", show_default=False, autocompletion=stores
-    ),
-]
 
 
 def command(
@@ -317,74 +265,6 @@ def evaluate(config: Config, set_: Set = None) -> None:
 
 
 @command(
-    LISTENING,
-    "foretell listen my.yaml --sheets 8",
-    "foretell listen my.yaml --only ab --items 10",
-)
-def listen(
-    config: Config,
-    sheets: Annotated[
-        int, typer.Option(metavar="N", help="Sheets, for as many listeners.", min=1)
-    ] = 1,
-    items: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Samples of the report that are heard; without it, all.", min=1
-        ),
-    ] = None,
-    system: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="System that is heard, such as recording or student; may be given again; "
-            "without it, all of the report.",
-            autocompletion=systems,
-        ),
-    ] = None,
-    only: Annotated[
-        Literal["mos", "ab"] | None,
-        typer.Option(help="Rate clips (mos) or compare pairs (ab); without it, both."),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of orders and names.", min=0)] = 0,
-    set_: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Write blind listening sheets of a finished evaluation.
-
-    Each sheet is a page for one listener; the key that says who spoke stays with you.
-    """
-    settings = speech_run(config, set_ or [], "listen")
-    kinds: tuple[Kind, ...] = ("mos", "ab") if only is None else (only,)
-    options = SheetOptions(sheets, items, tuple(system or ()), kinds, seed)
-    key = export_sheets(settings, options)
-    print_document(export_document(settings, key), as_json, lambda: export_text(settings, key))
-
-
-@command(
-    LISTENING,
-    "foretell tally my.yaml answers/*.json",
-)
-def tally(
-    config: Config,
-    answers: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="ANSWERS", help="The answers files of all listeners.", show_default=False
-        ),
-    ],
-    set_: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Sum up what listeners answered, with intervals.
-
-    Exit code 1 where something in the files does not count.
-    """
-    result = tally_answers(speech_run(config, set_ or [], "tally"), answers)
-    print_document(result.model_dump(mode="json"), as_json, lambda: tally_text(result))
-    raise typer.Exit(FAILED if result.faults or not result.answers else FINISHED)
-
-
-@command(
     START,
     "foretell run configs/mini.yaml",
     "foretell run my.yaml --set name=second --set seed=2",
@@ -485,134 +365,30 @@ def _tell_submission(
         raise typer.Exit(MORE_TO_DO)
 
 
-@command(
+command(
     STORES,
     "foretell verify runs/my/store",
     "foretell verify runs/my/store --repair",
-)
-def verify(
-    store: StorePlace,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Take damaged shards out, to be made again.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Take them out without asking.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Check every file and array of a store against its checksums.
-
-    Exit code 1 where anything is damaged.
-    """
-    if yes and not repair:
-        raise UserError("--yes answers what --repair asks: give both, or neither")
-    result = check(store, partial(tqdm, unit="shard", disable=None))
-    damaged = repairable(result) if repair else []
-    if not as_json:
-        typer.echo(verification_text(result))
-    if damaged and not yes and not as_json:
-        question = f"Take {len(damaged)} damaged shards out of the store, to be made again?"
-        yes = _confirm(question, "nothing was taken out")
-    repaired = take_out(store, damaged) if damaged and yes else []
-    after = after_repair(result, repaired)
-    document = after.model_dump(mode="json") | {"repaired": [r.model_dump() for r in repaired]}
-    if as_json or repair:
-        print_document(document, as_json, lambda: repair_text(result, damaged, repaired))
-    raise typer.Exit(FINISHED if after.ok else FAILED)
-
-
-@command(
+)(verify)
+command(
     STORES,
     "foretell convert runs/my/store runs/my/store_small --profile compact",
-)
-def convert(
-    store: StorePath,
-    destination: Annotated[
-        str, typer.Argument(metavar="DESTINATION", help="Folder to make.", show_default=False)
-    ],
-    profile: Annotated[ProfileName, typer.Option(help="How the arrays are encoded.")],
-    loss_nats: Annotated[
-        float | None,
-        typer.Option(metavar="NATS", help="Bound on the KL that compact may cost, in nats."),
-    ] = None,
-    hidden_step: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Step of compact hidden states, as a share of their root mean square.",
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Write a store in another profile, verify it, say what it cost.
-
-    `fast` is mapped into memory, `compact` takes the fewest bytes.
-    """
-    chosen = profile_of(profile, loss_nats, hidden_step)
-    bar = partial(tqdm, unit="shard", disable=None)
-    try:
-        with stop_request(at_once=True):  # a shard appears whole or not at all
-            result = convert_store(store, destination, chosen, bar)
-    except KeyboardInterrupt:
-        raise typer.Exit(MORE_TO_DO) from None
-    print_document(result.model_dump(mode="json"), as_json, lambda: conversion_text(result))
-
-
-@command(
+)(convert)
+command(
     STORES,
     "foretell copy runs/my/store s3://bucket/my",
     "foretell copy s3://bucket/my stores/my",
-)
-def copy(
-    source: StorePlace,
-    destination: Annotated[
-        str,
-        typer.Argument(
-            metavar="DESTINATION",
-            help="Folder or URL to make, or to go on with.",
-            show_default=False,
-        ),
-    ],
-    as_json: Json = False,
-) -> None:
-    """Copy a store between folders and object storage, comparing sums.
-
-    The same command goes on where a copy was interrupted.
-    """
-    try:
-        with stop_request(at_once=True):  # a shard appears whole or not at all
-            result = copy_store(source, destination, partial(tqdm, unit="shard", disable=None))
-    except KeyboardInterrupt:
-        raise typer.Exit(MORE_TO_DO) from None
-    print_document(result.model_dump(mode="json"), as_json, lambda: copy_text(result))
-    raise typer.Exit(FAILED if result.differing else FINISHED)
-
-
-@command(
+)(copy)
+command(
     STORES,
     "foretell gc runs/my/store",
-)
-def gc(
-    store: StorePlace,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
-    as_json: Json = False,
-) -> None:
-    """List what killed jobs left in a store; delete it if you say so.
-
-    Committed shards are never deleted.
-    """
-    found = find_garbage(store)
-    if not as_json:
-        typer.echo(garbage_text(found))
-    if found and not yes and not as_json:
-        question = "Delete all of it? A job that writes now has its work there too"
-        yes = _confirm(question, "nothing was deleted")
-    kept = delete_garbage(store, found) if yes else []
-    document = {"found": [f.model_dump() for f in found], "kept": [k.model_dump() for k in kept]}
-    print_document(document | {"deleted": yes}, as_json, lambda: deletion_text(found, kept, yes))
-    raise typer.Exit(FAILED if kept else FINISHED)
-
-
-def _confirm(question: str, otherwise: str) -> bool:
-    """Ask a person; raises UserError that begins with `otherwise` where there is no terminal."""
-    if not sys.stdin.isatty():
-        raise UserError(f"{otherwise}: there is no terminal to ask; --yes answers the question")
-    return typer.confirm(question, default=False)
+)(gc)
+command(
+    LISTENING,
+    "foretell listen my.yaml --sheets 8",
+    "foretell listen my.yaml --only ab --items 10",
+)(listen)
+command(
+    LISTENING,
+    "foretell tally my.yaml answers/*.csv",
+)(tally)

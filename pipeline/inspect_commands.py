@@ -27,10 +27,9 @@ from pipeline.inspection import (
 )
 from pipeline.inspection_csv import csv_text
 from pipeline.inspection_text import store_text
-from pipeline.launch import FAILED, FINISHED, MORE_TO_DO
+from pipeline.launch import FAILED, FINISHED
 from pipeline.printing import Json, print_document
 from stages.errors import UserError
-from stages.interruption import stop_request
 from store import PredictionStore
 from store.object_url import place_of
 
@@ -287,16 +286,15 @@ def audit(
 
     Exit code 1 where the store holds something else than the teacher predicts.
     """
-    from pipeline.config import load_config  # noqa: PLC0415, whose settings nobody else waits for
-    from pipeline.drift_audit import audit_document, audit_of, audit_text  # noqa: PLC0415, torch
-    from stages.drift import AuditChoice  # noqa: PLC0415, likewise
+    # Settings, and torch, which nobody else waits for.
+    from pipeline.arguments import stopped_at_once  # noqa: PLC0415
+    from pipeline.config import load_config  # noqa: PLC0415
+    from pipeline.drift_audit import audit_document, audit_of, audit_text  # noqa: PLC0415
+    from stages.drift import AuditChoice  # noqa: PLC0415
 
-    try:
-        with stop_request(at_once=True):  # nothing is written that could be left half done
-            found = audit_of(
-                load_config(config, set_ or []), round_, AuditChoice(fraction, seed, limit)
-            )
-    except KeyboardInterrupt:
-        raise typer.Exit(MORE_TO_DO) from None
+    with stopped_at_once():  # nothing is written
+        found = audit_of(
+            load_config(config, set_ or []), round_, AuditChoice(fraction, seed, limit)
+        )
     print_document(audit_document(found), as_json, lambda: audit_text(found))
     raise typer.Exit(FINISHED if found.ok else FAILED)

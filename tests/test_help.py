@@ -72,6 +72,13 @@ def examples() -> list[str]:
     return [line for line in lines if line and line not in ("\b", "Examples:")]
 
 
+def test_the_example_of_answers_names_files_as_listening_sheets_write_them():
+    (tallied,) = (example for example in examples() if example.startswith("foretell tally"))
+    script = (ROOT / "pipeline" / "listening.js").read_text(encoding="utf-8")
+    (suffix,) = re.findall(r"link\.download = .*(\.\w+)`", script)
+    assert tallied.endswith(f"*{suffix}")
+
+
 @pytest.mark.parametrize("example", sorted(set(examples())))
 def test_examples_are_commands_that_exist_with_options_that_they_have(example):
     words = shlex.split(example, comments=True)
