@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.inspection import ROLLOUT_KEY
+from pipeline.rollout_inspection import ROLLOUT_KEY
 from pipeline.stored_audio import StoredAudio
 from stages.errors import UserError
 from store import PredictionStore

@@ -17,10 +17,7 @@ from pipeline.comparison import describe_difference
 from pipeline.comparison_text import difference_text
 from pipeline.grouped_help import GroupedHelp, PlainTyper, examples
 from pipeline.inspection import (
-    Document,
-    describe_key,
     describe_model,
-    describe_rollout,
     describe_shard,
     is_model,
     store_parts,
@@ -29,6 +26,7 @@ from pipeline.inspection_csv import csv_text
 from pipeline.inspection_text import store_text
 from pipeline.launch import FAILED, FINISHED
 from pipeline.printing import Json, print_document
+from pipeline.rollout_inspection import Document, describe_key, describe_rollout
 from stages.errors import UserError
 from store import PredictionStore
 from store.object_url import place_of

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from pipeline.inspection import Document
 from pipeline.inspection_tables import TABLES, shard_parts, timestep_parts
+from pipeline.rollout_inspection import Document
 from pipeline.text_tables import rendered, value_table, visible
 from store.verify import Verification
 

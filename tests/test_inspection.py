@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.inspection import describe_key, describe_store
+from pipeline.inspection import describe_store
 from pipeline.inspection_text import store_text
+from pipeline.rollout_inspection import describe_key
 from stages.architecture import Architecture
 from store import PredictionStore
 from store.convert import convert

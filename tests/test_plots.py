@@ -14,8 +14,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.inspection import describe_rollout, store_parts
+from pipeline.inspection import store_parts
 from pipeline.plots import plot_rollout
+from pipeline.rollout_inspection import describe_rollout
 from stages.errors import UserError
 from store import PredictionStore
 from store.schema import Dense, Full, Hidden, Sampled, Target, TopK
