@@ -6,8 +6,10 @@ import gc
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,25 @@ settings.register_profile(
     derandomize=bool(os.environ.get("CI")),
 )
 settings.load_profile("steady")
+
+
+LEAST_FREE = 4 * 10**9
+"""Bytes: stage one begins no shard with less than 1 GiB free, and beside that the suite writes."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a disk that is nearly full; what killed processes leave lies where it is deleted."""
+    if hasattr(config, "workerinput"):
+        return  # the environment of a worker is that of the process which started it
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < LEAST_FREE:
+        raise pytest.UsageError(
+            f"{free:,} bytes are free at {tempfile.gettempdir()}, and the tests need "
+            f"{LEAST_FREE:,}: free some, or set TMPDIR to a folder on a larger disk"
+        )
+    leavings = tempfile.mkdtemp(prefix="ft-")  # short: the paths of sockets in it are limited
+    os.environ["TMPDIR"] = leavings
+    config.add_cleanup(lambda: shutil.rmtree(leavings, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

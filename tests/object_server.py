@@ -88,7 +88,9 @@ class ObjectServer:
                     "-master.telemetry=false", "-master.electionTimeout=1s",
                     f"-master.port={master}",
                     "-master.volumeSizeLimitMB=64",
-                    f"-volume.port={volume}", "-volume.max=0", "-filer", f"-filer.port={filer}",
+                    # Not shares of the disk: one that is fairly full would have no room.
+                    "-volume.max=100", "-volume.minFreeSpace=64MiB",
+                    f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
                     "-s3", f"-s3.port={s3}", f"-s3.config={config}", "-s3.iam=false",
                     "-s3.port.iceberg=0", "-s3.port.lance=0",
                 ],

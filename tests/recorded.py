@@ -40,6 +40,7 @@ PLAIN: dict[str, Any] = {
     "guidance": {"scale": 3.0},
     "rollouts_per_shard": 4,
     "batch_size": 5,
+    "free_floor": 0,
 }
 
 
