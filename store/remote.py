@@ -193,8 +193,15 @@ class RemoteLayout(Layout):
                 names.append(found.name)
             else:
                 names.append(name)
+                if self.modified_s.get(number, found.modified_s) != found.modified_s:
+                    self.commits.pop(number, None)  # of a shard that was taken out since
+                    self.sizes.pop(number, None)
                 self.modified_s[number] = found.modified_s
         return sorted(names)
+
+    def stamps(self) -> dict[int, float]:
+        """Committed shards, rising, and when each was committed by the server's clock."""
+        return {shard: self.modified_s[shard] for shard in self.committed()}
 
     def is_committed(self, shard: int) -> bool:
         """Whether a shard is committed by now; raises StoreError."""

@@ -165,7 +165,7 @@ def test_hostile_ids_are_text_and_are_reached_from_the_list_and_by_their_address
 ) -> None:
     show(browser, page, sample="sample-1", variation=0)
     for number, sample_id in enumerate(HOSTILE):
-        browser.run(f"document.querySelector('[data-row=\"{number}\"]').click()")
+        browser.run(f"document.querySelector('[data-place=\"{number}\"]').click()")
         require_shown(browser, store, sample_id)
         current = browser.run(
             "document.querySelector('#rollouts [aria-current] .name').textContent"
