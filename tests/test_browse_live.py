@@ -41,13 +41,15 @@ def begun(place: Path | str, shards: list[int], planned: int = 4) -> PredictionS
     return PredictionStore.open(place)
 
 
-def commit(place: Path | str, shard: int, timesteps: int | None = None) -> None:
+def commit(
+    place: Path | str, shard: int, timesteps: int | None = None, stop_reason: str = "end"
+) -> None:
     """Commit a shard whose one rollout has 3 timesteps and its number's, unless told otherwise."""
     store = PredictionStore.open(place)
     with store.writer(shard) as writer:
         for key in store.plan[shard]:
             arrays = synthetic_arrays(store.manifest, key, timesteps or 3 + shard)
-            writer.append(*key, arrays, stop_reason="end", weight=1.0, seed=shard)
+            writer.append(*key, arrays, stop_reason=stop_reason, weight=1.0, seed=shard)
         writer.commit()
 
 
