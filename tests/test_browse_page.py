@@ -451,7 +451,7 @@ def test_an_open_page_says_that_there_is_more_and_lists_it_when_asked(
         commit(place, 1, stop_reason="truncated")
         browser.wait(f"{LOOK} && {fact('Shards')} === '3 of 4'")
         assert browser.run(fact("Rollouts")) == "3"
-        browser.wait("document.querySelector('#more').textContent.startsWith('1 more rollout is')")
+        browser.wait("document.querySelector('#more').textContent.startsWith('1 more rollout was')")
         assert browser.run("document.querySelector('#more').getAttribute('role')") == "status"
         reasons = "[...document.querySelectorAll('[name=stop_reason] option')].map(o => o.value)"
         assert browser.run(reasons) == ["", "end", "truncated"]

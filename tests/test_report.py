@@ -305,7 +305,9 @@ def test_rows_stand_below_the_headings_of_their_groups(tmp_path):
     systems = page.split('aria-label="Metrics of all systems"')[1].split("</table>")[0]
     groups = re.findall('scope="rowgroup" role="rowheader" colspan="6">([^<]+)<', systems)
     assert groups == ["Speech", "Against the guided teacher", "Time", "Size and work"]
-    parts = [re.findall('scope="row" role="rowheader">([^<]+)<', p) for p in systems.split("<tbody")]
+    parts = [
+        re.findall('scope="row" role="rowheader">([^<]+)<', p) for p in systems.split("<tbody")
+    ]
     assert parts[1:] == [["WER"], ["KL to guided"], ["Real-time factor"], ["Parameters", "Passes"]]
 
 

@@ -65,7 +65,7 @@ export async function renewFinder(store) {
     await find(0);
     return;
   }
-  news(byId("more"), more > 0 ? `${count(more, "more rollout")} ${more === 1 ? "is" : "are"} there.`
+  news(byId("more"), more > 0 ? `${count(more, "more rollout")} ${more === 1 ? "was" : "were"} committed.`
     : "Rollouts were taken out of the store.", "Update the list", () => find(start));
 }
 

@@ -18,7 +18,7 @@ export async function showRun(run) {
   shown = { run, report: found.report, logs };
   byId("run").replaceChildren(
     make("div", { class: "run-head" },
-      make("h2", {}, `Evaluation of ${plain(found.run ?? found.name)}`),
+      make("h2", {}, found.evaluated ? `Evaluation of ${plain(found.run)}` : plain(found.name)),
       found.evaluated ? make("p", {}, sizes(found)) : null,
       found.has_page ? make("a", {
         href: address("report", { run }), target: "_blank", rel: "noopener",

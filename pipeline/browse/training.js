@@ -2,9 +2,10 @@
 
 import { ask, make, makeSvg, makeTable, number, plain, significant } from "./dom.js";
 
-const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [340, 180, 52, 8, 8, 34];
+const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [340, 180, 62, 8, 8, 34];
 const FIRST_COLOUR = 3; // as in a report
 const DASHES = ["1 3", "6 2", "2 2", "none", "7 2 1 2", "4 1 1 1 1 1"];
+const WHEN = { dateStyle: "medium", timeStyle: "short" };
 const LOG_SPAN = 12; // ratio of values from which the axis is logarithmic
 
 // A section that is empty until `renew` finds logs; it draws again only what has changed.
@@ -27,7 +28,7 @@ export function training(run) {
 function card(log, isOpen) {
   const terms = log.losses.map((term, at) => ({ ...term, colour: (FIRST_COLOUR + at) % DASHES.length }));
   const told = log.step === null ? "no step yet"
-    : `step ${number(log.step)}, at ${new Date(1000 * log.written_s).toLocaleTimeString("en-GB")}`;
+    : `step ${number(log.step)}, ${new Date(1000 * log.written_s).toLocaleString("en-GB", WHEN)}`;
   return make("figure", {},
     make("figcaption", {}, make("h4", {}, plain(log.label)), make("span", { class: "length" }, told)),
     terms.length ? [chart(log, terms), legend(terms), numbers(log, terms, isOpen)]
