@@ -1,7 +1,7 @@
 """Make serve_store.png and serve_run.png anew: `python -m docs.serve_pictures RUN_FOLDER KEY`.
 
 KEY is a rollout and a timestep, as in sample=00003-heart&variation=0&timestep=4. The pages are
-those of a real Chromium; of the run's sentences two are left in the picture.
+those of a real Chromium; of the run's sentences one is left in the picture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from tests.served_pages import served
 HERE = Path(__file__).parent
 COLOURS = 224
 FEW_SENTENCES = (
-    "[...document.querySelectorAll('.run-body > .card')].slice(2).forEach(card => card.remove())"
+    "[...document.querySelectorAll('.run-body > .card:has(.clips)')].slice(1)"
+    ".forEach(card => card.remove());"
+    # Clips are drawn when they come near to what is seen.
+    "document.querySelector('.sight').scrollIntoView()"
 )
 
 
@@ -40,6 +43,7 @@ def picture(browser: Browser, address: str, path: Path, first: str = "") -> None
     )
     browser.wait(SHOWN, 60)
     browser.wait("[...document.images].every(image => image.complete)")
+    browser.run("scrollTo(0, 0)")
     time.sleep(1)
     drawn = Image.open(io.BytesIO(browser.picture())).convert("RGB")
     drawn.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)

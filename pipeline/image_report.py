@@ -9,11 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.embedding import data_address, named_file
+from pipeline.html_tables import html_table, row_head
 from pipeline.metric_tables import (
     MAIN_METRICS,
-    html_table,
     metric_table,
-    row_head,
     seed_hint,
     system_dot,
     system_label,

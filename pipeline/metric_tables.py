@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from html import escape
 
 from pipeline.figures import colour
+from pipeline.html_tables import STACKED, grouped_table, html_table, row_head
 from stages.report_schema import SYSTEMS, Comparison, Metric, Report, System
 from stages.tally import Tally
 
@@ -33,6 +35,8 @@ class Shown:
     """What it is, and which way is better."""
     show: Callable[[float], str]
     """Writes a value."""
+    group: str = ""
+    """Under which heading of its table it stands."""
 
 
 def system_label(name: str) -> str:
@@ -79,56 +83,122 @@ def significant(value: float) -> str:
     return f"{value:.3g}".replace("-", "−")
 
 
-MAIN_METRICS = {
-    "wer": Shown("WER", "word error rate; lower is better", decimals(3)),
-    "cer": Shown("CER", "character error rate; lower is better", decimals(3)),
-    "wer_second": Shown("WER, second judge", "by the second recogniser", decimals(3)),
-    "cer_second": Shown("CER, second judge", "by the second recogniser", decimals(3)),
-    "paired_kl": Shown("KL to guided", "nats per code, on the same codes; lower", significant),
-    "paired_mse": Shown("MSE to guided", "final latents, from the same noise; lower", significant),
-    "frechet": Shown("Fréchet distance", "to the reference images; lower", significant),
-    "frechet_to_guided": Shown("Fréchet to guided", "to the guided teacher's; lower", significant),
-    "accuracy": Shown("Accuracy", "share the judge recognises; higher", decimals(3)),
-    "log_probability": Shown("Log-probability", "of the condition, nats; higher", decimals(3)),
-    "class_spread": Shown("Class spread", "within a class; near the reference's", decimals(3)),
-    "calibration_error": Shown(
-        "Calibration error", "expected, to the guided teacher; lower", significant
-    ),
-    "agreement": Shown("Agreement", "same most probable code; higher", decimals(3)),
-    "mos": Shown("MOS, predicted", "1 to 5; higher is better", decimals(2)),
-    "speaker_similarity": Shown("Speaker similarity", "to the recording; higher", decimals(3)),
-    "speaker_contrast": Shown("Other speakers", "similarity to the others; lower", decimals(3)),
-    "success": Shown("Success", "ended, heard, of plausible duration; higher", decimals(3)),
-    "rtf": Shown("Real-time factor", "generation per second of audio; lower", significant),
-    "rtf_single": Shown("Real-time factor, single", "each sample alone; lower", significant),
-    "seconds_per_image": Shown("Time per image", "seconds, decoder left out; lower", significant),
-    "parameters": Shown("Parameters", "of the model", short_count),
-    "active_parameters": Shown("Active", "parameters that a position visits", short_count),
-    "flops_per_timestep": Shown("FLOPs", "per timestep and pass, without attention", short_count),
-    "dense_flops_per_timestep": Shown("FLOPs, dense", "were all experts one layer", short_count),
-    "total_flops_per_timestep": Shown("FLOPs, all passes", "per timestep; lower", short_count),
-    "passes": Shown("Passes", "forward passes per step", decimals(0)),
-}
+def _grouped(groups: Mapping[str, Mapping[str, Shown]]) -> dict[str, Shown]:
+    return {
+        name: replace(shown, group=group)
+        for group, metrics in groups.items()
+        for name, shown in metrics.items()
+    }
+
+
+MAIN_METRICS = _grouped(
+    {
+        "Speech": {
+            "wer": Shown("WER", "word error rate; lower is better", decimals(3)),
+            "cer": Shown("CER", "character error rate; lower is better", decimals(3)),
+            "wer_second": Shown("WER, second judge", "by the second recogniser", decimals(3)),
+            "cer_second": Shown("CER, second judge", "by the second recogniser", decimals(3)),
+            "mos": Shown("MOS, predicted", "1 to 5; higher is better", decimals(2)),
+            "speaker_similarity": Shown(
+                "Speaker similarity", "to the recording; higher", decimals(3)
+            ),
+            "speaker_contrast": Shown(
+                "Other speakers", "similarity to the others; lower", decimals(3)
+            ),
+            "success": Shown("Success", "ended, heard, of plausible duration; higher", decimals(3)),
+        },
+        "Images": {
+            "frechet": Shown("Fréchet distance", "to the reference images; lower", significant),
+            "frechet_to_guided": Shown(
+                "Fréchet to guided", "to the guided teacher's; lower", significant
+            ),
+            "accuracy": Shown("Accuracy", "share the judge recognises; higher", decimals(3)),
+            "log_probability": Shown(
+                "Log-probability", "of the condition, nats; higher", decimals(3)
+            ),
+            "class_spread": Shown(
+                "Class spread", "within a class; near the reference's", decimals(3)
+            ),
+        },
+        "Against the guided teacher": {
+            "paired_kl": Shown(
+                "KL to guided", "nats per code, on the same codes; lower", significant
+            ),
+            "paired_mse": Shown(
+                "MSE to guided", "final latents, from the same noise; lower", significant
+            ),
+            "calibration_error": Shown(
+                "Calibration error", "expected, to the guided teacher; lower", significant
+            ),
+            "agreement": Shown("Agreement", "same most probable code; higher", decimals(3)),
+        },
+        "Time": {
+            "rtf": Shown("Real-time factor", "generation per second of audio; lower", significant),
+            "rtf_single": Shown(
+                "Real-time factor, single", "each sample alone; lower", significant
+            ),
+            "seconds_per_image": Shown(
+                "Time per image", "seconds, decoder left out; lower", significant
+            ),
+        },
+        "Size and work": {
+            "parameters": Shown("Parameters", "of the model", short_count),
+            "active_parameters": Shown("Active", "parameters that a position visits", short_count),
+            "flops_per_timestep": Shown(
+                "FLOPs", "per timestep and pass, without attention", short_count
+            ),
+            "dense_flops_per_timestep": Shown(
+                "FLOPs, dense", "were all experts one layer", short_count
+            ),
+            "total_flops_per_timestep": Shown(
+                "FLOPs, all passes", "per timestep; lower", short_count
+            ),
+            "passes": Shown("Passes", "forward passes per step", decimals(0)),
+        },
+    }
+)
 """What systems are compared by, in the order of the table."""
 
-SPEECH_METRICS = {
-    "ended": Shown("Ended", "share that stopped by itself; higher", decimals(3)),
-    "silent": Shown("Silent", "share below −60 dBFS, empty or not finite; lower", decimals(3)),
-    "duration_s": Shown("Duration", "mean, in seconds", decimals(2)),
-    "duration_p5_s": Shown("Duration, shortest 5 %", "up to, in seconds", decimals(2)),
-    "duration_median_s": Shown("Duration, median", "in seconds", decimals(2)),
-    "duration_p95_s": Shown("Duration, longest 5 %", "from, in seconds", decimals(2)),
-    "duration_ratio": Shown("To the recordings", "all seconds per all; near 1", decimals(2)),
-    "duration_ratio_mean": Shown("To the recording", "mean of the ratios; near 1", decimals(2)),
-    "duration_ratio_p5": Shown("To the recording, 5 %", "a twentieth is shorter", decimals(2)),
-    "duration_ratio_median": Shown("To the recording, median", "near 1", decimals(2)),
-    "duration_ratio_p95": Shown("To the recording, 95 %", "a twentieth is longer", decimals(2)),
-    "longest_run_frames": Shown("Longest run", "equal frames in a row, mean", decimals(2)),
-    "repeated_pairs": Shown("Repeated pairs", "of frames, share; near the copy's", decimals(3)),
-    "repeated_fours": Shown("Repeated fours", "of frames, share; near the copy's", decimals(3)),
-    "looped": Shown("Looped tail", "share that ends in a loop; lower", decimals(3)),
-    "repetition": Shown("Repetition", "words said again, per word; lower", decimals(3)),
-}
+SPEECH_METRICS = _grouped(
+    {
+        "Endings": {
+            "ended": Shown("Ended", "share that stopped by itself; higher", decimals(3)),
+            "silent": Shown(
+                "Silent", "share below −60 dBFS, empty or not finite; lower", decimals(3)
+            ),
+            "looped": Shown("Looped tail", "share that ends in a loop; lower", decimals(3)),
+        },
+        "Duration": {
+            "duration_s": Shown("Duration", "mean, in seconds", decimals(2)),
+            "duration_p5_s": Shown("Duration, shortest 5 %", "up to, in seconds", decimals(2)),
+            "duration_median_s": Shown("Duration, median", "in seconds", decimals(2)),
+            "duration_p95_s": Shown("Duration, longest 5 %", "from, in seconds", decimals(2)),
+            "duration_ratio": Shown(
+                "To the recordings", "all seconds per all; near 1", decimals(2)
+            ),
+            "duration_ratio_mean": Shown(
+                "To the recording", "mean of the ratios; near 1", decimals(2)
+            ),
+            "duration_ratio_p5": Shown(
+                "To the recording, 5 %", "a twentieth is shorter", decimals(2)
+            ),
+            "duration_ratio_median": Shown("To the recording, median", "near 1", decimals(2)),
+            "duration_ratio_p95": Shown(
+                "To the recording, 95 %", "a twentieth is longer", decimals(2)
+            ),
+        },
+        "Repetition": {
+            "longest_run_frames": Shown("Longest run", "equal frames in a row, mean", decimals(2)),
+            "repeated_pairs": Shown(
+                "Repeated pairs", "of frames, share; near the copy's", decimals(3)
+            ),
+            "repeated_fours": Shown(
+                "Repeated fours", "of frames, share; near the copy's", decimals(3)
+            ),
+            "repetition": Shown("Repetition", "words said again, per word; lower", decimals(3)),
+        },
+    }
+)
 """What the clips are like, in the order of the table."""
 
 METRICS = MAIN_METRICS | SPEECH_METRICS
@@ -149,12 +219,25 @@ def metric_table(
     measured = [m for m in metrics if any(getattr(s, m) is not None for s in systems.values())]
     if not measured:
         return ""
-    rows = [
-        row_head(METRICS[m].title, METRICS[m].hint)
-        + "".join(metric_cell(getattr(s, m), METRICS[m].show) for s in systems.values())
-        for m in measured
-    ]
-    return html_table(caption, ["metric", *(system_name(n, report) for n in systems)], rows)
+    rows: dict[str, list[str]] = defaultdict(list)
+    for metric in measured:
+        rows[METRICS[metric].group].append(_metric_row(metric, systems, report))
+    columns = ["metric", *(system_name(name, report) for name in systems)]
+    return grouped_table(caption, columns, rows, STACKED)
+
+
+def _metric_row(metric: str, systems: Mapping[str, System], report: Report) -> str:
+    """Return the cells of a metric; each names its system, for where its column has no head."""
+    shown = METRICS[metric]
+    cells = (
+        metric_cell(
+            getattr(system, metric),
+            shown.show,
+            f' data-of="{escape(system_label(name))}" {colour(system_colour(name, report))}',
+        )
+        for name, system in systems.items()
+    )
+    return row_head(shown.title, shown.hint) + "".join(cells)
 
 
 def system_name(name: str, report: Report) -> str:
@@ -162,11 +245,11 @@ def system_name(name: str, report: Report) -> str:
     return f"{system_dot(name, report)}{escape(system_label(name))}"
 
 
-def metric_cell(metric: Metric | None, show: Callable[[float], str]) -> str:
+def metric_cell(metric: Metric | None, show: Callable[[float], str], attributes: str = "") -> str:
     """Return the cell of a number with its interval."""
     if metric is None:
-        return '<td class="absent">–</td>'
-    return f"<td>{escape(show(metric.value))}{_interval(metric, show)}</td>"
+        return f'<td class="absent"{attributes}>–</td>'
+    return f"<td{attributes}>{escape(show(metric.value))}{_interval(metric, show)}</td>"
 
 
 def _interval(metric: Metric, show: Callable[[float], str]) -> str:
@@ -175,45 +258,22 @@ def _interval(metric: Metric, show: Callable[[float], str]) -> str:
     return f'<span class="interval">{escape(show(metric.low))} … {escape(show(metric.high))}</span>'
 
 
-def row_head(title: str, hint: str = "", mark: str = "") -> str:
-    """Return the first cell of a row: a title, a hint below it, and HTML of a mark before it."""
-    below = f'<span class="unit">{escape(hint)}</span>' if hint else ""
-    return f'<th scope="row">{mark}{escape(title)}{below}</th>'
-
-
-def html_table(caption: str, columns: Sequence[str], rows: Iterable[str], kind: str = "") -> str:
-    """Return a table from the HTML of the names of its columns and of the cells of its rows.
-
-    A wide table scrolls within itself, by keyboard too. The caption is for those who hear the page;
-    others have the heading above it.
-    """
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    named = f' class="{kind}"' if kind else ""
-    return (
-        f'<div class="scroll" role="group" tabindex="0" aria-label="{escape(caption)}">'
-        f'<table{named}><caption class="heard">{escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
 def comparison_table(report: Report) -> str:
     """Return the table of paired differences."""
     if not report.comparisons:
         return ""
-    columns = ["systems", "metric", "difference", "differs"]
-    return html_table("Paired differences", columns, map(_comparison_row, report.comparisons))
+    rows: dict[str, list[str]] = defaultdict(list)
+    for each in report.comparisons:
+        pair = f"{system_label(each.system)} minus {system_label(each.against)}"
+        rows[pair].append(_comparison_row(each))
+    return grouped_table("Paired differences", ["metric", "difference", "differs"], rows)
 
 
 def _comparison_row(comparison: Comparison) -> str:
     shown, difference = METRICS[comparison.metric], comparison.difference
     low, high = difference.low, difference.high
     differs = "–" if low is None or high is None else "yes" if low > 0 or high < 0 else "no"
-    head = row_head(system_label(comparison.system), f"minus {system_label(comparison.against)}")
-    return (
-        f"{head}<td>{escape(shown.title)}</td>{metric_cell(difference, shown.show)}"
-        f"<td>{differs}</td>"
-    )
+    return f"{row_head(shown.title)}{metric_cell(difference, shown.show)}<td>{differs}</td>"
 
 
 def rating_table(heard: Tally, report: Report) -> str:

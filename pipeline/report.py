@@ -17,16 +17,15 @@ from pipeline import image_report
 from pipeline.embedding import data_address, named_file
 from pipeline.figures import interval_rows
 from pipeline.glance import glance
+from pipeline.html_tables import html_table, row_head
 from pipeline.metric_tables import (
     MAIN_METRICS,
     METRICS,
     SPEECH_METRICS,
     comparison_table,
-    html_table,
     metric_table,
     preference_table,
     rating_table,
-    row_head,
     seed_hint,
     system_colour,
     system_label,

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from pipeline.charts import Series, line_chart, point_chart, reliability_chart
+from pipeline.html_tables import html_table, row_head
 from pipeline.metric_tables import (
     ROUNDING,
     decimals,
-    html_table,
     metric_cell,
-    row_head,
     significant,
     system_colour,
     system_label,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.figures import bar_rows
-from pipeline.metric_tables import html_table, row_head, significant
+from pipeline.html_tables import html_table, row_head
+from pipeline.metric_tables import significant
 from stages.report_schema import Metric, Report, StageCost
 
 STAGES_HINT = (

@@ -44,6 +44,8 @@ DECODED_SHARDS = 4
 class PredictionStore:
     """What a teacher predicted at every timestep, as it was committed when the store was opened.
 
+    `refresh` takes in what was committed since.
+
     Every byte of a shard is checked against its record when the store first touches it. What is
     small (record, headers, table of rollouts) is then kept, and decoded arrays are too (`compact`:
     a whole shard, or the chunks that a rollout lies in). Arrays of the profile `fast` are views of
@@ -71,7 +73,9 @@ class PredictionStore:
         pa.default_memory_pool().release_unused()
         find_heads(layout.heads, self.manifest)
         check_listing(self.manifest, str(layout.manifest))
-        self._pin(layout.committed())
+        self.stamps: Mapping[int, float] = layout.stamps()
+        """Of every committed shard what tells its commit from a later one."""
+        self._pin(list(self.stamps))
         self._files = {
             bucket: ArrayFiles.of_all(self.manifest, bucket)
             for bucket in range(len(self.manifest.buckets)) or [None]
@@ -79,12 +83,7 @@ class PredictionStore:
         self._tables: dict[str, SideTable] = {}
         self._mapped_only = isinstance(self.manifest.profile, Fast)
         self._limits = cached_shards, mapped_shards
-        if self.is_remote:
-            # What is mapped stays in the cache, where others need room too.
-            mapped_shards = min(mapped_shards, cached_shards)
-        self._verified: dict[int, VerifiedShard] = {}
-        self._mapped: Recent[MappedShard] = Recent(mapped_shards)
-        self._decoded: Recent[Shard] = Recent(cached_shards)
+        self._keep_nothing()
 
     @classmethod
     def create(
@@ -180,6 +179,30 @@ class PredictionStore:
     def missing(self) -> list[int]:
         """Planned shards that were not committed when the store was opened, rising."""
         return [shard for shard in range(len(self.plan)) if shard not in self._pinned]
+
+    def refresh(self) -> bool:
+        """Pin the shards committed by now; whether they are others than before.
+
+        Lists them and reads nothing of them. What is kept of shards stays, unless one of them was
+        taken out. Who shares the store with threads calls it from one of them. Raises StoreError.
+        """
+        stamps, before = self._layout.stamps(), self.stamps
+        if stamps == before and self.committed == list(stamps):
+            return False
+        self._pin(list(stamps))
+        self.stamps = stamps
+        if any(stamps.get(shard) != stamp for shard, stamp in before.items()):
+            self._keep_nothing()
+        return True
+
+    def _keep_nothing(self) -> None:
+        cached_shards, mapped_shards = self._limits
+        if self.is_remote:
+            # What is mapped stays in the cache, where others need room too.
+            mapped_shards = min(mapped_shards, cached_shards)
+        self._verified: dict[int, VerifiedShard] = {}
+        self._mapped: Recent[MappedShard] = Recent(mapped_shards)
+        self._decoded: Recent[Shard] = Recent(cached_shards)
 
     def is_committed(self, shard: int) -> bool:
         """Whether a shard is committed by now; unlike `committed` it asks the disk."""

@@ -186,6 +186,7 @@ class RemoteLayout(Layout):
         """Names of committed shards, and of what does not belong there, sorted."""
         objects, folders = self.client.folder(self.shards.name)
         names = [f"{name}/" for name in folders if not ATTEMPT_FOLDER.fullmatch(name)]
+        modified_s: dict[int, float] = {}
         for found in objects:
             name, dot, ending = found.name.partition(".")
             number = parse_shard(name)
@@ -193,8 +194,22 @@ class RemoteLayout(Layout):
                 names.append(found.name)
             else:
                 names.append(name)
-                self.modified_s[number] = found.modified_s
+                modified_s[number] = found.modified_s
+        self._note(modified_s)
         return sorted(names)
+
+    def _note(self, modified_s: Mapping[int, float]) -> None:
+        """Keep when commits were created; what was read of those that are gone is forgotten."""
+        for shard, before_s in list(self.modified_s.items()):
+            if modified_s.get(shard) != before_s:
+                self.commits.pop(shard, None)
+                self.sizes.pop(shard, None)
+                self.modified_s.pop(shard, None)
+        self.modified_s.update(modified_s)
+
+    def stamps(self) -> dict[int, float]:
+        """Committed shards, rising, and when each was committed by the server's clock."""
+        return {shard: self.modified_s[shard] for shard in self.committed()}
 
     def is_committed(self, shard: int) -> bool:
         """Whether a shard is committed by now; raises StoreError."""

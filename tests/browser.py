@@ -111,6 +111,22 @@ class Browser:
         taken = self._ask("Page.captureScreenshot", captureBeyondViewport=True)
         return base64.b64decode(taken["data"])
 
+    def accessible(self, selector: str) -> list[dict[str, str]]:
+        """Role and name of all that a screen reader finds below the first element of a selector."""
+        found = self._ask("Runtime.evaluate", expression=f"document.querySelector({selector!r})")
+        place = {"objectId": found["result"]["objectId"]}
+        node = self._ask("DOM.describeNode", **place)["node"]["backendNodeId"]
+        nodes = {n["nodeId"]: n for n in self._ask("Accessibility.getFullAXTree")["nodes"]}
+        first = next(n["nodeId"] for n in nodes.values() if n.get("backendDOMNodeId") == node)
+        waiting, heard = [first], []
+        while waiting:
+            node = nodes[waiting.pop()]
+            waiting += reversed([child for child in node["childIds"] if child in nodes])
+            if not node["ignored"]:
+                named = {key: node.get(key, {}).get("value", "") for key in ("role", "name")}
+                heard.append(named)
+        return heard
+
     def press(self, key: str) -> None:
         """Press and release a key: one that writes a character, or of `KEYS`."""
         code = KEYS.get(key)

@@ -399,7 +399,7 @@ def test_a_search_by_entropy_says_over_how_many_it_is_known(
 ) -> None:
     index = RolloutIndex(store)
     index.learn([0, 1], budget_s=1e9)
-    monkeypatch.setattr(RolloutIndex, "learn", lambda *_: {})
+    monkeypatch.setattr(RolloutIndex, "_learn", lambda *_: None)
     found = index.find(Query(order="most_entropy", stop_reason=index.stop_reasons[0]))
     with_reason = int((index.stop_reasons == index.stop_reasons[0]).sum())
     assert found["entropy_of"] == with_reason > found["entropy_known"] == found["matched"] > 0
@@ -418,7 +418,7 @@ def test_a_search_by_entropy_says_over_how_many_it_is_known(
         ("/api/rollouts?shortest=x", 400, "shortest: "),
         ("/api/rollouts?order=none", 400, "order: "),
         ("/api/rollouts?unknown=1", 400, "unknown: "),
-        ("/api/entropies?rows=1,99999", 500, "is not in [0, 84)"),
+        ("/api/entropies?places=1,99999", 500, "no rollout is committed at place 99999"),
         ("/api/run?run=0", 404, "run 0 is not in [0, 0)"),
         ("/clip.wav?sample=sample-1&variation=0", 404, "no audio codec is beside the store"),
         ("/channels.png?sample=sample-1&variation=0&timestep=0&stream=0&array=codes", 404, "codes"),
@@ -571,10 +571,18 @@ def test_clips_of_next_to_nothing_are_drawn(samples: int) -> None:
 
 def test_a_run_shows_its_report_and_one_without_says_so(run_page: tuple[Served, Path]) -> None:
     page, folder = run_page
-    assert page.get("/api/overview") == {"store": None, "runs": ["one", "empty"]}
+    overview = page.get("/api/overview")
     found = page.get("/api/run", run=0)
+    assert overview == {
+        "store": None,
+        "runs": [
+            {"run": 0, "name": "one", "report": found["report"]},
+            {"run": 1, "name": "empty", "report": None},
+        ],
+    }
     assert [clip["system"] for clip in found["audio"][0]["clips"]] == ["teacher_guided", "student"]
-    assert page.get("/api/run", run=1) == {"name": "empty", "evaluated": False}
+    empty = {"name": "empty", "evaluated": False, "report": None}
+    assert page.get("/api/run", run=1) == empty
     report = page.ask("/report?run=0")
     assert report.body == (folder / "report.html").read_bytes()
     assert "script-src" not in report.headers["content-security-policy"]

@@ -20,6 +20,7 @@ from pipeline.browse.reports import run_folders
 from pipeline.browse.serving import Listening, browse_of
 from pipeline.browse.store_view import MOST_CANDIDATES
 from pipeline.candidates import describe_stream
+from pipeline.metric_tables import MAIN_METRICS, system_label
 from pipeline.report import write_report
 from stages.report_schema import AudioClip, AudioSample, Metric, Report, System
 from store import PredictionStore
@@ -30,6 +31,7 @@ from tests.conftest import Run
 from tests.row_stores import rows_store
 from tests.served_pages import Served, served
 from tests.test_browse import IDS, TOKEN, store_of
+from tests.test_browse_live import begun, commit, log_line
 
 pytestmark = pytest.mark.slow
 
@@ -165,7 +167,7 @@ def test_hostile_ids_are_text_and_are_reached_from_the_list_and_by_their_address
 ) -> None:
     show(browser, page, sample="sample-1", variation=0)
     for number, sample_id in enumerate(HOSTILE):
-        browser.run(f"document.querySelector('[data-row=\"{number}\"]').click()")
+        browser.run(f"document.querySelector('[data-place=\"{number}\"]').click()")
         require_shown(browser, store, sample_id)
         current = browser.run(
             "document.querySelector('#rollouts [aria-current] .name').textContent"
@@ -420,3 +422,186 @@ def test_of_many_streams_the_chosen_one_is_in_sight(browser: Browser, tmp_path: 
         assert box[0] <= row[0] < row[1] <= box[1] + 1
         last = browser.run("document.querySelectorAll('#streams button')[31].innerText")
         assert browser.run("document.querySelector('tr.chosen button').innerText") == last
+
+
+# What is still written
+
+
+LOOK = "document.dispatchEvent(new Event('visibilitychange'))"
+"""Makes a page look for what is new before its time, unless it does so already."""
+LISTED = "[...document.querySelectorAll('#rollouts .name')].map(each => each.textContent)"
+
+
+def fact(name: str) -> str:
+    """Script of what the page says of the store under a name."""
+    return (
+        "[...document.querySelectorAll('#facts div')]"
+        f".find(each => each.firstChild.textContent === '{name}')?.lastChild.textContent"
+    )
+
+
+def test_an_open_page_says_that_there_is_more_and_lists_it_when_asked(
+    browser: Browser, tmp_path: Path
+) -> None:
+    place = tmp_path / "store"
+    store = begun(place, [0, 3])
+    with shown(browser, Browse(store, [], look_s=0)) as page:
+        show(browser, page, sample="sample-3", variation=0)
+        assert browser.run(fact("Shards")) == "2 of 4"
+        commit(place, 1, stop_reason="truncated")
+        browser.wait(f"{LOOK} && {fact('Shards')} === '3 of 4'")
+        assert browser.run(fact("Rollouts")) == "3"
+        browser.wait("document.querySelector('#more').textContent.startsWith('1 more rollout was')")
+        assert browser.run("document.querySelector('#more').getAttribute('role')") == "status"
+        reasons = "[...document.querySelectorAll('[name=stop_reason] option')].map(o => o.value)"
+        assert browser.run(reasons) == ["", "end", "truncated"]
+        assert browser.run(LISTED) == ["sample-0", "sample-3"], "what a person reads stays"
+        browser.run("document.querySelector('#more button').focus()")
+        browser.press("Enter")
+        browser.wait(f"{LISTED}.join() === 'sample-0,sample-1,sample-3'")
+        assert browser.run("document.querySelector('#more').textContent") == ""
+        current = browser.run("document.querySelector('#rollouts [aria-current]').textContent")
+        assert current.startswith("sample-3")
+        browser.run("document.querySelector('#rollouts a[href*=sample-1]').click()")
+        browser.wait("document.querySelector('#sample').textContent === 'sample-1'")
+        require_candidates_of(browser, store, ("sample-1", 0, 0))
+
+
+def require_candidates_of(
+    browser: Browser, store: PredictionStore, key: tuple[str, int, int]
+) -> None:
+    browser.wait("document.querySelector('#candidates tbody tr') !== null")
+    store.refresh()
+    expected = describe_stream(store, store[key], 0)["candidates"][:MOST_CANDIDATES]
+    assert [row["id"] for row in shown_candidates(browser)][: len(expected)] == [
+        candidate["id"] for candidate in expected
+    ]
+
+
+def test_a_page_of_a_store_without_shards_fills_by_itself(browser: Browser, tmp_path: Path) -> None:
+    place = tmp_path / "store"
+    with shown(browser, Browse(begun(place, []), [], look_s=0)) as page:
+        browser.open(page.address)
+        browser.wait("document.querySelector('#sample')?.textContent === 'No rollout is there yet'")
+        commit(place, 2)
+        browser.wait(LOOK + " && document.querySelector('#candidates tbody tr') !== null")
+        assert browser.run(LISTED) == ["sample-2"]
+        assert browser.run("document.querySelector('#sample').textContent") == "sample-2"
+
+
+def test_a_page_of_a_run_shows_its_training_and_then_its_reports(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    store_of(run / "store", ["a"])
+    with shown(browser, browse_of(str(run), [], None)) as page:
+        browser.open(f"{page.address}#view=run&run=0")
+        browser.wait("document.querySelector('#run').innerText.includes('no report yet')")
+        assert browser.run("document.querySelector('.curve')") is None
+        log_line(run / "student", 20, kl=0.5)
+        browser.wait(LOOK + " && document.querySelector('.curve') !== null")
+        log_line(run / "student", 40, kl=0.02)
+        said = "document.querySelector('.curve').getAttribute('aria-label')"
+        browser.wait(f"{LOOK} && {said}.endsWith('kl from 0.5 at step 20 to 0.02 at step 40')")
+        assert "step 40" in browser.run("document.querySelector('.curves figcaption').textContent")
+        speech_report(run / "report")
+        browser.wait(LOOK + " && document.querySelectorAll('.sight').length === 4")
+        stamp = browse_of(str(run), [], None).runs[0].report_stamp
+        report = Report.read(run / "report" / "report.json").model_copy(update={"samples": 77})
+        report.write(run / "report" / "report.json")
+        assert browse_of(str(run), [], None).runs[0].report_stamp != stamp
+        browser.wait(LOOK + " && document.querySelector('#run-news button') !== null")
+        assert "3 held-out samples" in browser.run("document.querySelector('#run').innerText")
+        browser.run("document.querySelector('#run-news button').click()")
+        browser.wait("document.querySelector('#run').innerText.includes('77 held-out samples')")
+        assert browser.run("document.querySelector('#run-news').textContent") == ""
+
+
+# All metrics of five systems
+
+
+SYSTEMS = ("codec_copy", "teacher_guided", "teacher_unguided", "student", "student_half")
+
+
+def wide_run(folder: Path, systems: tuple[str, ...] = SYSTEMS) -> Path:
+    """A run whose systems have every metric, with long intervals, and a clip each."""
+    (folder / "report").mkdir(parents=True)
+    soundfile.write(folder / "report" / "clip.wav", np.zeros(800), 16000)
+    clips = {name: AudioClip(file="clip.wav", heard="a clip", edits=0) for name in systems}
+    metric = Metric(value=0.000398, low=0.000305, high=0.000615)
+    system = System(**dict.fromkeys(MAIN_METRICS, metric))
+    sample = AudioSample(sample_id="s", text="A sentence.", clips=clips)
+    Report.model_validate(
+        {"run": "wide", "samples": 2, "sentences": 2, "audio": (sample,)}
+        | dict.fromkeys(systems, system)
+    ).write(folder / "report" / "report.json")
+    write_report(folder / "report")
+    return folder
+
+
+OVERFLOWS = (
+    "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+)
+
+
+@pytest.mark.parametrize("place", ["page", "report"])
+@pytest.mark.parametrize("width", [1280, 1440, 760, NARROW])
+def test_all_metrics_of_five_systems_are_read_without_scrolling_sideways(
+    browser: Browser, tmp_path: Path, place: str, width: int
+) -> None:
+    run = wide_run(tmp_path / "run")
+    with shown(browser, browse_of(str(run), [], None)) as page:
+        browser.show(width)
+        browser.open(page.address if place == "page" else f"{page.address}report?run=0")
+        browser.wait("document.querySelector('tbody td') !== null")
+        assert browser.run(OVERFLOWS) == 0
+        assert browser.run("document.documentElement.scrollWidth") == width
+        lines = browser.run(
+            "[...document.querySelectorAll('tbody td')].filter(cell => {"
+            " const range = document.createRange(); range.selectNodeContents(cell.firstChild);"
+            " return range.getClientRects().length > 1; }).length"
+        )
+        assert lines == 0, "a number stands on one line"
+
+
+@pytest.mark.parametrize("place", ["page", "report"])
+@pytest.mark.parametrize("width", [1280, NARROW])
+def test_the_table_of_systems_is_a_table_to_a_screen_reader_at_any_width(
+    browser: Browser, tmp_path: Path, place: str, width: int
+) -> None:
+    run = wide_run(tmp_path / "run")
+    with shown(browser, browse_of(str(run), [], None)) as page:
+        browser.show(width)
+        browser.open(page.address if place == "page" else f"{page.address}report?run=0")
+        browser.wait("document.querySelector('tbody td') !== null")
+        heard = [(n["role"], n["name"]) for n in browser.accessible("table.systems, table.stacked")]
+        columns = [name for role, name in heard if role == "columnheader"]
+        assert columns == ["metric", *map(system_label, SYSTEMS)]
+        rows = [name for role, name in heard if role == "rowheader"]
+        assert rows[:2] == ["Speech", "WER word error rate; lower is better"]
+        assert len(rows) == len(MAIN_METRICS) + len({m.group for m in MAIN_METRICS.values()})
+        cells = [name for role, name in heard if role in ("cell", "gridcell")]
+        assert len(cells) == len(SYSTEMS) * len(MAIN_METRICS)
+        assert not any("student" in cell for cell in cells), "who hears it has the column's head"
+
+
+@pytest.mark.parametrize(
+    ("clips", "width", "rows"),
+    [(5, 1280, [5]), (5, 1000, [3, 2]), (4, 1280, [4]), (4, 800, [2, 2]), (6, 1280, [3, 3]),
+     (8, 1280, [4, 4]), (5, NARROW, [1] * 5)],
+)  # fmt: skip
+def test_clips_stand_in_rows_of_as_many(
+    browser: Browser, tmp_path: Path, clips: int, width: int, rows: list[int]
+) -> None:
+    systems = (*SYSTEMS, "student_a", "student_b", "student_c")[:clips]
+    run = wide_run(tmp_path / "run", systems)
+    with shown(browser, browse_of(str(run), [], None)) as page:
+        for address in (page.address, f"{page.address}report?run=0"):
+            browser.show(width)
+            browser.open("about:blank")
+            browser.open(address)
+            browser.wait(f"document.querySelectorAll('.clip').length === {clips}")
+            tops = browser.run(
+                "[...document.querySelectorAll('.clip')].map(c => c.getBoundingClientRect().top)"
+            )
+            assert [tops.count(top) for top in dict.fromkeys(tops)] == rows

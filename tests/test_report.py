@@ -298,6 +298,19 @@ def test_the_page_states_what_the_numbers_say(tmp_path):
     assert "No mos: not installed" in page
 
 
+def test_rows_stand_below_the_headings_of_their_groups(tmp_path):
+    page = render(example(tmp_path), tmp_path)
+    pairs = re.findall('scope="rowgroup" colspan="3">([^<]+)<', page)
+    assert pairs == ["student minus teacher, unguided", "student minus teacher, guided"]
+    systems = page.split('aria-label="Metrics of all systems"')[1].split("</table>")[0]
+    groups = re.findall('scope="rowgroup" role="rowheader" colspan="6">([^<]+)<', systems)
+    assert groups == ["Speech", "Against the guided teacher", "Time", "Size and work"]
+    parts = [
+        re.findall('scope="row" role="rowheader">([^<]+)<', p) for p in systems.split("<tbody")
+    ]
+    assert parts[1:] == [["WER"], ["KL to guided"], ["Real-time factor"], ["Parameters", "Passes"]]
+
+
 def test_a_judge_that_gave_nothing_is_told_once(tmp_path):
     judges = (JudgeUse(name="whisper", measures=("wer",), reason="whisper is not installed"),)
     for warnings in ((), ("whisper gave no numbers: whisper is not installed",)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pipeline.browse.clips import Clip
+from pipeline.browse.live_index import LiveIndex
 from pipeline.browse.ranges import in_ranges
 from pipeline.browse.reports import RunFolder, describe_run
 from pipeline.browse.rollout_index import PAGE_ROLLOUTS, Query, RolloutIndex
@@ -51,28 +52,42 @@ class Browse:
     runs: list[RunFolder]
     dataset: Path | None = None
     """Where the audio codec of the store is; None looks beside the store."""
+    look_s: float | None = None
+    """Least time between two looks for new shards; None suits the place of the store."""
+    _live: LiveIndex | None = field(init=False, default=None)
     _clips: dict[tuple[str, ...], Clip] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
 
-    @cached_property
-    def index(self) -> RolloutIndex:
-        """The rollouts of the store; raises `UserError` where there is none."""
-        return RolloutIndex(self._store())
+    def __post_init__(self) -> None:
+        if self.store is not None:
+            self._live = LiveIndex(self.store, self.look_s)
 
-    def _store(self) -> PredictionStore:
-        if self.store is None:
+    @property
+    def index(self) -> RolloutIndex:
+        """The rollouts of the store by now; raises `UserError` where there is no store."""
+        if self._live is None:
             raise UserError("no store is shown: name its folder when you start `inspect serve`")
-        return self.store
+        return self._live.current()
 
     @cached_property
     def audio(self) -> StoredAudio:
         """Decodes codes of the store; raises `UserError` where that cannot be."""
-        return StoredAudio.open(self._store(), self.dataset)
+        return StoredAudio.open(self.index.store, self.dataset)
 
     def overview(self, _: Request) -> Response:
-        """What is shown: the store, and the names of the runs."""
-        shown = None if self.store is None else overview(self.index) | self._heard()
-        return JSONResponse({"store": shown, "runs": [run.name for run in self.runs]})
+        """What is shown by now: the store, and the runs by their numbers."""
+        runs = [
+            {"run": number, "name": run.name, "report": run.report_stamp}
+            for number, run in enumerate(self.runs)
+            if run.is_shown
+        ]
+        return JSONResponse({"store": self._shown_store(), "runs": runs})
+
+    def _shown_store(self) -> dict[str, Any] | None:
+        if self._live is None:
+            return None
+        shown = overview(self._live.current())
+        return shown | self._heard() | {"trouble": self._live.trouble}
 
     def _heard(self) -> dict[str, str | bool | None]:
         """Why nothing of the store can be heard, and whether recordings can be; loads no codec."""
@@ -88,9 +103,9 @@ class Browse:
         return JSONResponse(self.index.find(query))
 
     def entropies(self, request: Request) -> Response:
-        """Mean entropies of some rows of the list."""
-        rows = [_number("rows", part) for part in _given(request, "rows").split(",")]
-        return JSONResponse(self.index.learn(self.index.checked(rows[:PAGE_ROLLOUTS])))
+        """Mean entropies of some rollouts, by their places in the plan."""
+        places = [_number("places", part) for part in _given(request, "places").split(",")]
+        return JSONResponse(self.index.learn(places[:PAGE_ROLLOUTS]))
 
     def rollout(self, request: Request) -> Response:
         """One rollout over time."""
@@ -99,17 +114,21 @@ class Browse:
     def timestep(self, request: Request) -> Response:
         """One timestep: drawn codes and candidates."""
         timestep = _integer(request, "timestep")
-        return JSONResponse(describe_timestep(self._store(), *_key(request), timestep))
+        return JSONResponse(describe_timestep(self.index.store, *_key(request), timestep))
 
     def channels(self, request: Request) -> Response:
         """PNG of a stored prediction."""
         place = (_integer(request, "timestep"), _integer(request, "stream"))
-        content = channels_png(self._store(), *_key(request), *place, _given(request, "array"))
+        content = channels_png(self.index.store, *_key(request), *place, _given(request, "array"))
         return Response(content, media_type="image/png")
 
     def run(self, request: Request) -> Response:
         """What the evaluation of a run found."""
         return JSONResponse(describe_run(self._run(request)))
+
+    def training(self, request: Request) -> Response:
+        """What the training logs of a run say by now."""
+        return JSONResponse(self._run(request).logs.describe())
 
     def report(self, request: Request) -> Response:
         """The report of a run, as it is."""
@@ -161,7 +180,7 @@ class Browse:
                 ("recording", sample_id), lambda: Clip(*self.audio.recording(sample_id))
             )
         return self._kept(
-            ("rollout", sample_id, str(variation)),
+            ("rollout", sample_id, str(variation), str(self.index.stamp_of(sample_id, variation))),
             lambda: Clip(*self.audio.waveform(sample_id, variation)),
         )
 
@@ -191,6 +210,7 @@ def application(browse: Browse) -> Starlette:
         "/api/rollout": browse.rollout,
         "/api/timestep": browse.timestep,
         "/api/run": browse.run,
+        "/api/training": browse.training,
         "/api/outline": browse.outline,
         "/clip.wav": browse.wav,
         "/spectrogram.png": browse.spectrogram,

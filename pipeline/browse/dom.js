@@ -52,6 +52,14 @@ export function tell(message) {
   byId("notice").hidden = !message;
 }
 
+// Say what is new, with a button that shows it; an empty message takes both away.
+export function news(box, message, button, show) {
+  if (box.firstChild?.textContent === message) return;
+  box.replaceChildren(...(message ? [make("span", {}, message), make("button", {
+    type: "button", onclick: () => attempt(show),
+  }, button)] : []));
+}
+
 export const address = (path, parameters) => `${path}?${new URLSearchParams(parameters)}`;
 
 // Value of an address of the server; what it refuses is thrown in its words.

@@ -1,6 +1,6 @@
 // The list of rollouts: searched, filtered and paged by the server.
 
-import { ask, attempt, byId, count, duration, make, number, plain, significant } from "./dom.js";
+import { ask, attempt, byId, count, duration, make, news, number, plain, significant } from "./dom.js";
 import { keyOf } from "./rollout.js";
 
 const PAUSE_MS = 200;
@@ -9,16 +9,14 @@ let asked = 0;
 let matched = 0;
 let pageRollouts = 1;
 let hasEntropy = true; // of the store
+let listed = 0; // rollouts of the store when the list was made
 
 const links = () => [...byId("rollouts").querySelectorAll("a")];
 
 export function prepareFinder(store) {
   const form = byId("filters");
   hasEntropy = store.has_entropy;
-  for (const [reason, times] of Object.entries(store.stop_reasons)) {
-    const title = `${plain(reason)} (${number(times)})`;
-    form.elements.stop_reason.append(make("option", { value: reason }, title));
-  }
+  offerReasons(store);
   if (!store.has_entropy) {
     for (const name of ["least_entropy", "most_entropy"]) form.elements[name].parentElement.remove();
     for (const option of form.querySelectorAll("option[value$=entropy]")) option.remove();
@@ -48,6 +46,29 @@ export function prepareFinder(store) {
   });
 }
 
+// The reasons for which rollouts ended, to choose from; what is chosen stays so.
+function offerReasons(store) {
+  const select = byId("filters").elements.stop_reason;
+  const chosen = select.value;
+  const reasons = Object.entries(store.stop_reasons).map(([reason, times]) =>
+    make("option", { value: reason }, `${plain(reason)} (${number(times)})`));
+  select.replaceChildren(select.options[0], ...reasons);
+  if (chosen in store.stop_reasons) select.value = chosen;
+}
+
+// Take in what the store holds by now. The list of a person who reads it stays until they ask.
+export async function renewFinder(store) {
+  offerReasons(store);
+  const more = store.rollouts - listed;
+  if (!more) return;
+  if (!listed) {
+    await find(0);
+    return;
+  }
+  news(byId("more"), more > 0 ? `${count(more, "more rollout")} ${more === 1 ? "was" : "were"} committed.`
+    : "Rollouts were taken out of the store.", "Update the list", () => find(start));
+}
+
 // Show a page of what the fields ask for.
 export async function find(from) {
   const mine = ++asked;
@@ -55,6 +76,8 @@ export async function find(from) {
   const found = await ask("api/rollouts", { ...fields, start: Math.max(0, from) });
   if (mine !== asked) return;
   ({ start, matched, page_rollouts: pageRollouts } = found);
+  listed = found.rollouts;
+  news(byId("more"), "");
   const byEntropy = fields.least_entropy || fields.most_entropy || fields.order.endsWith("entropy");
   const open = byEntropy && found.entropy_known < found.entropy_of;
   byId("found").textContent = told(found, open);
@@ -86,7 +109,7 @@ const numbers = ({ timesteps, seconds, stop_reason: reason, entropy }) => [
 ].filter(Boolean).join(" · ");
 
 function entry(row) {
-  return make("li", {}, make("a", { href: `#${keyOf(row.sample_id, row.variation)}`, "data-row": row.row },
+  return make("li", {}, make("a", { href: `#${keyOf(row.sample_id, row.variation)}`, "data-place": row.place },
     make("span", { class: "name" }, plain(row.sample_id), row.variation ? ` / ${row.variation}` : ""),
     row.excerpt ? make("span", { class: "excerpt" }, plain(row.excerpt)) : null,
     make("span", { class: "numbers" }, numbers(row))));
@@ -96,11 +119,11 @@ function entry(row) {
 async function fillEntropies(mine, rows) {
   const unknown = rows.filter(({ entropy }) => entropy === null);
   if (!unknown.length || !hasEntropy) return;
-  const found = await ask("api/entropies", { rows: unknown.map(({ row }) => row).join(",") });
+  const found = await ask("api/entropies", { places: unknown.map(({ place }) => place).join(",") });
   if (mine !== asked) return;
-  for (const row of unknown.filter(({ row: at }) => at in found)) {
-    const link = byId("rollouts").querySelector(`[data-row="${row.row}"] .numbers`);
-    link.textContent = numbers({ ...row, entropy: found[row.row] });
+  for (const row of unknown.filter(({ place }) => place in found)) {
+    const link = byId("rollouts").querySelector(`[data-place="${row.place}"] .numbers`);
+    link.textContent = numbers({ ...row, entropy: found[row.place] });
   }
 }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.browse.training import TrainingLogs
 from pipeline.embedding import named_file
 from pipeline.image_report import REFERENCE
-from pipeline.metric_tables import MAIN_METRICS, system_colour, system_label
+from pipeline.metric_tables import MAIN_METRICS, Shown, system_colour, system_label
 from pipeline.report import read_report
 from stages.errors import UserError
 from stages.report_schema import AudioSample, ImageSample, Metric, Report
@@ -24,6 +26,27 @@ class RunFolder:
     name: str
     """What it is called on the page, unique there."""
     path: Path
+    asked_for: bool = True
+    """Whether a person named it; the folder around a store may be that of no run."""
+
+    @cached_property
+    def logs(self) -> TrainingLogs:
+        """What its models are trained with."""
+        return TrainingLogs(self.path)
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is anything to show by now, or a person expects it."""
+        return self.asked_for or self.is_evaluated or bool(self.logs.paths())
+
+    @property
+    def report_stamp(self) -> str | None:
+        """What tells the report from an earlier one; None where there is none."""
+        try:
+            found = (self.report_folder / "report.json").stat()
+        except OSError:
+            return None
+        return f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
 
     @property
     def report_folder(self) -> Path:
@@ -61,20 +84,27 @@ class RunFolder:
         return named_file(self.report_folder, files[system], "picture")
 
 
-def run_folders(paths: Sequence[Path]) -> list[RunFolder]:
-    """Name the folders of runs, each once; a name that is there twice gets a number behind it."""
+def run_folders(paths: Sequence[Path], around_store: Path | None = None) -> list[RunFolder]:
+    """Name the folders of runs, each once; a name that is there twice gets a number behind it.
+
+    `around_store`, which comes first, may be that of no run.
+    """
+    named = [path.resolve() for path in paths]
+    around = None if around_store is None else around_store.resolve()
     runs: list[RunFolder] = []
-    for path in dict.fromkeys(path.resolve() for path in paths):
+    for path in dict.fromkeys([*([] if around is None else [around]), *named]):
         taken = {run.name for run in runs}
-        names = (path.name if n == 1 else f"{path.name} ({n})" for n in range(1, len(paths) + 2))
-        runs.append(RunFolder(next(name for name in names if name not in taken), path))
+        names = (path.name if n == 1 else f"{path.name} ({n})" for n in range(1, len(paths) + 3))
+        name = next(name for name in names if name not in taken)
+        runs.append(RunFolder(name, path, path in named))
     return runs
 
 
 def describe_run(run: RunFolder) -> Document:
     """Return what a page shows of a run; raises `UserError` where its report cannot be read."""
-    document: Document = {"name": run.name, "evaluated": run.is_evaluated}
-    if not run.is_evaluated:
+    stamp = run.report_stamp
+    document: Document = {"name": run.name, "evaluated": stamp is not None, "report": stamp}
+    if stamp is None:
         return document
     report = run.report()
     systems = report.systems
@@ -85,7 +115,7 @@ def describe_run(run: RunFolder) -> Document:
         "sentences": report.sentences,
         "has_page": run.page is not None,
         "warnings": list(report.warnings),
-        "metrics": [{"title": MAIN_METRICS[n].title, "hint": MAIN_METRICS[n].hint} for n in shown],
+        "metrics": [_named(MAIN_METRICS[name]) for name in shown],
         "systems": [
             {
                 "name": name,
@@ -98,6 +128,10 @@ def describe_run(run: RunFolder) -> Document:
         "audio": [_audio(sample, report) for sample in report.audio],
         "images": [] if report.images is None else list(map(_image, report.images.samples)),
     }
+
+
+def _named(metric: Shown) -> Document:
+    return {"title": metric.title, "hint": metric.hint, "group": metric.group}
 
 
 def _value(found: Metric | None, metric: str) -> Document | None:

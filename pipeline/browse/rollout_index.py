@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
+from pipeline.browse.sample_texts import SampleTexts
 from pipeline.row_statistics import statistics_of
 from store import PredictionStore, StoreError
-from store.errors import ShardError
+from store.errors import RolloutNotFound, ShardError
 from store.plan import Integers, Key
 from store.schema import Dense, Record
 from store.shard import RolloutTable
@@ -22,12 +22,11 @@ from store.threads import in_threads
 
 Document = dict[str, Any]
 Rows = np.ndarray[Any, np.dtype[np.int64]]
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 PAGE_ROLLOUTS = 40
 ENTROPY_BUDGET_S = 1.5
 """Time that one request may spend on computing entropies."""
-EXCERPT_LETTERS = 140
-MAIN_TEXTS = ("text", "caption", "prompt")
 
 
 class Query(Record):
@@ -58,56 +57,96 @@ class Query(Record):
 
 
 class RolloutIndex:
-    """Columns over all committed rollouts of a store, in the order of its plan: R rows.
+    """Columns over the rollouts of a store that are committed when it is made: R rows.
 
-    Reads the tables of shards when first asked, and predictions only for entropies, which stay
-    known. Threads may share it.
+    They come in the order of the plan. Outside, a rollout goes by its place in the plan, which is
+    the same in every later index. Reads the tables of shards, and predictions only for entropies,
+    which stay known. Threads may share it.
     """
 
-    def __init__(self, store: PredictionStore) -> None:
+    def __init__(self, store: PredictionStore, before: RolloutIndex | None = None) -> None:
+        """Read the tables of shards, but for those that an index from before has; `StoreError`."""
         self.store = store
         self.has_entropy = not isinstance(store.manifest.target, Dense)
+        self._stamps = _stamps(store)
+        known = {} if before is None else before._also_in(self._stamps)
+        tables = _read_tables(store, known)
+        self._sound = {s: each for s, each in tables.items() if isinstance(each, RolloutTable)}
+        self._broken = {s: str(each) for s, each in tables.items() if isinstance(each, ShardError)}
+        self._unreadable: dict[int, str] = {}
+        self.texts: SampleTexts = SampleTexts(store) if before is None else before.texts
+        self.entropies = self._entropies(before, known)
+        """By place: float64 mean over timesteps and streams in nats; NaN where not yet known."""
 
-    @cached_property
-    def _tables(self) -> list[tuple[int, RolloutTable | ShardError]]:
-        return list(zip(self.store.committed, self._read_tables(), strict=True))
+    def renewed(self) -> RolloutIndex:
+        """The index of what the store holds by now; itself where that is the same.
 
-    def _read_tables(self) -> Iterator[RolloutTable | ShardError]:
-        def read(shard: int) -> RolloutTable | ShardError:
-            try:
-                return self.store.rollout_table(shard)
-            except ShardError as error:
-                return error
+        Reads tables of shards that are new, and again those that were damaged. One thread at a time
+        may call it. Raises `StoreError`.
+        """
+        self.store.refresh()
+        if _stamps(self.store) == self._stamps and not self._broken:
+            return self
+        later = RolloutIndex(self.store, self)
+        is_same = (later._stamps, later._broken) == (self._stamps, self._broken)
+        return self if is_same else later
 
-        return in_threads(read, self.store.committed)
+    def stamp_of(self, sample_id: str, variation: int) -> float | None:
+        """What tells the commit of a rollout's shard from a later one; None where there is none."""
+        place = self.store.plan.locate((sample_id, variation))
+        return None if place is None else self._stamps.get(place[0])
 
-    @cached_property
+    def _also_in(self, stamps: Mapping[int, float]) -> dict[int, RolloutTable]:
+        """Tables of those shards that were not committed anew."""
+        return {
+            shard: table
+            for shard, table in self._sound.items()
+            if stamps.get(shard) == self._stamps[shard]
+        }
+
+    def _entropies(self, before: RolloutIndex | None, known: Mapping[int, RolloutTable]) -> Numbers:
+        if before is None:
+            return np.full(self.store.plan.rollouts, np.nan)
+        replaced = before._sound.keys() - known.keys()
+        found = before.entropies.copy() if replaced else before.entropies
+        for shard in replaced:
+            found[slice(*self.store.plan.starts[shard : shard + 2])] = np.nan
+        return found
+
+    @property
+    def shards(self) -> int:
+        """Committed shards, damaged ones among them."""
+        return len(self._stamps)
+
+    @property
     def damaged(self) -> list[str]:
-        """What keeps the rollouts of a shard out of the index, for each such shard."""
-        return [str(found) for _, found in self._tables if isinstance(found, ShardError)]
-
-    @cached_property
-    def _sound(self) -> list[tuple[int, RolloutTable]]:
-        return [pair for pair in self._tables if isinstance(pair[1], RolloutTable)]  # type: ignore[misc]
+        """What keeps the rollouts of a shard out of the index, or their entropies, per shard."""
+        found = self._unreadable | self._broken
+        return [found[shard] for shard in sorted(found)]
 
     @cached_property
     def _positions(self) -> Rows:
         """[R] place of every rollout in the plan."""
         starts = self.store.plan.starts
-        parts = [np.arange(starts[shard], starts[shard + 1]) for shard, _ in self._sound]
+        parts = [np.arange(starts[shard], starts[shard + 1]) for shard in self._sound]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     @cached_property
     def lengths(self) -> Rows:
         """[R] timesteps."""
-        parts = [table.lengths for _, table in self._sound]
+        parts = [table.lengths for table in self._sound.values()]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     @cached_property
     def stop_reasons(self) -> np.ndarray:
         """[R] texts."""
-        reasons = [reason for _, table in self._sound for reason in table.stop_reasons]
+        reasons = [reason for table in self._sound.values() for reason in table.stop_reasons]
         return np.array(reasons, dtype=object)
+
+    @cached_property
+    def stop_reason_counts(self) -> dict[str, int]:
+        """Rollouts by the reason of their end, the reasons in alphabetical order."""
+        return dict(sorted(Counter(map(str, self.stop_reasons)).items()))
 
     @cached_property
     def samples(self) -> Integers:
@@ -115,9 +154,9 @@ class RolloutIndex:
         return self.store.plan.samples[self._positions]
 
     @cached_property
-    def entropies(self) -> np.ndarray:
-        """[R] float64 mean entropy over timesteps and streams in nats; NaN where not yet known."""
-        return np.full(len(self), np.nan)
+    def sample_count(self) -> int:
+        """Samples of which there is a rollout."""
+        return len(np.unique(self.samples))
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -136,40 +175,15 @@ class RolloutIndex:
         found = self._positions[self.samples == number]
         return sorted(self.store.plan.variations[found].tolist())
 
-    @cached_property
-    def _texts(self) -> dict[str, pa.ChunkedArray]:
-        """Text conditions by name, [S] in the order of the samples of the plan."""
-        table = self.store.samples
-        rows = pc.index_in(self.store.plan.sample_ids, value_set=table["sample_id"])
-        return {
-            field.name: table[field.name].take(rows)
-            for field in table.schema
-            if field.name != "sample_id" and _is_text(field.type)
-        }
-
-    @cached_property
-    def main_text(self) -> str | None:
-        """The text condition that says most of a sample: the one of `MAIN_TEXTS`, or the first."""
-        names = [name for name in MAIN_TEXTS if name in self._texts] or list(self._texts)
-        return names[0] if names else None
-
-    def excerpt(self, row: int) -> str:
-        """The beginning of the main text of a row's sample; empty without one."""
-        if self.main_text is None:
-            return ""
-        value = self._texts[self.main_text][int(self.samples[row])].as_py()
-        return (value or "")[:EXCERPT_LETTERS]
-
     def find(self, query: Query) -> Document:
         """Return a page of the rollouts that match, and over how many their entropy is known."""
         rows = self._matching(query)
-        known = len(rows)
+        known = matched = len(rows)
         if query.asks_for_entropy and self.has_entropy:
+            self._learn(rows, ENTROPY_BUDGET_S)
+            rows = rows[~np.isin(self._shards[rows], list(self._unreadable))]
             matched = len(rows)
-            self.learn(rows)
             rows, known = self._by_entropy(rows, query)
-        else:
-            matched = len(rows)
         page = _ordered(rows, self, query)[query.start : query.start + PAGE_ROLLOUTS]
         return {
             "rollouts": len(self),
@@ -185,7 +199,7 @@ class RolloutIndex:
         """Rows that match all but what is asked of their entropy, rising."""
         fits = np.ones(len(self), bool)
         if query.text:
-            fits &= self._mentions(query.text)[self.samples]
+            fits &= self.texts.mention(query.text)[self.samples]
         if query.stop_reason is not None:
             fits &= self.stop_reasons == query.stop_reason
         if query.shortest is not None:
@@ -194,57 +208,68 @@ class RolloutIndex:
             fits &= self.lengths <= query.longest
         return np.flatnonzero(fits)
 
-    def _mentions(self, text: str) -> np.ndarray:
-        """[S] whether the id or a text condition of a sample holds some text."""
-        columns = [self.store.plan.sample_ids, *self._texts.values()]
-        found = [pc.match_substring(c, text, ignore_case=True).fill_null(False) for c in columns]
-        return np.asarray(np.logical_or.reduce([np.asarray(column) for column in found]))
-
     def _by_entropy(self, rows: Rows, query: Query) -> tuple[Rows, int]:
         """The rows whose entropy is known and in the bounds, and of how many it is known."""
-        rows = rows[~np.isnan(self.entropies[rows])]
-        known, values = len(rows), self.entropies[rows]
+        rows = rows[~np.isnan(self.entropies_of(rows))]
+        known, values = len(rows), self.entropies_of(rows)
         least = -np.inf if query.least_entropy is None else query.least_entropy
         most = np.inf if query.most_entropy is None else query.most_entropy
         return rows[(values >= least) & (values <= most)], known
 
-    def learn(self, rows: Iterable[int], budget_s: float = ENTROPY_BUDGET_S) -> Document:
-        """Compute entropies of rows, in their order, until the time is used up.
+    def entropies_of(self, rows: Rows) -> Numbers:
+        """Entropies of rows, NaN where not yet known."""
+        return self.entropies[self._positions[rows]]
 
-        Returns those of the rows that are known, by row. Raises `StoreError`.
+    def learn(self, places: Sequence[int], budget_s: float = ENTROPY_BUDGET_S) -> Document:
+        """Compute entropies of rollouts, by their places, in order, until the time is used up.
+
+        Returns those that are known, by place. Raises `StoreError` for a place where nothing is
+        committed.
         """
-        rows = list(rows)
-        if not self.has_entropy:
-            return {}
+        if self.has_entropy:
+            self._learn(self._rows_at(places), budget_s)
+        return {str(at): float(v) for at in places if not np.isnan(v := self.entropies[at])}
+
+    def _rows_at(self, places: Sequence[int]) -> Rows:
+        rows = np.searchsorted(self._positions, places)
+        for place, row in zip(places, rows.tolist(), strict=True):
+            if row >= len(self) or self._positions[row] != place:
+                raise StoreError(f"no rollout is committed at place {place}: search again")
+        return rows
+
+    def _learn(self, rows: Rows, budget_s: float) -> None:
+        """Compute entropies of rows until the time is used up, but none of damaged shards."""
         end = time.monotonic() + budget_s
-        for row in rows:
-            if np.isnan(self.entropies[row]):
-                if time.monotonic() > end:
-                    break
-                self.entropies[row] = self._entropy(row)
-        return {str(row): float(v) for row in rows if not np.isnan(v := self.entropies[row])}
+        for row in rows[np.isnan(self.entropies_of(rows))].tolist():
+            shard = int(self._shards[row])
+            if shard in self._unreadable:
+                continue
+            if time.monotonic() > end:
+                return
+            try:
+                self.entropies[self._positions[row]] = self._entropy(row)
+            except (ShardError, RolloutNotFound) as error:  # damaged, or taken out by now
+                self._unreadable[shard] = str(error)
+
+    @cached_property
+    def _shards(self) -> Rows:
+        """[R] shard of every rollout."""
+        return np.searchsorted(self.store.plan.starts, self._positions, "right") - 1
 
     def _entropy(self, row: int) -> float:
         entropy = statistics_of(self.store, self.store[self.key(row)].arrays).entropy
         assert entropy is not None
         return float(entropy.mean())
 
-    def checked(self, rows: Sequence[int]) -> list[int]:
-        """Rows of the index; raises `StoreError` for one that it does not have."""
-        for row in rows:
-            if not 0 <= row < len(self):
-                raise StoreError(f"rollout {row} is not in [0, {len(self)}): search again")
-        return list(rows)
-
     def _row(self, row: int) -> Document:
         sample_id, variation = self.key(row)
-        timestep_s, entropy = self.store.manifest.timestep_s, self.entropies[row]
-        timesteps = int(self.lengths[row])
+        place, timesteps = int(self._positions[row]), int(self.lengths[row])
+        timestep_s, entropy = self.store.manifest.timestep_s, self.entropies[place]
         return {
-            "row": row,
+            "place": place,
             "sample_id": sample_id,
             "variation": variation,
-            "excerpt": self.excerpt(row),
+            "excerpt": self.texts.excerpt(int(self.samples[row])),
             "timesteps": timesteps,
             "seconds": None if timestep_s is None else timesteps * timestep_s,
             "stop_reason": self.stop_reasons[row],
@@ -253,16 +278,29 @@ class RolloutIndex:
 
 
 def _ordered(rows: Rows, index: RolloutIndex, query: Query) -> Rows:
-    match query.order:
-        case "plan":
-            return rows
-        case "shortest" | "longest":
-            values = index.lengths[rows]
-        case "least_entropy" | "most_entropy":
-            values = index.entropies[rows]
+    if query.order == "plan":
+        return rows
+    by_length = query.order in ("shortest", "longest")
+    values = index.lengths[rows] if by_length else index.entropies_of(rows)
     falling = query.order in ("longest", "most_entropy")
     return rows[np.argsort(-values if falling else values, kind="stable")]
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _stamps(store: PredictionStore) -> dict[int, float]:
+    return {shard: store.stamps[shard] for shard in store.committed}
+
+
+def _read_tables(
+    store: PredictionStore, known: Mapping[int, RolloutTable]
+) -> dict[int, RolloutTable | ShardError]:
+    """Tables of all committed shards by their numbers, rising, or why there is none."""
+
+    def read(shard: int) -> RolloutTable | ShardError:
+        try:
+            return store.rollout_table(shard)
+        except ShardError as error:
+            return error
+
+    missing = [shard for shard in store.committed if shard not in known]
+    read_now = dict(zip(missing, in_threads(read, missing), strict=True))
+    return {s: known[s] if s in known else read_now[s] for s in store.committed}

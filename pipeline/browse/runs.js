@@ -1,26 +1,45 @@
 // A run: what its evaluation measured, and its systems side by side.
 
-import { address, ask, byId, count, make, makeTable, plain, scroller } from "./dom.js";
+import { address, ask, byId, count, make, news, plain } from "./dom.js";
 import { player } from "./player.js";
+import { training } from "./training.js";
 
 const SWITCHING = "The keys 1 to 9 switch between the clips of the sentence that was played last: "
   + "the next one goes on where the other stopped.";
 
 let players = [];
 let sentences = []; // the players of each
+let shown = null; // the run on the page: its number, which report, and its training
 
 export async function showRun(run) {
   hideRun();
   const found = await ask("api/run", { run });
+  const logs = training(run);
+  shown = { run, report: found.report, logs };
   byId("run").replaceChildren(
     make("div", { class: "run-head" },
-      make("h2", {}, `Evaluation of ${plain(found.run ?? found.name)}`),
+      make("h2", {}, found.evaluated ? `Evaluation of ${plain(found.run)}` : plain(found.name)),
       found.evaluated ? make("p", {}, sizes(found)) : null,
       found.has_page ? make("a", {
         href: address("report", { run }), target: "_blank", rel: "noopener",
       }, "Open the report") : null),
     make("div", { class: "run-body" }, ...(found.evaluated ? body(run, found)
-      : [make("p", { class: "card" }, "This run has no report yet: run `foretell evaluate` first.")])));
+      : [make("p", { class: "card" }, "This run has no report yet: run `foretell evaluate` first.")]), logs.box));
+  await logs.renew();
+}
+
+// Take in what is new of the run that is shown; a report that a person reads stays until they ask.
+export async function renewRun(runs) {
+  if (!shown) return;
+  const { run, report, logs } = shown;
+  const now = runs.find((each) => each.run === run)?.report ?? null;
+  if (now !== report && !report) {
+    await showRun(run);
+    return;
+  }
+  news(byId("run-news"), now === report ? "" : "There is another report of this run by now.",
+    "Show it", () => showRun(run));
+  await logs.renew();
 }
 
 const sizes = ({ samples, sentences }) =>
@@ -41,7 +60,8 @@ document.addEventListener("keydown", (event) => {
 
 export function hideRun() {
   players.forEach((each) => each.release());
-  [players, sentences] = [[], []];
+  [players, sentences, shown] = [[], [], null];
+  news(byId("run-news"), "");
 }
 
 function body(run, found) {
@@ -60,16 +80,35 @@ function body(run, found) {
   return parts;
 }
 
+// Metrics down, in groups, and systems across. Each cell names its system, for a phone stacks the
+// cells of a row; the roles are there because some browsers forget them where it does.
 function systems(found) {
-  const heads = ["system", ...found.metrics.map(({ title, hint }) => make("span", { title: hint }, title))];
-  const cell = (value) => value === null ? make("td", {}, "–")
-    : make("td", {}, value.value, value.interval ? make("small", {}, value.interval.join(" – ")) : null);
-  const rows = found.systems.map(({ label, colour, values }) => make("tr", { class: `c${colour}` },
-    make("th", { scope: "row" }, make("span", { class: "dot" }), plain(label)), values.map(cell)));
+  const width = found.systems.length + 1;
+  const groups = new Map();
+  found.metrics.forEach((metric, at) => {
+    if (!groups.has(metric.group)) groups.set(metric.group, []);
+    groups.get(metric.group).push(make("tr", { role: "row" },
+      make("th", { scope: "row", role: "rowheader" }, metric.title, make("small", {}, metric.hint)),
+      found.systems.map((system) => value(system, system.values[at]))));
+  });
+  const heads = found.systems.map(({ label, colour }) => make("th",
+    { scope: "col", role: "columnheader", class: `c${colour}` }, make("span", { class: "dot" }), plain(label)));
+  const table = make("table", { class: "systems", role: "table" },
+    make("caption", {}, "Systems"),
+    make("thead", { role: "rowgroup" }, make("tr", { role: "row" },
+      make("th", { scope: "col", role: "columnheader" }, "metric"), heads)),
+    [...groups].map(([group, rows]) => make("tbody", { role: "rowgroup" },
+      make("tr", { class: "group", role: "row" },
+        make("th", { scope: "rowgroup", role: "rowheader", colspan: width }, group)), rows)));
   return make("section", { class: "card", "aria-label": "Systems" },
-    scroller("Metrics of the systems", makeTable({ class: "systems" }, "Systems", heads, rows)),
-    make("p", { class: "hint" }, "Below a value: its 95 % interval."));
+    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Metrics of the systems" }, table),
+    make("p", { class: "hint" }, "The small numbers are 95\u00a0% intervals."));
 }
+
+const value = ({ label, colour }, found) => make("td",
+  { role: "cell", "data-of": plain(label), class: found === null ? `absent c${colour}` : `c${colour}` },
+  found === null ? "–" : found.value,
+  found?.interval ? make("small", {}, found.interval.join(" … ")) : null);
 
 function sentence(run, sample, item, looks) {
   const made = sample.clips.map((clip) => {

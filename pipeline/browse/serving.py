@@ -89,28 +89,29 @@ def serve_page(
 def browse_of(place: str, runs: Sequence[Path], dataset: Path | None) -> Browse:
     """Return what is shown of a store, or of a run's folder, and of further runs' folders.
 
-    A store that lies in a run's folder brings this run. Raises `UserError` and `StoreError`.
+    A store that lies in a run's folder brings this run, as soon as there is anything to show of it.
+    Raises `UserError` and `StoreError`.
     """
     at = place_of(place)
-    store_at, first = _places(at)
-    shown = [*first, *runs]
-    for folder in shown:
+    store_at = _store_at(at)
+    for folder in runs:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder of a run: name one of runs/")
     store = None if store_at is None else PredictionStore.open(store_at)
-    return Browse(store, run_folders(shown), dataset)
+    if isinstance(at, Path) and at != store_at:
+        return Browse(store, run_folders([at, *runs]), dataset)
+    around = at.parent if isinstance(at, Path) else None
+    return Browse(store, run_folders(runs, around), dataset)
 
 
-def _places(at: Path | ObjectUrl) -> tuple[Path | ObjectUrl | None, list[Path]]:
-    """The store, and the folder of the run that it is of, as far as there are any."""
+def _store_at(at: Path | ObjectUrl) -> Path | ObjectUrl | None:
+    """Where the store is of what a person named; None for a run without one."""
     if not isinstance(at, Path) or (at / "manifest.json").exists():
-        run = at.parent if isinstance(at, Path) else None
-        is_of_run = run is not None and (run / "report" / "report.json").is_file()
-        return at, [run] if run is not None and is_of_run else []
+        return at
     if (at / "store" / "manifest.json").exists():
-        return at / "store", [at]
+        return at / "store"
     if (at / "report" / "report.json").is_file():
-        return None, [at]
+        return None
     raise UserError(
         f"{at} is neither a store nor the folder of a run: it has no manifest.json, no "
         "store/manifest.json and no report/report.json"

@@ -29,7 +29,6 @@ LONGEST_CONDITION = 4000
 def overview(index: RolloutIndex) -> Document:
     """Return what a store is, and what there is to filter by."""
     store, manifest = index.store, index.store.manifest
-    reasons, counts = np.unique(index.stop_reasons.astype(str), return_counts=True)
     timesteps = int(index.lengths.sum())
     scale = manifest.timestep_s
     return {
@@ -43,16 +42,16 @@ def overview(index: RolloutIndex) -> Document:
         "cfg_scale": manifest.guidance.scale,
         "timestep_s": scale,
         "streams": [stream.model_dump(mode="json") for stream in manifest.streams],
-        "shards": len(store.committed),
+        "shards": index.shards,
         "planned_shards": store.planned_shards,
         "rollouts": len(index),
-        "samples": len(np.unique(index.samples)),
+        "samples": index.sample_count,
         "timesteps": timesteps,
         "audio_s": None if scale is None else timesteps * scale,
         "longest": int(index.lengths.max(initial=0)),
-        "stop_reasons": dict(zip(reasons.tolist(), counts.tolist(), strict=True)),
+        "stop_reasons": index.stop_reason_counts,
         "has_entropy": index.has_entropy,
-        "main_text": index.main_text,
+        "main_text": index.texts.main,
         "damaged": index.damaged,
     }
 
