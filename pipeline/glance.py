@@ -31,7 +31,7 @@ def glance(report: Report) -> str:
         _words, _voice, _success, _distance, _frechet, _speed, _work, _memory,
     )  # fmt: skip
     facts = "".join(_card(fact) for fact in (ask(report) for ask in asked) if fact is not None)
-    return f'<div class="grid">{facts}</div>' if facts else ""
+    return f'<div class="grid facts">{facts}</div>' if facts else ""
 
 
 def _card(fact: Fact) -> str:
