@@ -52,13 +52,14 @@ def key(store: PredictionStore) -> tuple[str, int]:
 
 
 def described(family: Any) -> Any:
-    """What a manifest says of a family's codes."""
+    """What a manifest of an earlier release says of a family's codes."""
     return SimpleNamespace(
         family=family.name,
         streams=family.streams,
         end_id=family.end_id,
         forbidden=family.forbidden,
         conditioning=family.facts.model_dump(mode="json"),
+        recording={},
     )
 
 
@@ -85,9 +86,89 @@ def test_slots_of_a_language_model_are_frames_up_to_its_end(folder):  # noqa: F8
         ended[place] = family.end_id
         require_frames(family, ended)
         assert len(stored_frames(described(family), ended)) == place[0]
-    full = language_model_of(folder, vocabulary="full")
-    with pytest.raises(UserError, match="vocabulary: slots"):
-        stored_frames(described(full), codes)
+
+
+class FakeCodec:
+    """An audio codec whose samples are the codes that it is given."""
+
+    output_sample_rate_hz = 100
+
+    def decode(self, frames: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(frames.astype(np.float32)).flatten()
+
+
+def heard(store: PredictionStore, key: tuple[str, int], monkeypatch: Any) -> np.ndarray:
+    monkeypatch.setattr("stages.audio_codec.load_audio_codec", lambda _: FakeCodec())
+    return StoredAudio(store, store.path).waveform(*key).samples
+
+
+@pytest.fixture
+def whole(folder, tmp_path) -> tuple[Any, PredictionStore]:  # noqa: F811
+    """A language model that predicts its whole vocabulary, and a store of its run."""
+    family = language_model_of(folder, vocabulary="full")
+    sampler = {"temperature": 2.0, "max_timesteps": 4, "min_timesteps": 1}
+    path = tmp_path / "run" / "store"
+    return family, written(path, family, language_samples_of(3), sampler=sampler)
+
+
+def of_an_earlier_release(store: PredictionStore, path: Path) -> PredictionStore:
+    """The same store, but its manifest does not say which ids are audio."""
+    manifest = store.manifest.model_copy(update={"files": {}, "recording": {}})
+    earlier = PredictionStore.create(path, manifest, store.plan, store.samples)
+    for shard in range(store.planned_shards):
+        with earlier.writer(shard) as writer:
+            for key in store.plan[shard]:
+                rollout = store[key]
+                writer.append(
+                    *key, rollout.arrays, stop_reason=rollout.stop_reason, weight=1.0,
+                    seed=rollout.seed,
+                )  # fmt: skip
+            writer.commit()
+    return PredictionStore.open(path)
+
+
+def test_ids_of_a_whole_vocabulary_are_heard_as_codes_of_their_slots(whole, monkeypatch):
+    family, store = whole
+    layout = family.config.layout
+    assert store.manifest.recording == {"layout": layout.model_dump(mode="json")}
+    first = layout.audio_base_id + layout.codes_per_slot * np.arange(7)
+    for key in store:
+        codes = store[key].codes.astype(np.int64)
+        whole_frames = ~(codes == layout.end_id).any(-1)
+        frames = (codes - first)[whole_frames]
+        assert ((frames >= 0) & (frames < family.facts.codes_per_codebook)).all()
+        assert torch.equal(torch.from_numpy(frames), family.frames(torch.from_numpy(codes)))
+        np.testing.assert_array_equal(heard(store, key, monkeypatch), frames.flatten())
+
+
+def test_which_ids_are_audio_is_asked_of_the_run_where_an_earlier_release_wrote(
+    whole, tmp_path, monkeypatch
+):
+    family, store = whole
+    earlier = of_an_earlier_release(store, tmp_path / "old" / "store")
+    key = next(iter(store))
+    with pytest.raises(UserError, match=r"manifest does not say .* and of the models .* none says"):
+        heard(earlier, key, monkeypatch)
+    family.save(tmp_path / "old" / "student_half")
+    expected = heard(store, key, monkeypatch)
+    np.testing.assert_array_equal(heard(earlier, key, monkeypatch), expected)
+    family.save(tmp_path / "old" / "teacher")
+    config = tmp_path / "old" / "teacher" / "config.json"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"audio_base_id": 300', '"audio_base_id": 304'), "utf-8")
+    with pytest.raises(UserError, match="some disagree"):
+        heard(earlier, key, monkeypatch)
+    shutil.rmtree(tmp_path / "old" / "student_half")
+    with pytest.raises(UserError, match="is no code of slot"):
+        heard(earlier, key, monkeypatch)
+
+
+def test_a_store_that_an_earlier_release_began_goes_on(whole, tmp_path):
+    _, store = whole
+    earlier = of_an_earlier_release(store, tmp_path / "old")
+    PredictionStore.create(
+        earlier.path, store.manifest.model_copy(update={"files": {}}), store.plan, store.samples
+    )
 
 
 # ---- audio
