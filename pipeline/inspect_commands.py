@@ -267,8 +267,8 @@ def audit(
     limit: Annotated[
         float | None,
         typer.Option(
-            help="Largest mean drift of a stream or rollout, in nats (a share for draws and "
-            "images). [default: what arithmetic and storage explain]"
+            help="Largest mean drift of the predictions of a stream or rollout, in nats (a share "
+            "for draws and images). [default: what arithmetic and storage explain]"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the rollouts.", min=0)] = 0,

@@ -21,7 +21,7 @@ from pipeline.stored_audio import StoredAudio
 from stages.audio import read_audio, to_pcm16
 from stages.audio_codec import load_audio_codec
 from stages.code_drift import code_drift
-from stages.drift import limit_of
+from stages.drift_limits import limit_of
 from stages.errors import UserError
 from stages.family import load_family
 from stages.stored_frames import stored_frames
@@ -366,7 +366,7 @@ def test_codes_behind_an_end_are_not_compared(folder, tmp_path):  # noqa: F811
     store = written(
         tmp_path / "store", family, language_samples_of(3), sampler=sampler, source="dataset"
     )
-    found = code_drift(family, store, list(store.keys()), batch_size=2)
+    (found,) = code_drift(family, store, list(store.keys()), batch_size=2)
     assert family.predicted is not None
     counted = sum(
         family.predicted(torch.from_numpy(store[key].codes.astype(np.int64))).sum(0)
