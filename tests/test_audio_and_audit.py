@@ -27,6 +27,7 @@ from stages.family import load_family
 from stages.stored_frames import stored_frames
 from store import PredictionStore
 from tests.diffusion_stores import write_store
+from tests.rewritten import rewritten
 from tests.test_causal_lm import family_of as language_model_of
 from tests.test_causal_lm import folder, tiny  # noqa: F401, fixtures: a tiny language model
 from tests.test_causal_lm import samples_of as language_samples_of
@@ -111,22 +112,6 @@ def whole(folder, tmp_path) -> tuple[Any, PredictionStore]:  # noqa: F811
     return family, written(path, family, language_samples_of(3), sampler=sampler)
 
 
-def of_an_earlier_release(store: PredictionStore, path: Path) -> PredictionStore:
-    """The same store, but its manifest does not say which ids are audio."""
-    manifest = store.manifest.model_copy(update={"files": {}, "recording": {}})
-    earlier = PredictionStore.create(path, manifest, store.plan, store.samples)
-    for shard in range(store.planned_shards):
-        with earlier.writer(shard) as writer:
-            for key in store.plan[shard]:
-                rollout = store[key]
-                writer.append(
-                    *key, rollout.arrays, stop_reason=rollout.stop_reason, weight=1.0,
-                    seed=rollout.seed,
-                )  # fmt: skip
-            writer.commit()
-    return PredictionStore.open(path)
-
-
 def test_ids_of_a_whole_vocabulary_are_heard_as_codes_of_their_slots(whole, monkeypatch):
     family, store = whole
     layout = family.config.layout
@@ -145,7 +130,7 @@ def test_which_ids_are_audio_is_asked_of_the_run_where_an_earlier_release_wrote(
     whole, tmp_path, monkeypatch
 ):
     family, store = whole
-    earlier = of_an_earlier_release(store, tmp_path / "old" / "store")
+    earlier = rewritten(store, tmp_path / "old" / "store", recording={})
     key = next(iter(store))
     with pytest.raises(UserError, match=r"manifest does not say .* and of the models .* none says"):
         heard(earlier, key, monkeypatch)
@@ -165,7 +150,7 @@ def test_which_ids_are_audio_is_asked_of_the_run_where_an_earlier_release_wrote(
 
 def test_a_store_that_an_earlier_release_began_goes_on(whole, tmp_path):
     _, store = whole
-    earlier = of_an_earlier_release(store, tmp_path / "old")
+    earlier = rewritten(store, tmp_path / "old", recording={})
     PredictionStore.create(
         earlier.path, store.manifest.model_copy(update={"files": {}}), store.plan, store.samples
     )
@@ -318,6 +303,43 @@ def test_a_store_that_its_teacher_wrote_passes(audited, store):
     assert lines[-1] == "it holds what this teacher predicts"
     assert all(len(line) <= 80 for line in lines[1:]), "fits a terminal"
     assert audited("--seed", "1", "--json").stdout != done.stdout
+
+
+@pytest.mark.slow
+def test_what_is_stored_beside_predictions_decides_too(run_of, tiny_run, tmp_path):
+    target = {"kind": "top_k", "k": 6, "moments": True, "tail_samples": 4}
+    section = tiny_run.document["rollout"] | {"target": target, "variations": 1}
+    run = run_of(fitted=True, rollout=section, students=None)
+    run.do("rollout")
+
+    def audit(*options: str, store: Path) -> subprocess.CompletedProcess[str]:
+        other = run_of("again", fitted=True, rollout=section, students=None, store=str(store))
+        return foretell("inspect", "audit", other.path, "--fraction", "1", *options)
+
+    whole = PredictionStore.open(run.root / "store")
+    done = audit("--json", store=whole.path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    measures = [each["drift"]["measure"] for each in found["further"]]
+    assert measures == ["logit_mean", "logit_std", "tail_draws"]
+    assert all(each["ok"] and each["above"] == [] for each in found["further"])
+
+    def raised(_: object, arrays: dict[str, np.ndarray]) -> None:
+        arrays["top_k.moments"][:, 1, 1] += 0.01
+
+    altered = rewritten(whole, tmp_path / "altered", raised)
+    done = audit("--json", "--limit", "9", store=altered.path)
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert not found["ok"]
+    assert found["above"] == [], "the predictions are as they were"
+    names = [stream.name for stream in whole.manifest.streams]
+    assert [each["above"] for each in found["further"]] == [[], [names[1]], []]
+    text = audit(store=altered.path).stdout
+    _, table = text.split("\nstandard deviation of the logits: difference beyond rounding, nats\n")
+    assert f"\nABOVE IT       {names[1]}\n" in table
+    assert text.endswith("IT DOES NOT HOLD WHAT THIS TEACHER PREDICTS\n")
+    assert all(len(line) <= 80 for line in text.splitlines()[1:]), "fits a terminal"
 
 
 def test_a_limit_that_a_person_sets_is_the_one_that_counts(audited):

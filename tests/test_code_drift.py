@@ -18,11 +18,12 @@ from stages.drift_limits import limit_of, limits_of
 from stages.errors import UserError
 from stages.philox import uniforms
 from stages.sampling import keyed_seed
-from store import PredictionStore, verify
+from store import PredictionStore
 from store.convert import convert
 from store.plan import Key
 from store.schema import Audit, Compact, Full, Guidance, Hidden, Quantization, TopK
 from store.synthetic import synthetic_manifest
+from tests.rewritten import rewritten
 from tests.test_rollout import (
     VARIANTS,
     drawn_again,
@@ -198,28 +199,6 @@ def test_draws_are_drawn_again_with_their_own_random_numbers(tmp_path):
     assert not found.within(limit_of(store.manifest, "fp32", quantized=False).value)
 
 
-def with_other_values(
-    store: PredictionStore, path: Path, change: Callable[[Key, dict[str, np.ndarray]], None]
-) -> PredictionStore:
-    """A copy of a store with other values and their checksums."""
-    manifest, heads = store.manifest.model_copy(update={"files": {}}), None
-    if manifest.heads:
-        heads = dict(store.heads)
-    altered = PredictionStore.create(path, manifest, store.plan, store.samples, heads=heads)
-    for shard in range(store.planned_shards):
-        with altered.writer(shard) as writer:
-            for key in store.plan[shard]:
-                rollout = store[key]
-                arrays = {name: np.array(values) for name, values in rollout.arrays.items()}
-                change(key, arrays)
-                writer.append(
-                    *key, arrays, stop_reason=rollout.stop_reason, weight=1.0, seed=rollout.seed
-                )
-            writer.commit()
-    assert verify(path).ok
-    return PredictionStore.open(path)
-
-
 def test_a_rollout_whose_logits_were_altered_with_its_checksums_is_named(tmp_path):
     family, samples = teacher_of(), samples_of(4)
     store = written(tmp_path / "store", family, samples, target=TARGETS["full"])
@@ -229,7 +208,7 @@ def test_a_rollout_whose_logits_were_altered_with_its_checksums_is_named(tmp_pat
         if key == wrong:
             arrays["full.logits"][..., 3] -= 0.5
 
-    altered = with_other_values(store, tmp_path / "altered", lowered)
+    altered = rewritten(store, tmp_path / "altered", lowered)
     found = drift_of(altered, family)
     limit = limit_of(store.manifest, "fp32", quantized=False).value
     assert not found.within(limit)
@@ -295,7 +274,7 @@ def test_what_was_altered_beside_the_predictions_is_named(tmp_path, case, rollou
         if rollouts == "all" or key == wrong:
             change(arrays)
 
-    altered = with_other_values(store, tmp_path / "altered", changed)
+    altered = rewritten(store, tmp_path / "altered", changed)
     limits = limits_of(store.manifest, "fp32", quantized=False)
     judged = dict(
         zip(
