@@ -291,6 +291,13 @@ def test_a_store_that_its_teacher_wrote_passes(audited, store):
     done = audited("--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert found.keys() == {
+        "ok", "store", "fraction", "seed", "rollouts", "committed", "timesteps", "teacher_matches",
+        "differences", "drift", "limit", "limit_from", "largest_mean", "not_finite", "above",
+        "further",
+    }, "names that machines rely on: one may be added here, none may go"  # fmt: skip
+    page = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
+    assert [name for name in found if f"`{name}`" not in page] == []
     assert found["ok"]
     assert found["teacher_matches"]
     assert found["differences"] == {}

@@ -23,7 +23,9 @@ from store.convert import convert
 from store.plan import Key
 from store.schema import Audit, Compact, Full, Guidance, Hidden, Quantization, TopK
 from store.synthetic import synthetic_manifest
+from tests.magpie_models import Models
 from tests.rewritten import rewritten
+from tests.test_magpie_loss import store_of as magpie_store
 from tests.test_rollout import (
     VARIANTS,
     drawn_again,
@@ -549,3 +551,21 @@ def test_a_teacher_of_other_codes_is_refused(tmp_path: Path) -> None:
     store = written(tmp_path / "store", teacher_of(), samples_of(3))
     with pytest.raises(UserError, match=r"streams: backbone\.0:16, backbone\.1:16, not"):
         require_same_codes(teacher_of(frames_per_step=2), store)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "target", ["hidden", "hidden, both branches", "top_k with all", "full with levels"]
+)
+@pytest.mark.parametrize("shape", [{}, {"frame_stacking": 2, "experts": 3}])
+def test_all_that_a_magpie_store_holds_is_what_its_teacher_says(require, tmp_path, target, shape):
+    require("nemo", "pip install 'foretell[magpie]'")
+    models = Models(tmp_path / "models")
+    teacher = models.teacher(models.archive(**shape))
+    store = magpie_store(models, teacher, tmp_path / "store", TARGETS[target])
+    drifts, manifest = drifts_of(store, teacher), store.manifest
+    for drift, limit in zip(drifts, limits_of(manifest, "fp32", quantized=False), strict=True):
+        assert drift.within(limit.value), (drift.measure, drift.largest_mean, limit)
+    shared = {head.group for head in manifest.heads if head.vectors == 1}
+    names = {s.group if s.group in shared else s.name for s in manifest.streams}
+    assert {part.name for part in drifts[1].parts} == names
