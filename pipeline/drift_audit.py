@@ -22,6 +22,7 @@ UNITS = {
     "kl": "KL(stored ‖ recomputed), nats",
     "redrawn": "share of draws that become others",
     "squared_error": "squared error over mean square",
+    "kept_ids": "kept ids: likeliest other id above the least likely kept one, nats",
     "logit_mean": "mean of the logits: difference beyond rounding, nats",
     "logit_std": "standard deviation of the logits: difference beyond rounding, nats",
     "level": "largest logit: difference beyond rounding, nats",

@@ -157,7 +157,9 @@ def _compare(
             if measure == "states":
                 _add_states(further, manifest, scores, compared, row, timesteps)
                 continue
-            drift = logits_drift(measure, place, allowed, stored).masked_fill(lost, float("nan"))
+            codes = batch.codes[row, timesteps]
+            drift = logits_drift(measure, place, codes, allowed, stored)
+            drift = drift.masked_fill(lost, float("nan"))
             _add(further, manifest, compared, row, drift, counted)
 
 

@@ -22,7 +22,7 @@ from store.schema import Dense, Full, Hidden, Manifest, Quantization, Record, Sa
 
 Part = Literal["guided", "cond", "uncond"]
 """What was predicted: under guidance, or by one of its branches, where these are stored apart."""
-Further = Literal["logit_mean", "logit_std", "level", "tail_draws", "states"]
+Further = Literal["kept_ids", "logit_mean", "logit_std", "level", "tail_draws", "states"]
 Measured = Literal["kl", "redrawn", "squared_error"] | Further
 
 WORST = 3
@@ -77,9 +77,10 @@ class StoreDrift(Record):
     measure: Measured
     """`kl`: KL(stored ‖ recomputed) in nats; `redrawn`: share of the draws that become others;
     `squared_error`: squared difference over the mean square of what is stored, and `states` that of
-    hidden states; `logit_mean`, `logit_std` and `level` (the row maximum): difference of logits
-    beyond what storage rounds; `tail_draws`: how far the random number of a draw from the tail is
-    from the mass that its id has there."""
+    hidden states; `kept_ids`: by how much the likeliest logit that was not kept is above the least
+    that was; `logit_mean`, `logit_std` and `level` (the row maximum): difference of logits beyond
+    what storage rounds; `tail_draws`: how far the random number of a draw from the tail is from the
+    mass that its id has there."""
     parts: tuple[PartDrift, ...]
     """By stream or noise level."""
     worst: tuple[RolloutDrift, ...]
@@ -236,7 +237,8 @@ def further_of(manifest: Manifest) -> tuple[Further, ...]:
     match manifest.target:
         case TopK() as target:
             moments: tuple[Further, ...] = ("logit_mean", "logit_std") if target.moments else ()
-            return (*moments, "tail_draws") if target.tail_samples else moments
+            tail: tuple[Further, ...] = ("tail_draws",) if target.tail_samples else ()
+            return ("kept_ids", *moments, *tail)
         case Full() as target:
             return ("level",) if target.levels else ()
         case Hidden():
@@ -246,7 +248,7 @@ def further_of(manifest: Manifest) -> tuple[Further, ...]:
 
 
 class JudgedDrift(Record):
-    """What was found of something that is stored beside the predictions, and what may be."""
+    """What was found of something that the drift of predictions does not see, and what may be."""
 
     drift: StoreDrift
     """What was found."""
@@ -287,7 +289,7 @@ class AuditedStore(Record):
     limit_from: str
     """Where that comes from."""
     further: tuple[JudgedDrift, ...] = ()
-    """What was found of all that is stored beside the predictions."""
+    """What was found of all that the drift of predictions does not see."""
 
     @property
     def ok(self) -> bool:

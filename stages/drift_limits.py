@@ -106,14 +106,17 @@ def _further_limit(
 ) -> Limit:
     """Return the drift of something beside the predictions that arithmetic and storage explain.
 
-    If logits are off by at most e, so are a row's maximum and their standard deviation, and their
-    mean less the maximum is by 2e. The mass of the ids up to any one changes by at most tanh(e/2):
-    where all up to it are off by e, and all others by −e. What storage rounds has been taken off
-    what is measured (`rounding_of`); hidden states are judged like continuous predictions.
+    If logits are off by at most e, so are a row's maximum and their standard deviation; their mean
+    less the maximum is by 2e, and so is what lies between two of them. The mass of the ids up to
+    any one changes by at most tanh(e/2): where all up to it are off by e, and all others by −e.
+    What storage rounds has been taken off what is measured (`rounding_of`); hidden states are
+    judged like continuous predictions.
     """
     arithmetic, told = _arithmetic(manifest, precision, quantized=quantized)
     error = error_gain(manifest.guidance.scale) * LOGIT_ERROR[arithmetic]
     match measure:
+        case "kept_ids":
+            return Limit(2 * error, f"{told} moves two logits by {error:.1e} each")
         case "logit_mean":
             return Limit(2 * error, f"{told} moves a mean and a maximum by {error:.1e} each")
         case "logit_std" | "level":

@@ -1,7 +1,7 @@
 """What a store holds beside its predictions, compared with what a teacher says now.
 
-None of it shows in a KL: moments of all logits, the constant of a row, draws from the tail, and
-what the probabilities do not have of a state.
+None of it shows in a KL: which ids were kept, moments of all logits, the constant of a row, draws
+from the tail, and what the probabilities do not have of a state.
 """
 
 from __future__ import annotations
@@ -49,12 +49,20 @@ class Place(NamedTuple):
 
 
 def logits_drift(
-    measure: Further, place: Place, allowed: Tensor, stored: DenseTarget | SparseTarget
+    measure: Further,
+    place: Place,
+    codes: Tensor,
+    allowed: Tensor,
+    stored: DenseTarget | SparseTarget,
 ) -> Tensor:
     """Return the drift [n, C] of something that follows from logits.
 
-    `allowed` [n, C, V] are what the teacher predicts now, minus infinity at forbidden ids.
+    `allowed` [n, C, V] are what the teacher predicts now, minus infinity at forbidden ids, and
+    `codes` [n, C] those that are stored.
     """
+    if measure == "kept_ids":
+        assert isinstance(stored, SparseTarget)
+        return _passed_over(allowed, stored.ids, codes, place.manifest.end_id)
     if measure == "tail_draws":
         assert isinstance(stored, SparseTarget)
         assert stored.tail_ids is not None
@@ -71,6 +79,18 @@ def logits_drift(
         now = moments(relative, Forbidden.of(manifest, allowed.device))[..., which]
         then = stored.moments[..., which]
     return ((now - then).abs() - rounding_of(manifest, measure) * then.abs()).clamp_min(0)
+
+
+def _passed_over(allowed: Tensor, ids: Tensor, codes: Tensor, end_id: int | None) -> Tensor:
+    """By how much the largest logit outside `ids` [n, C, K] is above the least inside, [n, C].
+
+    The drawn code and the end id are kept whatever their logits are.
+    """
+    forced = ids == codes.unsqueeze(-1)
+    if end_id is not None:
+        forced = forced | (ids == end_id)
+    least = allowed.gather(-1, ids).masked_fill(forced, float("inf")).amin(-1)
+    return (without(allowed, ids).amax(-1) - least).clamp_min(0)
 
 
 def states_again(branches: Branches, scale: float) -> dict[str, Tensor]:

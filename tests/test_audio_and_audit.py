@@ -328,7 +328,7 @@ def test_what_is_stored_beside_predictions_decides_too(run_of, tiny_run, tmp_pat
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     measures = [each["drift"]["measure"] for each in found["further"]]
-    assert measures == ["logit_mean", "logit_std", "tail_draws"]
+    assert measures == ["kept_ids", "logit_mean", "logit_std", "tail_draws"]
     assert all(each["ok"] and each["above"] == [] for each in found["further"])
 
     def raised(_: object, arrays: dict[str, np.ndarray]) -> None:
@@ -341,7 +341,7 @@ def test_what_is_stored_beside_predictions_decides_too(run_of, tiny_run, tmp_pat
     assert not found["ok"]
     assert found["above"] == [], "the predictions are as they were"
     names = [stream.name for stream in whole.manifest.streams]
-    assert [each["above"] for each in found["further"]] == [[], [names[1]], []]
+    assert [each["above"] for each in found["further"]] == [[], [], [names[1]], []]
     text = audit(store=altered.path).stdout
     _, table = text.split("\nstandard deviation of the logits: difference beyond rounding, nats\n")
     assert f"\nABOVE IT       {names[1]}\n" in table

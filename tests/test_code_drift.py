@@ -50,7 +50,8 @@ TARGETS: dict[str, dict[str, Any]] = {
     "full with levels": {"kind": "full", "levels": True},
 }  # fmt: skip
 FURTHER = {
-    "top_k with all": ["logit_mean", "logit_std", "tail_draws"],
+    "top_k": ["kept_ids"],
+    "top_k with all": ["kept_ids", "logit_mean", "logit_std", "tail_draws"],
     "full with levels": ["level"],
     "hidden": ["states"],
     "hidden, both branches": ["states"],
@@ -299,6 +300,41 @@ def test_what_was_altered_beside_the_predictions_is_named(tmp_path, case, rollou
         assert first.mean > limit.value > max(each.mean for each in others)
 
 
+def test_ids_that_were_kept_in_place_of_likelier_ones_are_named(tmp_path):
+    """Their probabilities are right, and so is that of the rest: no KL sees it."""
+    family, samples = teacher_of(), samples_of(4)
+    full = written(tmp_path / "full", family, samples, target=TARGETS["full"])
+    target = {"kind": "top_k", "k": 5, "dtype": "float32"}
+    store = written(tmp_path / "store", family, samples, target=target)
+    gaps: list[np.ndarray] = []
+
+    def keep_others(key: Key, arrays: dict[str, np.ndarray]) -> None:
+        gaps.append(np.zeros(arrays["codes"].shape))
+        for timestep, z in enumerate(full[key].arrays["full.logits"][:, 1].astype(np.float64)):
+            kept = arrays["top_k.ids"][timestep, 1]
+            free = set(kept.tolist()) - {int(arrays["codes"][timestep, 1]), family.end_id}
+            tail = [i for i in np.flatnonzero(z > -np.inf) if i not in kept]
+            gone, new = (
+                max(free - {int(z.argmax())}, key=z.__getitem__),
+                min(tail, key=z.__getitem__),
+            )
+            ids = np.sort([new if i == gone else i for i in kept])
+            outside = [i for i in [*tail, gone] if i != new]
+            arrays["top_k.ids"][timestep, 1] = ids
+            arrays["top_k.logits"][timestep, 1] = z[ids]
+            mass = np.exp(z[outside]).sum() / np.exp(z).sum()
+            arrays["top_k.tail_logmass"][timestep, 1] = np.log(mass)
+            gaps[-1][timestep, 1] = z[outside].max() - z[new]
+
+    altered = rewritten(store, tmp_path / "altered", keep_others)
+    predictions, kept = drifts_of(altered, family)
+    explained, limit = limits_of(store.manifest, "fp32", quantized=False)
+    assert predictions.within(explained.value)
+    require_drift(kept, np.concatenate(gaps), None)
+    assert not kept.within(limit.value)
+    assert kept.above(limit.value) == ("backbone.1",)
+
+
 def guided_again(family: Any, store: PredictionStore, key: Key, samples: list[dict]) -> np.ndarray:
     """Guided logits [T, C, V] float64 of a stored rollout, scored alone; forbidden ids −inf."""
     codes = torch.from_numpy(store[key].codes.astype(np.int64))[None]
@@ -328,7 +364,7 @@ def test_moments_and_levels_drift_by_what_a_formula_says(tmp_path):
     for key in store:
         now = guided_again(other, store, key, samples).max(-1)
         expected["level"].append(np.abs(now - store[key].arrays["full.levels"]))
-    for drift in drifts_of(stores["top_k with all"], other)[1:3] + drifts_of(store, other)[1:]:
+    for drift in drifts_of(stores["top_k with all"], other)[2:4] + drifts_of(store, other)[1:]:
         require_drift(drift, np.concatenate(expected[drift.measure]), None)
         assert drift.largest_mean > 0.05
 
@@ -468,9 +504,9 @@ def test_limits_beside_the_predictions_follow_from_the_error_of_a_logit():
             guidance = {"guidance": Guidance(scale=scale)}
             target = TopK(k=3, moments=True, tail_samples=2)
             top_k = synthetic_manifest(target).model_copy(update=guidance)
-            mean, std, tail = limits_of(top_k, precision, quantized=False)[1:]
+            kept, mean, std, tail = limits_of(top_k, precision, quantized=False)[1:]
             e = gain * error
-            assert (mean.value, std.value) == pytest.approx((2 * e, e))
+            assert (kept.value, mean.value, std.value) == pytest.approx((2 * e, 2 * e, e))
             # The worst that logits off by e do to a mass: ids of mass x gain, all others lose.
             masses = [np.exp(e) * x / (np.exp(e) * x + np.exp(-e) * (1 - x)) - x
                       for x in np.linspace(0, 1, 2001)]  # fmt: skip
@@ -482,7 +518,7 @@ def test_limits_beside_the_predictions_follow_from_the_error_of_a_logit():
     compact = hidden.model_copy(update={"profile": Compact(hidden_step=1 / 64)})
     limit = limits_of(compact, "fp32", quantized=False)[1]
     assert limit.value == pytest.approx((1e-4 + 2.0**-11 + 1 / 128) ** 2)
-    assert len(limits_of(synthetic_manifest(TopK(k=3)), "fp32", quantized=False)) == 1
+    assert len(limits_of(synthetic_manifest(Full()), "fp32", quantized=False)) == 1
 
 
 def test_what_compact_rounds_beside_the_predictions_is_no_drift(tmp_path):
