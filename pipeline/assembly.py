@@ -38,7 +38,8 @@ from stages.draw import (
     read_draws,
     read_refused,
 )
-from stages.drift import AuditChoice, AuditedStore, Progress, audited, chosen_keys, limit_of
+from stages.drift import AuditChoice, AuditedStore, Progress, audited, chosen_keys
+from stages.drift_limits import limits_of
 from stages.errors import UserError
 from stages.estimate import Estimate, estimated, missing_of, time_batches, trial_plan
 from stages.evaluate import evaluate
@@ -251,10 +252,10 @@ class Assembly:
         teacher, quantized = Teachers(self._config, dataset, device).for_rollout(config, round_name)
         require_same_codes(teacher, store)
         with progress(len(keys)) as bar:
-            drift = code_drift(teacher, store, keys, batch_size=config.batch_size, done=bar.update)
+            drifts = code_drift(teacher, store, keys, batch_size=config.batch_size, done=bar.update)
         differences = code_differences(store, teacher, quantized, dataset)
-        limit = limit_of(store.manifest, config.precision, quantized=quantized is not None)
-        return audited(store, keys, choice, drift, differences, limit)
+        limits = limits_of(store.manifest, config.precision, quantized=quantized is not None)
+        return audited(store, keys, choice, drifts, differences, limits)
 
     def _replay(
         self, config: RolloutConfig, teacher: Family, dataset: Dataset, path: Path | ObjectUrl

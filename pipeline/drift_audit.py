@@ -22,6 +22,12 @@ UNITS = {
     "kl": "KL(stored ‖ recomputed), nats",
     "redrawn": "share of draws that become others",
     "squared_error": "squared error over mean square",
+    "kept_ids": "kept ids: likeliest other id above the least likely kept one, nats",
+    "logit_mean": "mean of the logits: difference beyond rounding, nats",
+    "logit_std": "standard deviation of the logits: difference beyond rounding, nats",
+    "level": "largest logit: difference beyond rounding, nats",
+    "tail_draws": "draws from the tail: distance from their random numbers, share of its mass",
+    "states": "hidden states: squared error over mean square",
 }
 """Measure → what its numbers are."""
 
@@ -45,16 +51,24 @@ def _bar(rollouts: int) -> tqdm[Any]:
 
 def audit_document(found: AuditedStore) -> dict[str, Any]:
     """Return what was found as JSON values."""
-    return found.model_dump(mode="json") | {
-        "ok": found.ok,
-        "largest_mean": found.drift.largest_mean,
-        "not_finite": found.drift.not_finite,
+    further = [
+        each.model_dump(mode="json") | _judgement(each.drift, each.limit) for each in found.further
+    ]
+    judged = _judgement(found.drift, found.limit) | {"ok": found.ok}
+    return found.model_dump(mode="json") | judged | {"further": further}
+
+
+def _judgement(drift: StoreDrift, limit: float) -> dict[str, Any]:
+    return {
+        "ok": drift.within(limit),
+        "largest_mean": drift.largest_mean,
+        "not_finite": drift.not_finite,
+        "above": list(drift.above(limit)),
     }
 
 
 def audit_text(found: AuditedStore) -> str:
-    """Return what was found as a table, and the verdict last."""
-    drift, worst = found.drift, found.drift.worst[0]
+    """Return what was found as a table for each measure, and the verdict last."""
     lines = [
         found.store,
         f"{found.rollouts:,} of {found.committed:,} rollouts asked for again, "
@@ -62,17 +76,28 @@ def audit_text(found: AuditedStore) -> str:
     ]
     for name, (stored, now) in found.differences.items():
         lines += [f"ANOTHER {name.upper()}", f"  of the store  {stored}", f"  asked now     {now}"]
-    lines += ["", UNITS[drift.measure], *_table(drift), ""]
+    lines += _measured(found.drift, found.limit, found.limit_from)
+    for each in found.further:
+        lines += _measured(each.drift, each.limit, each.limit_from)
+    return "\n".join([*lines, _verdict(found)])
+
+
+def _measured(drift: StoreDrift, limit: float, origin: str) -> list[str]:
+    """Return the table of a measure, and what it comes to beside its limit."""
+    worst, above = drift.worst[0], drift.above(limit)
+    lines = ["", UNITS[drift.measure], *_table(drift), ""]
     if drift.not_finite:
         lines.append(f"{drift.not_finite:,} predictions are NaN or infinite now")
-    sign = "<=" if drift.largest_mean <= found.limit else ">"
+    sign = "<=" if drift.largest_mean <= limit else ">"
     lines += [
         f"worst rollout  {worst.mean:.1e}  {worst.sample_id!r} variation {worst.variation}",
-        f"largest mean   {drift.largest_mean:.1e} {sign} {found.limit:.1e}, the limit:",
-        fill(found.limit_from, initial_indent="  ", subsequent_indent="  "),
-        _verdict(found),
+        f"largest mean   {drift.largest_mean:.1e} {sign} {limit:.1e}, the limit:",
+        fill(origin, initial_indent="  ", subsequent_indent="  "),
     ]
-    return "\n".join(lines)
+    if above:
+        told = "ABOVE IT       " + ", ".join(above)
+        lines.append(fill(told, subsequent_indent=" " * 15, break_long_words=False))
+    return lines
 
 
 def _verdict(found: AuditedStore) -> str:
@@ -95,7 +120,7 @@ def _table(drift: StoreDrift) -> list[str]:
 
 
 def _header(drift: StoreDrift) -> Sequence[str]:
-    name = "level" if drift.measure == "squared_error" else "stream"
+    name = {"squared_error": "level", "states": "head"}.get(drift.measure, "stream")
     likeliest = ("same likeliest",) if drift.measure == "kl" else ()
     return name, "predictions", "mean", "p99", "largest", *likeliest
 

@@ -40,7 +40,8 @@ from stages.diffusion.record_plan import LaidOut, create_record_store, lay_out_r
 from stages.diffusion.row_drift import predicted_keys, require_recorded, row_differences, row_drift
 from stages.diffusion.train_config import DistilConfig, ImageEvaluateConfig
 from stages.distributed import choose_device, peak_device_bytes, place
-from stages.drift import AuditChoice, AuditedStore, Progress, audited, chosen_keys, limit_of
+from stages.drift import AuditChoice, AuditedStore, Progress, audited, chosen_keys
+from stages.drift_limits import limit_of
 from stages.errors import UserError
 from stages.estimate import Estimate, estimated, missing_of
 from stages.family import load_denoiser
@@ -180,7 +181,7 @@ class ImageAssembly:
             dataset_fingerprint=dataset.header.fingerprint,
         )  # fmt: skip
         limit = limit_of(store.manifest, config.precision, quantized=models.quantized is not None)
-        return audited(store, keys, choice, drift, differences, limit)
+        return audited(store, keys, choice, [drift], differences, [limit])
 
     def _laid_out(self, config: RecordConfig, dataset: ImageDataset, models: _Models) -> LaidOut:
         return lay_out_records(

@@ -124,14 +124,16 @@ def diff(
         bool, typer.Option("--all", help="Compare every common rollout, not 256 of them.")
     ] = False,
     as_json: Json = False,
+    as_csv: Csv = False,
 ) -> None:
     """Show what differs between two stores or two runs.
 
     Settings, keys and codes, and the KL between their targets where both follow on equal codes.
     """
+    refuse_together({"--json": as_json, "--csv": as_csv})
     bar = partial(tqdm, unit="rollout", leave=False, disable=None)
     found = describe_difference(place_of(a), place_of(b), everything, bar)
-    print_document(found, as_json, lambda: difference_text(found))
+    print_document(found, as_json, lambda: csv_text(found) if as_csv else difference_text(found))
 
 
 @inspect_app.command()
@@ -265,8 +267,8 @@ def audit(
     limit: Annotated[
         float | None,
         typer.Option(
-            help="Largest mean drift of a stream or rollout, in nats (a share for draws and "
-            "images). [default: what arithmetic and storage explain]"
+            help="Largest mean drift of the predictions of a stream or rollout, in nats (a share "
+            "for draws and images). [default: what arithmetic and storage explain]"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the rollouts.", min=0)] = 0,

@@ -6,6 +6,7 @@ torch and the audio codec are loaded when the first clip is asked for.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from stages.causal_lm_config import CausalLMSettings, SlotLayoutConfig
 from stages.config import DatasetFacts
 from stages.errors import UserError
+from stages.saved_model import is_saved, saved_model
 from store import PredictionStore
 from store.schema import Latent, Manifest
 
@@ -85,7 +88,7 @@ class StoredAudio:
         from stages.stored_frames import stored_frames  # noqa: PLC0415
 
         codes = torch.from_numpy(self.store[sample_id, variation].codes.astype(np.int64))
-        frames = stored_frames(self.manifest, codes).numpy()
+        frames = stored_frames(self.manifest, codes, self._layout).numpy()
         return self._decoded(frames, f"{sample_id!r} variation {variation} of {self.store.path}")
 
     def recording(self, sample_id: str) -> Waveform:
@@ -126,6 +129,28 @@ class StoredAudio:
         return Waveform(samples.nan_to_num(0, 0, 0).cpu().numpy(), rate_hz)
 
     @cached_property
+    def _layout(self) -> SlotLayoutConfig | None:
+        """Which ids are audio, where codes are ids and the manifest does not say it."""
+        from stages.stored_frames import (  # noqa: PLC0415, it needs torch
+            fits,
+            holds_vocabulary_ids,
+            recorded_layout,
+        )
+
+        if not holds_vocabulary_ids(self.manifest) or recorded_layout(self.manifest) is not None:
+            return None
+        said = {layout for layout in _layouts_beside(self.store) if fits(layout, self.manifest)}
+        if len(said) != 1:
+            raise UserError(
+                f"the codes of {self.store.path} are ids of a language model's whole vocabulary "
+                "(vocabulary: full), of which its manifest does not say which are audio, for an "
+                f"earlier release wrote it; and of the models of its run, teacher and student* "
+                f"beside the store, {'none says' if not said else 'some disagree about'} it. Put "
+                "the store into the folder of its run, or roll it out again"
+            )
+        return said.pop()
+
+    @cached_property
     def _audio_codec(self) -> AudioCodec:
         from stages.audio_codec import load_audio_codec  # noqa: PLC0415, it needs torch
 
@@ -152,6 +177,18 @@ def _beside(store: PredictionStore) -> Path:
         f"no audio codec is beside the store: neither {looked[0]} nor {looked[-1]} has a folder "
         f"{AUDIO_CODEC}; name the folder of the dataset that it was made of (--dataset)"
     )
+
+
+def _layouts_beside(store: PredictionStore) -> Iterator[SlotLayoutConfig]:
+    """Which ids are audio, by every language model of the run that a store lies in."""
+    if store.is_remote or not isinstance(store.path, Path):
+        return
+    run = store.path.parent
+    for folder in (run / "teacher", *sorted(run.glob("student*"))):
+        if is_saved(folder):
+            config = saved_model(folder).config
+            if isinstance(config, CausalLMSettings):
+                yield config.layout
 
 
 def _fingerprint(folder: Path) -> str:

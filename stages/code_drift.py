@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stages.dataset import Dataset
-from stages.drift import DriftTally, Part, StoreDrift, differing, measure_of, method_of
+from stages.drift import (
+    DriftTally,
+    Further,
+    Part,
+    StoreDrift,
+    differing,
+    further_of,
+    measure_of,
+    method_of,
+)
 from stages.errors import UserError
 from stages.family import Family, Scores, has_linear_heads
+from stages.further_drift import Place, logits_drift, states_again, states_drift
 from stages.host_batches import Span, TargetBatch, host_batch, restored_batch
 from stages.host_memory import HostMemory
 from stages.losses import kl_divergence
-from stages.philox import uniforms
 from stages.quantization import Quantized
 from stages.reduction import guided_logits, reduce
-from stages.sampling import keyed_seed
-from stages.targets import DenseTarget, Forbidden, SampledTarget, SparseTarget, load_heads
+from stages.targets import (
+    DenseTarget,
+    Forbidden,
+    HiddenTarget,
+    SampledTarget,
+    SparseTarget,
+    load_heads,
+)
 from store import PredictionStore
 from store.plan import Key
 from store.schema import Latent, Manifest, Sampled, Stream, TopK
@@ -38,31 +53,34 @@ def code_drift(
     *,
     batch_size: int,
     done: Callable[[int], object] = lambda _: None,
-) -> StoreDrift:
+) -> list[StoreDrift]:
     """Score the stored codes of `keys` again, as the manifest says, and compare.
 
     Targets that keep ids are compared over these and one category for all others, at every
     temperature that they list; `full` and `hidden` over all ids, of both branches each alone too
-    where they are stored apart; draws by drawing again with the store's own random numbers.
+    where they are stored apart; draws by drawing again with the store's own random numbers. That is
+    the first of what is returned; behind it comes what `further_of` names.
     `done` is told how many rollouts were compared.
     """
     family.module.eval()
-    tally = DriftTally(measure_of(store.manifest))
+    manifest = store.manifest
+    tallies = {measure: DriftTally(measure) for measure in further_of(manifest)}
+    tally = DriftTally(measure_of(manifest))
     for batches in _batches(family, store, keys, min(batch_size, SCORED_ROLLOUTS)):
         first = batches[0].batch
         scores = family.score(
             first.samples,
             first.codes,
             first.lengths,
-            cfg_scale=store.manifest.guidance.scale,
-            both_branches=store.manifest.branches == "both",
+            cfg_scale=manifest.guidance.scale,
+            both_branches=manifest.branches == "both",
             linear=has_linear_heads(family),
         )
         for compared in batches:
             for row in range(len(first.keys)):
-                _compare(store.manifest, scores, compared, row, tally)
+                _compare(manifest, scores, compared, row, tally, tallies)
         done(len(first.keys))
-    return tally.result()
+    return [each.result() for each in (tally, *tallies.values())]
 
 
 @dataclass(frozen=True)
@@ -107,7 +125,12 @@ def _batches(
 
 
 def _compare(
-    manifest: Manifest, scores: Scores, compared: _Compared, row: int, tally: DriftTally
+    manifest: Manifest,
+    scores: Scores,
+    compared: _Compared,
+    row: int,
+    tally: DriftTally,
+    tallies: Mapping[Further, DriftTally],
 ) -> None:
     """Compare what is stored of one rollout, a block of timesteps at a time."""
     batch, device = compared.batch, compared.batch.codes.device
@@ -123,12 +146,51 @@ def _compare(
             continue
         assert isinstance(stored, DenseTarget | SparseTarget)
         allowed = Forbidden.of(manifest, device).fill_(logits)
+        lost = ~_finite(allowed)
         agreed = allowed.argmax(-1) == likeliest(stored)
         for temperature in _temperatures(manifest):
-            drift = kl_divergence(allowed, stored, temperature)
             # Whose logits are not finite has no divergence, whatever the formula makes of it.
-            drift = drift.masked_fill(~_finite(allowed), float("nan"))
+            drift = kl_divergence(allowed, stored, temperature).masked_fill(lost, float("nan"))
             _add(tally, manifest, compared, row, drift, counted, agreed, temperature)
+        place = Place(manifest, batch.keys[row], timesteps)
+        for measure, further in tallies.items():
+            if measure == "states":
+                _add_states(further, manifest, scores, compared, row, timesteps)
+                continue
+            codes = batch.codes[row, timesteps]
+            drift = logits_drift(measure, place, codes, allowed, stored)
+            drift = drift.masked_fill(lost, float("nan"))
+            _add(further, manifest, compared, row, drift, counted)
+
+
+def _add_states(
+    tally: DriftTally,
+    manifest: Manifest,
+    scores: Scores,
+    compared: _Compared,
+    row: int,
+    timesteps: Tensor,
+) -> None:
+    """Compare the states of one rollout, head by head, where codes of its streams are predicted."""
+    batch, target = compared.batch, compared.batch.target
+    assert isinstance(target, HiddenTarget)
+    assert scores.branches is not None
+    rows = torch.full_like(timesteps, row)
+    now = states_again(scores.branches.at(rows, timesteps), compared.scale)
+    stored = target.states_at(row * batch.codes.shape[1] + timesteps)
+    predicted = batch.predicted[row, timesteps]
+    for head, then, linear in zip(manifest.heads, stored, target.heads, strict=True):
+        share, power = states_drift(now[head.group], then)
+        names = [manifest.streams[place].name for place in linear.streams]
+        counted = predicted[:, list(linear.streams)]
+        if head.vectors == 1:
+            names, counted = [head.group], counted.any(-1, keepdim=True)
+        for place, name in enumerate(names):
+            kept = counted[:, place]
+            tally.add(
+                batch.keys[row], name, share[kept, place].cpu().numpy(),
+                part=compared.part, weights=power[kept, place].cpu().numpy(),
+            )  # fmt: skip
 
 
 def _logits(scores: Scores, row: int, timesteps: Tensor, scale: float) -> Tensor:
@@ -191,9 +253,7 @@ def _redrawn(
     """Share [n, C] of the draws that are others when the same random numbers draw them again."""
     target, forbidden = manifest.target, Forbidden.of(manifest, logits.device)
     assert isinstance(target, Sampled)
-    seed = keyed_seed(manifest.seed, "target draws", *batch.keys[row])
-    seeds = torch.full_like(timesteps, seed)
-    numbers = uniforms(seeds, timesteps, len(manifest.streams), target.draws)
+    numbers = Place(manifest, batch.keys[row], timesteps).numbers()
     codes = batch.codes[row, timesteps]
     drawn = reduce(logits, codes, target, forbidden, manifest.end_id, numbers)["ids"]
     ours, theirs = (_counts(ids, manifest.vocabulary) for ids in (drawn, stored.ids))

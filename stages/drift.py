@@ -1,4 +1,4 @@
-"""How far a store is from what its teacher predicts now: what is measured, and what may be.
+"""How far a store is from what its teacher predicts now: what is measured, and what was found.
 
 Which rollouts are asked for again is a function of the seed and their keys; what was found of them
 is summed up per stream, or per noise level, and per rollout.
@@ -15,40 +15,16 @@ import numpy as np
 from pydantic import Field
 
 from stages.errors import UserError
-from stages.guidance import error_gain
 from stages.sampling import keyed_seed
 from store import PredictionStore
 from store.plan import Key
-from store.schema import (
-    Compact,
-    Dense,
-    Full,
-    Hidden,
-    Manifest,
-    Quantization,
-    Record,
-    Sampled,
-    TopK,
-)
+from store.schema import Dense, Full, Hidden, Manifest, Quantization, Record, Sampled, TopK
 
 Part = Literal["guided", "cond", "uncond"]
 """What was predicted: under guidance, or by one of its branches, where these are stored apart."""
-Measured = Literal["kl", "redrawn", "squared_error"]
+Further = Literal["kept_ids", "logit_mean", "logit_std", "level", "tail_draws", "states"]
+Measured = Literal["kl", "redrawn", "squared_error"] | Further
 
-LOGIT_ERROR = {"fp32": 1e-3, "bf16": 2.0**-5, "fp16": 2.0**-8}
-"""By how much a logit may differ when a teacher is asked in another batch, or on another machine.
-
-Of fp32 it is ten times what the families' tests hold decoding and scoring to; of the others half a
-step of the type between 8 and 16, where the largest logits of a trained model lie.
-"""
-RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 2.0**-6, "fp16": 2.0**-9}
-"""The same of continuous predictions, as a share of their root mean square."""
-TYPE_ERROR = {"float16": 2.0**-11, "float32": 2.0**-24}
-"""Largest rounding of a stored number, as a share of it."""
-REDRAWN_SHARE = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.05}
-"""Share of the draws that such differences may turn into others."""
-HIDDEN_LOSS_NATS = 1e-4
-"""KL of hidden states rounded by 1/256 of their root mean square; it grows with the square."""
 WORST = 3
 """Rollouts that are named, at most."""
 
@@ -100,7 +76,11 @@ class StoreDrift(Record):
 
     measure: Measured
     """`kl`: KL(stored ‖ recomputed) in nats; `redrawn`: share of the draws that become others;
-    `squared_error`: squared difference over the mean square of what is stored."""
+    `squared_error`: squared difference over the mean square of what is stored, and `states` that of
+    hidden states; `kept_ids`: by how much the likeliest logit that was not kept is above the least
+    that was; `logit_mean`, `logit_std` and `level` (the row maximum): difference of logits beyond
+    what storage rounds; `tail_draws`: how far the random number of a draw from the tail is from the
+    mass that its id has there."""
     parts: tuple[PartDrift, ...]
     """By stream or noise level."""
     worst: tuple[RolloutDrift, ...]
@@ -120,6 +100,10 @@ class StoreDrift(Record):
     def within(self, limit: float) -> bool:
         """Whether every answer was finite and no mean exceeds `limit`."""
         return self.not_finite == 0 and self.largest_mean <= limit
+
+    def above(self, limit: float) -> tuple[str, ...]:
+        """Names of the streams or noise levels whose mean exceeds `limit`, each once."""
+        return tuple(dict.fromkeys(part.name for part in self.parts if part.mean > limit))
 
 
 def chosen_keys(keys: Sequence[Key], fraction: float, seed: int) -> list[Key]:
@@ -238,7 +222,7 @@ class DriftTally:
 
 
 def measure_of(manifest: Manifest) -> Measured:
-    """Return what can be measured of a store's targets."""
+    """Return what can be measured of a store's predictions."""
     match manifest.target:
         case Dense():
             return "squared_error"
@@ -248,61 +232,35 @@ def measure_of(manifest: Manifest) -> Measured:
             return "kl"
 
 
-def limit_of(manifest: Manifest, precision: str, *, quantized: bool) -> Limit:
-    """Return the drift that arithmetic and storage explain: more is another prediction.
-
-    `precision` is that of the teacher, fp32, bf16 or fp16; one that is `quantized` rounds what it
-    reads as coarsely as bf16 at least. Logits that are off by at most e change KL by at most e²/2
-    (Hoeffding's lemma), and guidance amplifies an error (`error_gain`). Square roots
-    of small divergences add up at worst. Where stage one has measured how far a teacher of fewer
-    bits is from itself in float32, that counts instead.
-    """
-    arithmetic = "bf16" if quantized and precision == "fp32" else precision
-    scale, target = manifest.guidance.scale, manifest.target
-    gain = error_gain(scale)
-    told = f"{arithmetic} arithmetic" + (f" guided at {scale:g}" if scale != 1 else "")
-    if isinstance(target, Sampled):
-        return Limit(REDRAWN_SHARE[arithmetic], f"draws that {told} may move")
-    if isinstance(target, Dense):
-        value = (gain * (RELATIVE_ERROR[arithmetic] + TYPE_ERROR[target.dtype])) ** 2
-        return Limit(value, f"{told}, stored in {target.dtype}")
-    computed, stored = (gain * LOGIT_ERROR[arithmetic]) ** 2 / 2, _storage_loss(manifest, target)
-    measured = _measured_loss(manifest)
-    if arithmetic != "fp32" and measured is not None:
-        # Two answers that are each that far from float32 are at most four times as far apart.
-        computed = max(4 * measured, (gain * LOGIT_ERROR["fp32"]) ** 2 / 2)
-        told = "four times what stage one measured from float32"
-    form = "compact" if _compact(manifest) else target.dtype
-    return Limit(
-        (math.sqrt(computed) + math.sqrt(stored)) ** 2,
-        f"{told}: {computed:.1e} nats; {target.kind} stored in {form}: {stored:.1e} nats",
-    )
+def further_of(manifest: Manifest) -> tuple[Further, ...]:
+    """Return what can be measured of all that a store holds beside: what no KL sees."""
+    match manifest.target:
+        case TopK() as target:
+            moments: tuple[Further, ...] = ("logit_mean", "logit_std") if target.moments else ()
+            tail: tuple[Further, ...] = ("tail_draws",) if target.tail_samples else ()
+            return ("kept_ids", *moments, *tail)
+        case Full() as target:
+            return ("level",) if target.levels else ()
+        case Hidden():
+            return ("states",)
+        case _:
+            return ()
 
 
-def _measured_loss(manifest: Manifest) -> float | None:
-    """Return the KL in nats between the teacher and itself in float32, as stage one measured it."""
-    record = manifest.quantization
-    return None if record is None or record.audit is None else record.audit.kl_largest
+class JudgedDrift(Record):
+    """What was found of something that the drift of predictions does not see, and what may be."""
 
+    drift: StoreDrift
+    """What was found."""
+    limit: float
+    """What a mean may be."""
+    limit_from: str
+    """Where that comes from."""
 
-def _storage_loss(manifest: Manifest, target: TopK | Full | Hidden) -> float:
-    """Return the KL in nats that rounding what is stored may cost."""
-    scale, rounding = manifest.guidance.scale, TYPE_ERROR[target.dtype]
-    both = manifest.branches == "both"
-    gain = error_gain(scale) ** 2 if both else 1.0
-    if isinstance(target, Hidden):
-        steps = [rounding, *(profile.hidden_step for profile in _compact(manifest))]
-        return gain * HIDDEN_LOSS_NATS * sum((256 * step) ** 2 for step in steps)
-    # Relative to its row's maximum a likely logit is not below −ln V.
-    typed = gain * (rounding * math.log(manifest.vocabulary)) ** 2 / 2
-    # Logits of both branches are compact without loss.
-    return typed if both else typed + sum(profile.loss_nats for profile in _compact(manifest))
-
-
-def _compact(manifest: Manifest) -> list[Compact]:
-    """Return the lossy profiles that the values went through."""
-    profiles = [*(ancestor.profile for ancestor in manifest.lineage), manifest.profile]
-    return [profile for profile in profiles if isinstance(profile, Compact)]
+    @property
+    def ok(self) -> bool:
+        """Whether it is what this teacher predicts."""
+        return self.drift.within(self.limit)
 
 
 class AuditedStore(Record):
@@ -330,11 +288,13 @@ class AuditedStore(Record):
     """What a mean may be."""
     limit_from: str
     """Where that comes from."""
+    further: tuple[JudgedDrift, ...] = ()
+    """What was found of all that the drift of predictions does not see."""
 
     @property
     def ok(self) -> bool:
         """Whether the store is what this teacher predicts."""
-        return self.drift.within(self.limit)
+        return self.drift.within(self.limit) and all(each.ok for each in self.further)
 
 
 class Bar(Protocol):
@@ -362,12 +322,17 @@ def audited(
     store: PredictionStore,
     keys: Sequence[Key],
     choice: AuditChoice,
-    drift: StoreDrift,
+    drifts: Sequence[StoreDrift],
     differences: dict[str, tuple[str, str]],
-    explained: Limit,
+    explained: Sequence[Limit],
 ) -> AuditedStore:
-    """Put together what was found of the chosen `keys` of a store."""
-    limit = explained if choice.limit is None else Limit(choice.limit, "--limit")
+    """Put together what was found of the chosen `keys` of a store, each with its limit.
+
+    The first is of the predictions; the limit of a choice is for that one.
+    """
+    drift, *others = drifts
+    first, *limits = explained
+    limit = first if choice.limit is None else Limit(choice.limit, "--limit")
     return AuditedStore(
         store=str(store.path),
         fraction=choice.fraction,
@@ -380,6 +345,10 @@ def audited(
         drift=drift,
         limit=limit.value,
         limit_from=limit.origin,
+        further=tuple(
+            JudgedDrift(drift=other, limit=its.value, limit_from=its.origin)
+            for other, its in zip(others, limits, strict=True)
+        ),
     )
 
 

@@ -185,9 +185,14 @@ def _draw_ids(logits: Tensor, uniforms: Tensor | None) -> Tensor:
         torch.split(uniforms.reshape(-1, draws), rows),
         strict=True,
     )
-    # Relative to the row's own maximum, a weight is 1 even where all others have the mass.
-    drawn = [draw_many(_weights(x, x.amax(-1, keepdim=True), 1.0), u) for x, u in blocks]
+    drawn = [draw_many(draw_weights(x), u) for x, u in blocks]
     return torch.cat(drawn).view(uniforms.shape)
+
+
+def draw_weights(logits: Tensor) -> Tensor:
+    """Return what ids are drawn by, [..., V]: their probability over that of the likeliest."""
+    # Relative to the row's own maximum, a weight is 1 even where all others have the mass.
+    return _weights(logits, logits.amax(-1, keepdim=True), 1.0)
 
 
 def _weights(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
@@ -211,11 +216,16 @@ def _reduce_top_k(
     arrays = {"ids": ids, "logits": values}
     if target.moments:
         arrays["moments"] = moments(relative, forbidden)
-    outside = relative.scatter(-1, ids, float("-inf"))
+    outside = without(relative, ids)
     if target.tail_samples:
         arrays["tail_ids"] = _draw_ids(outside, uniforms)
     tails = [_tail_logmass(outside, values, temperature) for temperature in target.temperatures]
     return arrays | {"tail_logmass": torch.stack(tails, -1)}
+
+
+def without(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return logits [..., V] with minus infinity at `ids` [..., K]: those of the tail."""
+    return logits.scatter(-1, ids, float("-inf"))
 
 
 def _kept_ids(relative: Tensor, codes: Tensor, k: int, end_id: int | None) -> Tensor:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from stages.architecture import Architecture
+from stages.causal_lm_config import CausalLMSettings
 from stages.config import DatasetFacts, RolloutConfig
 from stages.errors import UserError
 from stages.family import Family, Sample
@@ -18,6 +19,7 @@ from stages.quantization import Quantized
 from stages.refusals import misfit, part
 from stages.replay import Replay
 from stages.sampling import keyed_generator
+from stages.stored_frames import LAYOUT
 from store import PredictionStore
 from store.object_url import ObjectUrl
 from store.plan import Plan
@@ -180,7 +182,16 @@ def _manifest(
         conditioning=facts.model_dump(mode="json"),
         architecture=architecture.model_dump(mode="json"),
         quantization=quantization,
+        recording=_recording(family),
     )
+
+
+def _recording(family: Family) -> dict[str, JsonValue]:
+    """Which ids of a whole vocabulary are audio: without a model nobody could tell from codes."""
+    config = family.config
+    if isinstance(config, CausalLMSettings) and config.vocabulary == "full":
+        return {LAYOUT: config.layout.model_dump(mode="json")}
+    return {}
 
 
 def plan(

@@ -95,6 +95,19 @@ def draw_many(weights: Tensor, uniforms: Tensor) -> Tensor:
     return _invert(cumulative, _sorted(uniforms))
 
 
+def misplaced(weights: Tensor, places: Tensor, uniforms: Tensor) -> Tensor:
+    """Return how far numbers lie from the mass of the places that they are said to have drawn.
+
+    `weights` [..., V] and `uniforms` [..., m] are those of `draw_many`, and `places` [..., m] what
+    it returned. Returns [..., m] float64, shares of the whole mass: 0 where it would draw the same.
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total, numbers = cumulative[..., -1:], _sorted(uniforms)
+    upper = cumulative.gather(-1, places) / total
+    lower = upper - weights.gather(-1, places) / total
+    return torch.maximum(lower - numbers, numbers - upper).clamp_min_(0)
+
+
 def _sorted(values: Tensor) -> Tensor:
     if values.device.type == "cpu":  # where NumPy sorts short rows ten times as fast as torch
         return torch.from_numpy(np.sort(values.contiguous().numpy(), axis=-1))

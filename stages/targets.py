@@ -159,6 +159,13 @@ class HiddenTarget:
     heads: tuple[LinearHead, ...]
     forbidden: Forbidden
 
+    def states_at(self, index: Tensor) -> tuple[Tensor, ...]:
+        """Return the guided states [n, H, D] of every head, in float32 at least.
+
+        `index` [n] are timesteps of the flattened [B, T].
+        """
+        return tuple(_lifted(states, index) for states in self.states)
+
     def rows(self, index: Tensor) -> DenseTarget:
         """Return the guided logits of timesteps `index` [n] of the flattened [B, T].
 
@@ -167,8 +174,8 @@ class HiddenTarget:
         device = index.device.type
         with torch.autocast(device, enabled=False):  # the heads multiply in float32
             parts = [
-                head.logits(_lifted(states, index))
-                for head, states in zip(self.heads, self.states, strict=True)
+                head.logits(states)
+                for head, states in zip(self.heads, self.states_at(index), strict=True)
             ]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         places = [place for head in self.heads for place in head.streams]

@@ -30,7 +30,9 @@ from store.sums import file_sum
 from store.tables import read_table, table_bytes
 
 MAX_SHOWN_LETTERS = 200
-SETTLED_ELSEWHERE = ("files", "architecture", "quantization.audit", "recording.versions")
+SETTLED_ELSEWHERE = (
+    "files", "architecture", "quantization.audit", "recording.versions", "recording.layout"
+)  # fmt: skip
 """Fields of a manifest in which two stores of the same rollouts may differ."""
 EMPTY: Mapping[str, Path] = MappingProxyType({})
 
@@ -237,10 +239,13 @@ def _other_parts(layout: Layout, stored: Manifest, parts: Mapping[str, Path]) ->
 def _differences(stored: dict[str, Any], given: dict[str, Any], path: str = "") -> Iterator[str]:
     for name in sorted(stored.keys() | given.keys()):
         here = f"{path}{name}"
-        one, two = stored.get(name), given.get(name)
-        # The architecture follows from the teacher, whose fingerprint is compared, and so does what
-        # an audit measured, to the last digits, which depend on the machine. Packages may be newer
-        # than those that began a recording.
+        # What is said of how timesteps were made is not written where it is nothing.
+        nothing: Any = {} if here == "recording" else None
+        one, two = stored.get(name, nothing), given.get(name, nothing)
+        # The architecture follows from the teacher, whose fingerprint is compared, and so do its
+        # layout of ids, which an earlier release did not write, and what an audit measured, to the
+        # last digits, which depend on the machine. Packages may be newer than those that began a
+        # recording.
         if here in SETTLED_ELSEWHERE or one == two:
             continue
         if isinstance(one, dict) and isinstance(two, dict):

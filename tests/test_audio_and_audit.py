@@ -21,12 +21,13 @@ from pipeline.stored_audio import StoredAudio
 from stages.audio import read_audio, to_pcm16
 from stages.audio_codec import load_audio_codec
 from stages.code_drift import code_drift
-from stages.drift import limit_of
+from stages.drift_limits import limit_of
 from stages.errors import UserError
 from stages.family import load_family
 from stages.stored_frames import stored_frames
 from store import PredictionStore
 from tests.diffusion_stores import write_store
+from tests.rewritten import rewritten
 from tests.test_causal_lm import family_of as language_model_of
 from tests.test_causal_lm import folder, tiny  # noqa: F401, fixtures: a tiny language model
 from tests.test_causal_lm import samples_of as language_samples_of
@@ -52,13 +53,14 @@ def key(store: PredictionStore) -> tuple[str, int]:
 
 
 def described(family: Any) -> Any:
-    """What a manifest says of a family's codes."""
+    """What a manifest of an earlier release says of a family's codes."""
     return SimpleNamespace(
         family=family.name,
         streams=family.streams,
         end_id=family.end_id,
         forbidden=family.forbidden,
         conditioning=family.facts.model_dump(mode="json"),
+        recording={},
     )
 
 
@@ -85,9 +87,73 @@ def test_slots_of_a_language_model_are_frames_up_to_its_end(folder):  # noqa: F8
         ended[place] = family.end_id
         require_frames(family, ended)
         assert len(stored_frames(described(family), ended)) == place[0]
-    full = language_model_of(folder, vocabulary="full")
-    with pytest.raises(UserError, match="vocabulary: slots"):
-        stored_frames(described(full), codes)
+
+
+class FakeCodec:
+    """An audio codec whose samples are the codes that it is given."""
+
+    output_sample_rate_hz = 100
+
+    def decode(self, frames: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(frames.astype(np.float32)).flatten()
+
+
+def heard(store: PredictionStore, key: tuple[str, int], monkeypatch: Any) -> np.ndarray:
+    monkeypatch.setattr("stages.audio_codec.load_audio_codec", lambda _: FakeCodec())
+    return StoredAudio(store, store.path).waveform(*key).samples
+
+
+@pytest.fixture
+def whole(folder, tmp_path) -> tuple[Any, PredictionStore]:  # noqa: F811
+    """A language model that predicts its whole vocabulary, and a store of its run."""
+    family = language_model_of(folder, vocabulary="full")
+    sampler = {"temperature": 2.0, "max_timesteps": 4, "min_timesteps": 1}
+    path = tmp_path / "run" / "store"
+    return family, written(path, family, language_samples_of(3), sampler=sampler)
+
+
+def test_ids_of_a_whole_vocabulary_are_heard_as_codes_of_their_slots(whole, monkeypatch):
+    family, store = whole
+    layout = family.config.layout
+    assert store.manifest.recording == {"layout": layout.model_dump(mode="json")}
+    first = layout.audio_base_id + layout.codes_per_slot * np.arange(7)
+    for key in store:
+        codes = store[key].codes.astype(np.int64)
+        whole_frames = ~(codes == layout.end_id).any(-1)
+        frames = (codes - first)[whole_frames]
+        assert ((frames >= 0) & (frames < family.facts.codes_per_codebook)).all()
+        assert torch.equal(torch.from_numpy(frames), family.frames(torch.from_numpy(codes)))
+        np.testing.assert_array_equal(heard(store, key, monkeypatch), frames.flatten())
+
+
+def test_which_ids_are_audio_is_asked_of_the_run_where_an_earlier_release_wrote(
+    whole, tmp_path, monkeypatch
+):
+    family, store = whole
+    earlier = rewritten(store, tmp_path / "old" / "store", recording={})
+    key = next(iter(store))
+    with pytest.raises(UserError, match=r"manifest does not say .* and of the models .* none says"):
+        heard(earlier, key, monkeypatch)
+    family.save(tmp_path / "old" / "student_half")
+    expected = heard(store, key, monkeypatch)
+    np.testing.assert_array_equal(heard(earlier, key, monkeypatch), expected)
+    family.save(tmp_path / "old" / "teacher")
+    config = tmp_path / "old" / "teacher" / "config.json"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"audio_base_id": 300', '"audio_base_id": 304'), "utf-8")
+    with pytest.raises(UserError, match="some disagree"):
+        heard(earlier, key, monkeypatch)
+    shutil.rmtree(tmp_path / "old" / "student_half")
+    with pytest.raises(UserError, match="is no code of slot"):
+        heard(earlier, key, monkeypatch)
+
+
+def test_a_store_that_an_earlier_release_began_goes_on(whole, tmp_path):
+    _, store = whole
+    earlier = rewritten(store, tmp_path / "old", recording={})
+    PredictionStore.create(
+        earlier.path, store.manifest.model_copy(update={"files": {}}), store.plan, store.samples
+    )
 
 
 # ---- audio
@@ -225,6 +291,13 @@ def test_a_store_that_its_teacher_wrote_passes(audited, store):
     done = audited("--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert found.keys() == {
+        "ok", "store", "fraction", "seed", "rollouts", "committed", "timesteps", "teacher_matches",
+        "differences", "drift", "limit", "limit_from", "largest_mean", "not_finite", "above",
+        "further",
+    }, "names that machines rely on: one may be added here, none may go"  # fmt: skip
+    page = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
+    assert [name for name in found if f"`{name}`" not in page] == []
     assert found["ok"]
     assert found["teacher_matches"]
     assert found["differences"] == {}
@@ -237,6 +310,43 @@ def test_a_store_that_its_teacher_wrote_passes(audited, store):
     assert lines[-1] == "it holds what this teacher predicts"
     assert all(len(line) <= 80 for line in lines[1:]), "fits a terminal"
     assert audited("--seed", "1", "--json").stdout != done.stdout
+
+
+@pytest.mark.slow
+def test_what_is_stored_beside_predictions_decides_too(run_of, tiny_run, tmp_path):
+    target = {"kind": "top_k", "k": 6, "moments": True, "tail_samples": 4}
+    section = tiny_run.document["rollout"] | {"target": target, "variations": 1}
+    run = run_of(fitted=True, rollout=section, students=None)
+    run.do("rollout")
+
+    def audit(*options: str, store: Path) -> subprocess.CompletedProcess[str]:
+        other = run_of("again", fitted=True, rollout=section, students=None, store=str(store))
+        return foretell("inspect", "audit", other.path, "--fraction", "1", *options)
+
+    whole = PredictionStore.open(run.root / "store")
+    done = audit("--json", store=whole.path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    measures = [each["drift"]["measure"] for each in found["further"]]
+    assert measures == ["kept_ids", "logit_mean", "logit_std", "tail_draws"]
+    assert all(each["ok"] and each["above"] == [] for each in found["further"])
+
+    def raised(_: object, arrays: dict[str, np.ndarray]) -> None:
+        arrays["top_k.moments"][:, 1, 1] += 0.01
+
+    altered = rewritten(whole, tmp_path / "altered", raised)
+    done = audit("--json", "--limit", "9", store=altered.path)
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert not found["ok"]
+    assert found["above"] == [], "the predictions are as they were"
+    names = [stream.name for stream in whole.manifest.streams]
+    assert [each["above"] for each in found["further"]] == [[], [], [names[1]], []]
+    text = audit(store=altered.path).stdout
+    _, table = text.split("\nstandard deviation of the logits: difference beyond rounding, nats\n")
+    assert f"\nABOVE IT       {names[1]}\n" in table
+    assert text.endswith("IT DOES NOT HOLD WHAT THIS TEACHER PREDICTS\n")
+    assert all(len(line) <= 80 for line in text.splitlines()[1:]), "fits a terminal"
 
 
 def test_a_limit_that_a_person_sets_is_the_one_that_counts(audited):
@@ -285,7 +395,7 @@ def test_codes_behind_an_end_are_not_compared(folder, tmp_path):  # noqa: F811
     store = written(
         tmp_path / "store", family, language_samples_of(3), sampler=sampler, source="dataset"
     )
-    found = code_drift(family, store, list(store.keys()), batch_size=2)
+    (found,) = code_drift(family, store, list(store.keys()), batch_size=2)
     assert family.predicted is not None
     counted = sum(
         family.predicted(torch.from_numpy(store[key].codes.astype(np.int64))).sum(0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +275,97 @@ def test_configurations_and_refusals(tmp_path: Path) -> None:
         describe_difference(store.path, configs / "mini.yaml")
     with pytest.raises(UserError, match="no store"):
         describe_difference(tmp_path, tmp_path)
+
+
+def lines_of(*arguments: object) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """What `--json` says of a difference, and the lines of `--csv` below its head."""
+
+    def answer(option: str) -> str:
+        done = CliRunner().invoke(app, ["inspect", "diff", *map(str, arguments), option])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    head, *lines = map(tuple, csv.reader(StringIO(answer("--csv"))))
+    assert head == ("store", "part", "name", "measure", "value"), "a schema that machines rely on"
+    return json.loads(answer("--json")), lines
+
+
+def told(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def expected_lines(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The lines that docs/inspect.md describes, key by key from what `--json` says."""
+    lines = [
+        ("", "setting", setting["name"], side, told(setting[side]))
+        for setting in found["settings"]
+        for side in ("a", "b")
+        if side in setting
+    ]
+    for store in found["stores"]:
+        keys, kl, name = store["keys"], store["kl"], store["store"]
+        lines.append((name, "keys", "", "common", told(keys["common"])))
+        for side in ("only_a", "only_b"):
+            for measure in ("count", "first"):
+                lines.append((name, "keys", "", f"{side}.{measure}", told(keys[side][measure])))
+        for measure, value in store["rollouts"].items():
+            lines.append((name, "rollouts", "", measure, told(value)))
+        if store["incomparable"] is not None:
+            lines.append((name, "targets", "", "incomparable", store["incomparable"]))
+        if kl is not None:
+            for measure in ("unit", "is", "temperature", "mean"):
+                lines.append((name, "targets", "", f"kl.{measure}", told(kl[measure])))
+            for stream in kl["streams"]:
+                for measure in set(stream) - {"stream"}:
+                    value = told(stream[measure])
+                    lines.append((name, "stream", stream["stream"], measure, value))
+        for array in store["mse"]:
+            for measure in ("rows", "mse", "mse_share"):
+                lines.append((name, "array", array["array"], measure, told(array[measure])))
+    return lines
+
+
+def test_csv_says_line_by_line_what_json_says(tmp_path: Path) -> None:
+    for name, target in (("one", TopK(k=3)), ("two", TopK(k=4))):
+        (tmp_path / name / "stages").mkdir(parents=True)
+        stored(tmp_path / name / "store", target)
+        continuous = synthetic_store(
+            tmp_path / name / "images", synthetic_manifest(Dense()), 2, 1, 2
+        )
+        write_synthetic_shard(continuous, 0, 5)
+        stored(tmp_path / name / "other", Full() if name == "one" else TopK(k=3))
+    found, lines = lines_of(tmp_path / "one", tmp_path / "two")
+    assert len(lines) == len(set(lines)), "a line for every number"
+    assert sorted(lines) == sorted(expected_lines(found))
+    assert {line[1] for line in lines} == {
+        "setting",
+        "keys",
+        "rollouts",
+        "targets",
+        "stream",
+        "array",
+    }
+    assert ("", "setting", "store.target.k", "a", "3") in lines
+    assert ("", "setting", "store.target.k", "b", "4") in lines
+    absent = [line for line in lines if line[2] == "other.target.branches"]
+    assert [line[3] for line in absent] == ["a"], "what a side lacks has no line"
+
+
+def test_csv_of_what_cannot_be_compared_and_of_configurations(tmp_path: Path) -> None:
+    stores = []
+    for name, target in (("a", TopK(k=3)), ("b", Sampled(draws=5))):
+        store = synthetic_store(tmp_path / name, synthetic_manifest(target), 2, 1, 2)
+        write_synthetic_shard(store, 0, 5)
+        stores.append(store.path)
+    found, lines = lines_of(*stores)
+    assert sorted(lines) == sorted(expected_lines(found))
+    assert [line[3] for line in lines if line[1] == "targets"] == ["incomparable"]
+    configs = Path(__file__).parent.parent / "configs"
+    found, lines = lines_of(configs / "mini.yaml", configs / "demo.yaml")
+    assert lines == expected_lines(found)
+    assert any(line[4] == "null" for line in lines), "null is told from an empty text"
+    refused = CliRunner().invoke(app, ["inspect", "diff", *map(str, stores), "--json", "--csv"])
+    assert "exclude each other" in str(refused.exception)
 
 
 def test_the_command_prints_80_letters_wide_or_json(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.stored_audio import StoredAudio
+from stages.audio_codec import load_audio_codec
 from stages.config import FitConfig
 from stages.dataset import Dataset
 from stages.distributed import Place
@@ -444,6 +446,11 @@ def test_a_student_of_the_whole_vocabulary_learns_from_its_own_store(run, run_on
         relative = store[key].codes.astype(int) - FIRST - 4096 * np.arange(7)
         ends = store[key].codes == END
         assert (ends | ((relative >= 0) & (relative < ENTRIES))).all(), "drawn of its slot alone"
+        audio = StoredAudio.open(store, run.root / "dataset")
+        frames = relative[~ends.any(-1)]
+        if len(frames):
+            expected = load_audio_codec(run.root / "dataset" / "audio_codec").decode(frames)
+            np.testing.assert_array_equal(audio.waveform(*key).samples, expected.numpy())
     lines = [json.loads(x) for x in (own.root / "student" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["total"] < lines[0]["total"]
 

@@ -13,7 +13,8 @@ import torch
 from stages.diffusion.facts import Recording
 from stages.diffusion.noise import row_noise
 from stages.diffusion.row_drift import predicted_keys, require_recorded, row_drift
-from stages.drift import StoreDrift, chosen_keys, limit_of
+from stages.drift import StoreDrift, chosen_keys
+from stages.drift_limits import limit_of
 from stages.errors import UserError
 from store import PredictionStore
 from store.schema import Dense
