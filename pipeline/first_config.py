@@ -270,12 +270,14 @@ def _like(teacher: Path, otherwise: Document) -> Document:
 def _magpie(answers: Answers) -> Document:
     codec = answers.audio_codec or AUDIO_CODEC_OF["magpie"]
     teacher = {"family": "magpie", "path": answers.teacher, "audio_codec": codec}
+    rollout = _rollout(answers, 430)
+    rollout["target"]["moments"] = True  # which the recipe's NRMSE reads
     return {
         "prepare": _speech_data(answers)
         | {"audio_codec": {"kind": "nemo", "path": codec}, "context_s": 5.0}
         | {"lower_case": False, "context_repeat": True, "trim": None, "level_dbfs": None},
         "teacher": {"pretrained": teacher},
-        "rollout": _rollout(answers, 430),
+        "rollout": rollout,
         "students": {
             "student": {
                 "model": {"family": "magpie", "nemo": answers.teacher},
