@@ -12,7 +12,7 @@ from pipeline.completion import configurations
 from pipeline.config import load_config
 from pipeline.doctor import diagnose
 from pipeline.doctor_text import diagnosis_text
-from pipeline.first_config import FirstFamily, Machine
+from pipeline.first_answers import FirstFamily, Machine
 from pipeline.launch import FAILED, FINISHED
 from pipeline.printing import Json, print_document, tell
 from pipeline.questions import asked, refuse_to_overwrite, write_first_config
@@ -39,7 +39,7 @@ def init(
     machine: Annotated[Machine | None, typer.Option(help="Where it is to run.")] = None,
     audio_codec: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Audio codec of magpie or orpheus; never asked for."),
+        typer.Option(metavar="PATH", help="Audio codec of a trained teacher; never asked for."),
     ] = None,
 ) -> None:
     """Write a commented configuration of a run, from five answers.

@@ -9,10 +9,9 @@ from typing import Any, TypeVar, get_args
 
 import typer
 
-from pipeline.first_config import (
+from pipeline.first_answers import (
     DEMO,
     FAMILY_OF,
-    GUIDANCE_OF,
     MACHINE_OF,
     Answers,
     FirstFamily,
@@ -21,12 +20,12 @@ from pipeline.first_config import (
     check_guidance,
     check_teacher,
     data_question,
-    first_config,
-    missing_files,
+    offered_guidance,
     offered_machine,
     offered_teacher,
     teacher_question,
 )
+from pipeline.first_config import first_config, missing_files
 from stages.errors import UserError
 
 Value = TypeVar("Value")
@@ -62,7 +61,7 @@ def asked(given: Mapping[str, str | None], audio_codec: str | None, terminal: bo
     guidance = answer(
         "guidance",
         "Guidance scale that the student is to learn (1 is none)",
-        str(GUIDANCE_OF[family]),
+        str(offered_guidance(family, teacher)),
         check_guidance,
     )
     machine = answer(

@@ -88,7 +88,12 @@ def test_orpheus_runs_as_it_is_written(require, begun, tone_corpus, tmp_path):
     assert reported(run)["student"]["paired_kl"]["value"] > 0
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3"])
+SMALLER = dict.fromkeys(("sd15", "sdxl", "sd3"), ("rollout.rows.slots=2",))
+SMALLER["flux"] = ("rollout.rows.steps=4", "prepare.buckets.sizes=[[32,32],[40,24]]")
+"""A Flux says nothing of the size of its images, so they are taken to be large."""
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux"])
 def test_a_pipeline_runs_as_it_is_written(kind, require, begun, tmp_path):
     require("diffusers", "pip install 'foretell[diffusion]'")
     require("peft", "pip install 'foretell[diffusion]'")
@@ -98,12 +103,27 @@ def test_a_pipeline_runs_as_it_is_written(kind, require, begun, tmp_path):
     run = begun(
         "--family", "diffusion", "--data", images, "--teacher", pipeline,
         sizes=(
-            "rollout.rows.slots=2", "evaluate.samples=2", "evaluate.steps=[2]",
+            *SMALLER[kind], "evaluate.samples=2", "evaluate.steps=[2]",
             "evaluate.bootstrap_draws=100",
             *(f"students.student.optimizer.{size}" for size in trained),
         ),
         imports=DIFFUSION,
     )  # fmt: skip
-    assert PredictionStore.open(run / "store").manifest.guidance.scale == 7.0
+    manifest = PredictionStore.open(run / "store").manifest
+    assert manifest.guidance.scale == (1.0 if kind == "flux" else 7.0)
+    assert len(manifest.buckets) > 1, "images of other shapes than the square are taken too"
     assert (run / "student" / "pytorch_lora_weights.safetensors").exists()
     assert reported(run)["student"]["paired_mse"]["value"] > 0
+
+
+def test_a_teacher_that_was_fitted_elsewhere_runs_on_data_of_its_own(begun, tiny_run, tone_corpus):
+    """Its codes are those of its own run's codec, and its longest rollout is as long as it can."""
+    teacher, own = tiny_run.root / "teacher", [s for s in SPEECH if "max_timesteps" not in s]
+    run = begun(
+        "--family", "codec_lm", "--data", tone_corpus, "--teacher", teacher, "--machine", "cpu",
+        sizes=(*own, "prepare.seed=5", "rollout.target.k=6"), imports=[],
+    )  # fmt: skip
+    store = PredictionStore.open(run / "store")
+    theirs = PredictionStore.open(tiny_run.root / "store").manifest.fingerprints
+    assert store.manifest.fingerprints.audio_codec == theirs.audio_codec
+    assert reported(run)["student"]["paired_kl"]["value"] > 0
