@@ -95,6 +95,8 @@ class Answers:
     audio_codec: str | None = None
     """Path of the audio codec of a trained teacher; null takes a common name, or for a codec_lm
     where its run has it."""
+    speakers: tuple[str, ...] = ()
+    """The data's name of each speaker that a magpie knows, in its order."""
 
     @property
     def gpu(self) -> bool:
@@ -131,6 +133,16 @@ def check_teacher(family: str, data: str, teacher: str) -> str:
     if family == "magpie" and Path(teacher).suffix != ".nemo":
         raise UserError(f"teacher {teacher!r} is no .nemo, as which MagpieTTS is published")
     return teacher
+
+
+def check_speakers(family: str, text: str) -> tuple[str, ...]:
+    """Return names that stand between commas; raises `UserError` for what are none."""
+    if family != "magpie":
+        raise UserError(f"speakers {text!r}: a {family} takes those of the data; leave them out")
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names or len(set(names)) < len(names):
+        raise UserError(f"speakers {text!r} are no different names with commas between them")
+    return names
 
 
 def check_guidance(text: str) -> float:

@@ -41,6 +41,13 @@ def init(
         str | None,
         typer.Option(metavar="PATH", help="Audio codec of a trained teacher; never asked for."),
     ] = None,
+    speakers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="The data's names of the speakers that a magpie knows, if it does, in its order.",
+        ),
+    ] = None,
 ) -> None:
     """Write a commented configuration of a run, from five answers.
 
@@ -49,8 +56,9 @@ def init(
     """
     refuse_to_overwrite(path)
     given = {"family": family, "data": data, "teacher": teacher, "guidance": guidance}
+    given |= {"machine": machine, "speakers": speakers}
     try:
-        answers = asked(given | {"machine": machine}, audio_codec, sys.stdin.isatty())
+        answers = asked(given, audio_codec, sys.stdin.isatty())
     except typer.Abort:
         tell("\nforetell: no more answers, so nothing was written")
         raise typer.Exit(FAILED) from None

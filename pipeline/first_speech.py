@@ -98,19 +98,21 @@ def _like(teacher: Path, otherwise: Document) -> Document:
 def magpie_sections(answers: Answers) -> Document:
     """Return the sections of a run of the family magpie."""
     codec = answers.audio_codec or AUDIO_CODEC_OF["magpie"]
-    teacher = {"family": "magpie", "path": answers.teacher, "audio_codec": codec}
+    known = {"speakers": list(answers.speakers)} if answers.speakers else {}
+    context = {} if answers.speakers else {"context_s": 5.0, "context_repeat": True}
+    teacher = {"family": "magpie", "path": answers.teacher, "audio_codec": codec} | known
     stacked = stacked_frames(Path(answers.teacher))
     rollout = _rollout(answers, 430 // stacked, {"min_timesteps": 4 // stacked})
     rollout["target"]["moments"] = True  # which the recipe's NRMSE reads
     return {
         "prepare": _speech_data(answers)
-        | {"audio_codec": {"kind": "nemo", "path": codec}, "context_s": 5.0}
-        | {"lower_case": False, "context_repeat": True, "trim": None, "level_dbfs": None},
+        | {"audio_codec": {"kind": "nemo", "path": codec}, **context}
+        | {"lower_case": False, "trim": None, "level_dbfs": None},
         "teacher": {"pretrained": teacher},
         "rollout": rollout,
         "students": {
             "student": {
-                "model": {"family": "magpie", "nemo": answers.teacher},
+                "model": {"family": "magpie", "nemo": answers.teacher} | known,
                 "init": {"kind": "teacher"},
                 "loss": {"recipe": "nemo"},
                 "optimizer": optimizer_section(answers, 20_000, 2e-5, 64 if answers.gpu else 8)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from typing import Any
 import yaml
 
 from pipeline.config import LARGEST_FILE_BYTES
+
+UNREADABLE = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, StopIteration)
+"""What is raised of an archive that is none, or lacks what is looked for."""
+BAKED = b"baked_context_embedding.weight"
+LARGEST_PICKLE_BYTES = 2**24
+"""Of the names, shapes and places of tensors."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,27 @@ def stacked_frames(checkpoint: Path) -> int:
             if file is None or member.size > LARGEST_FILE_BYTES:
                 return 1
             frames = yaml.safe_load(file.read())["frame_stacking_factor"]
-    except (OSError, EOFError, tarfile.TarError, StopIteration, yaml.YAMLError, ValueError,
-            KeyError, TypeError):  # fmt: skip
+    except (*UNREADABLE, yaml.YAMLError, ValueError, KeyError, TypeError):
         return 1
     return frames if frames in (1, 2, 4) else 1
+
+
+def has_baked_contexts(checkpoint: Path) -> bool:
+    """Return whether a MagpieTTS knows its speakers, whom its settings then have to name.
+
+    Its configuration does not say so: the name of the tensor is looked for, and nothing unpickled.
+    """
+    try:
+        with tarfile.open(
+            checkpoint, "r:"
+        ) as archive:  # a gzipped one could not be skipped through
+            member = next(m for m in archive if Path(m.name).name == "model_weights.ckpt")
+            with archive.extractfile(member) as file, zipfile.ZipFile(file) as weights:  # type: ignore[union-attr]
+                name = next(n for n in weights.namelist() if Path(n).name == "data.pkl")
+                with weights.open(name) as pickled:
+                    return BAKED in pickled.read(LARGEST_PICKLE_BYTES)
+    except UNREADABLE:
+        return False
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -243,6 +243,8 @@ def test_without_a_terminal_the_family_must_be_given(tmp_path):
         (["--family", "codec_lm", "--guidance", "nan"], "not a number of at least 0"),
         (["--family", "codec_lm", "--data", " "], "must be a path, or demo"),
         (["--family", "codec_lm", "--teacher", ""], "must be a path, or fit"),
+        (["--family", "codec_lm", "--speakers", "a,b"], "a codec_lm takes those of the data"),
+        (["--family", "magpie", "--speakers", "a,a"], "no different names"),
     ],
 )
 def test_answers_that_will_not_do_are_refused_with_what_would(flags, message, tmp_path):
@@ -275,6 +277,19 @@ def test_what_was_given_is_not_asked_and_what_is_offered_is_taken(tmp_path):
     assert "Family" not in told
     assert "Teacher" not in told, "with the demo there is but one answer"
     assert load_config(tmp_path / "a.yaml").fit is not None
+
+
+def test_speakers_are_asked_for_where_the_model_knows_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.questions.has_baked_contexts", lambda path: True)
+    flags = ("--family", "magpie", "--data", "clips")
+    code, _, error = init(tmp_path / "a.yaml", *flags)
+    assert (code, "give --speakers" in error) == (2, True)
+    code, told, _ = init(tmp_path / "a.yaml", *flags, typed="t.nemo\nann, ,bob\nann, bob\n\n\n")
+    assert (code, "no different names" in told) == (0, True)
+    config = load_config(tmp_path / "a.yaml")
+    assert config.teacher.pretrained.speakers == ("ann", "bob")
+    assert config.students["student"].model.speakers == ("ann", "bob")
+    assert config.prepare.context_s == 0, "nobody reads a context"
 
 
 def test_who_leaves_the_questions_leaves_nothing(tmp_path):

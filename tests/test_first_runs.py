@@ -8,12 +8,15 @@ says.
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pipeline.teacher_files import has_baked_contexts
 from store import PredictionStore
 from tests.conftest import Program
 from tests.magpie_models import Models
@@ -54,13 +57,34 @@ def reported(run: Path) -> dict[str, Any]:
     return found
 
 
-def test_magpie_runs_as_it_is_written(require, begun, tone_corpus, tmp_path):
+def test_a_magpie_that_knows_its_speakers_is_told_by_its_file(magpies, tmp_path):
+    baked = magpies.archive(baked=torch.zeros(2, 20, 64))
+    assert [has_baked_contexts(path) for path in (baked, magpies.archive(), magpies.codec)] == [
+        True, False, False,
+    ]  # fmt: skip
+    with tarfile.open(baked) as archive, tarfile.open(tmp_path / "t.nemo", "w:gz") as other:
+        for member in archive:
+            other.addfile(member, archive.extractfile(member))
+    assert not has_baked_contexts(tmp_path / "t.nemo"), "which would have to be unpacked for it"
+    assert not has_baked_contexts(tmp_path / "gone.nemo")
+    (tmp_path / "t.nemo").write_text("no archive")
+    assert not has_baked_contexts(tmp_path / "t.nemo")
+
+
+@pytest.fixture(scope="module")
+def magpies(require, tmp_path_factory) -> Models:
     require("nemo", "pip install 'foretell[magpie]'")
-    models = Models(tmp_path)
-    teacher = models.archive()
+    return Models(tmp_path_factory.mktemp("magpie"))
+
+
+@pytest.mark.parametrize("speakers", [(), ("low", "high")], ids=["contexts", "baked"])
+def test_magpie_runs_as_it_is_written(speakers, magpies, begun, tone_corpus):
+    """Of a model that hears a speaker in a clip, and of one that knows its speakers."""
+    baked = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(0))
     run = begun(
-        "--family", "magpie", "--data", tone_corpus, "--teacher", teacher,
-        "--audio-codec", models.codec,
+        "--family", "magpie", "--data", tone_corpus, "--audio-codec", magpies.codec,
+        "--teacher", magpies.archive(baked=baked if speakers else None),
+        *(["--speakers", ",".join(speakers)] if speakers else []),
         sizes=SPEECH, imports=["stages.families.magpie", "stages.families.nemo_codec"],
     )  # fmt: skip
     manifest = PredictionStore.open(run / "store").manifest
