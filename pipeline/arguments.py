@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.completion import configurations, stores
+from pipeline.completion import configurations, settings, stores
 from pipeline.launch import MORE_TO_DO
 from stages.interruption import stop_request
 
@@ -28,6 +28,7 @@ Set = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Override one key, e.g. rollout.batch_size=8; may be given again.",
+        autocompletion=settings,
     ),
 ]
 StorePlace = Annotated[

@@ -1,4 +1,4 @@
-"""What the shell offers at the Tab key: configurations, stores, and names within a configuration.
+"""What the shell offers at the Tab key: configurations, stores, names and keys of a configuration.
 
 Everything is looked up in the files below the present folder, near and few, for a person waits. A
 mistake in them offers nothing.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from textwrap import shorten
 
 import typer
 
 from pipeline.config import Run, load_config
+from pipeline.config_keys import settable_keys
 from pipeline.folders import system_name
 from stages.errors import UserError
 
@@ -20,6 +22,8 @@ DEEPEST = 4
 """Folders below the present one that are looked into."""
 MOST_ENTRIES = 5000
 """Files and folders that are looked at."""
+HELP_WIDTH = 76
+"""Most letters of what is said of a key, which shells show on one line."""
 
 
 def configurations(incomplete: str) -> list[str]:
@@ -51,14 +55,36 @@ def systems(ctx: typer.Context, incomplete: str) -> list[str]:
     return _begun(incomplete, ["recording", "codec_copy", "teacher_guided", *named])
 
 
+def settings(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Return the keys of the configuration that was typed before, and their values behind a `=`.
+
+    Where none was typed that can be read, the keys are those of all families. A key that alone
+    begins so and has few values comes with each of them.
+    """
+    known = settable_keys(_typed(ctx))
+    key, equals, _ = incomplete.partition("=")
+    begun = [key] if equals else [name for name in known if name.startswith(key)]
+    if equals or (len(begun) == 1 and len(known[begun[0]].values) > 1):
+        values = known[begun[0]].values if begun[0] in known else ()
+        return [(f"{begun[0]}={value}", "") for value in values]
+    return [(f"{name}=", shorten(known[name].help, HELP_WIDTH)) for name in begun]
+
+
 def _typed(ctx: typer.Context) -> Run | None:
     # Behind an option that still has no value, what was typed has not become parameters yet.
     words = [ctx.params.get("config"), *ctx.args]
-    path = next((word for word in words if word and Path(word).is_file()), None)
+    path = next((word for word in words if word and _is_file(word)), None)
     try:
         return load_config(Path(path)) if path else None
     except UserError:
         return None
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except OSError:  # a word that no name can be, or a folder that may not be looked into
+        return False
 
 
 def _begun(incomplete: str, names: Iterable[str]) -> list[str]:
@@ -92,4 +118,4 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _is_store(path: str) -> bool:
-    return Path(path, "manifest.json").is_file()
+    return _is_file(f"{path}/manifest.json")

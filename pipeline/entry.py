@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import typer
 
+from pipeline.bash_words import ASKED, whole_words
 from pipeline.launch import FAILED, USAGE_ERROR
 from pipeline.printing import tell
 from stages.errors import UserError
@@ -15,8 +18,10 @@ from store.errors import SystemFailure
 
 
 def main() -> None:
-    """Run the command line."""
-    if sys.argv[1:2] == ["inspect"]:
+    """Run the command line, or answer the shell of a person who types it."""
+    if ASKED in os.environ:
+        offer()
+    elif sys.argv[1:2] == ["inspect"]:
         # Settings of stages take a quarter of a second, and who looks into a store needs none.
         from pipeline.inspect_commands import inspect_app  # noqa: PLC0415
 
@@ -25,6 +30,15 @@ def main() -> None:
         from pipeline.cli import app  # noqa: PLC0415
 
         run_app(app, "foretell", sys.argv[1:])
+
+
+def offer() -> None:
+    """Print what the shell may offer; a fault offers nothing, and never a traceback."""
+    from pipeline.cli import app  # noqa: PLC0415
+
+    with suppress(Exception), whole_words():
+        app(prog_name="foretell")
+    sys.exit(FAILED)
 
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str]) -> None:

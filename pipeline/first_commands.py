@@ -12,7 +12,7 @@ from pipeline.completion import configurations
 from pipeline.config import load_config
 from pipeline.doctor import diagnose
 from pipeline.doctor_text import diagnosis_text
-from pipeline.first_config import FirstFamily, Machine
+from pipeline.first_answers import FirstFamily, Machine
 from pipeline.launch import FAILED, FINISHED
 from pipeline.printing import Json, print_document, tell
 from pipeline.questions import asked, refuse_to_overwrite, write_first_config
@@ -39,7 +39,14 @@ def init(
     machine: Annotated[Machine | None, typer.Option(help="Where it is to run.")] = None,
     audio_codec: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Audio codec of magpie or orpheus; never asked for."),
+        typer.Option(metavar="PATH", help="Audio codec of a trained teacher; never asked for."),
+    ] = None,
+    speakers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="The data's names of the speakers that a magpie knows, if it does, in its order.",
+        ),
     ] = None,
 ) -> None:
     """Write a commented configuration of a run, from five answers.
@@ -49,8 +56,9 @@ def init(
     """
     refuse_to_overwrite(path)
     given = {"family": family, "data": data, "teacher": teacher, "guidance": guidance}
+    given |= {"machine": machine, "speakers": speakers}
     try:
-        answers = asked(given | {"machine": machine}, audio_codec, sys.stdin.isatty())
+        answers = asked(given, audio_codec, sys.stdin.isatty())
     except typer.Abort:
         tell("\nforetell: no more answers, so nothing was written")
         raise typer.Exit(FAILED) from None

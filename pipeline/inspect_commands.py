@@ -255,11 +255,28 @@ def audio(
     print_document(clip.model_dump() | {"audio_s": clip.audio_s}, as_json, lambda: clip_text(clip))
 
 
+def _configurations(incomplete: str) -> list[str]:
+    from pipeline.completion import configurations  # noqa: PLC0415 - it imports all settings
+
+    return configurations(incomplete)
+
+
+def _settings(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    from pipeline.completion import settings  # noqa: PLC0415 - it imports all settings
+
+    return settings(ctx, incomplete)
+
+
 @inspect_app.command()
 def audit(
     config: Annotated[
         Path,
-        typer.Argument(metavar="CONFIG", help="YAML configuration of a run.", show_default=False),
+        typer.Argument(
+            metavar="CONFIG",
+            help="YAML configuration of a run.",
+            show_default=False,
+            autocompletion=_configurations,
+        ),
     ],
     fraction: Annotated[
         float, typer.Option(help="Share of the rollouts that is asked for again; one at least.")
@@ -278,7 +295,12 @@ def audit(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override one key of the configuration.",
+            autocompletion=_settings,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

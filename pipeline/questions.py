@@ -1,4 +1,4 @@
-"""The five questions of `foretell init`, and what is said when the file is written."""
+"""The questions of `foretell init`, and what is said when the file is written."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from typing import Any, TypeVar, get_args
 
 import typer
 
-from pipeline.first_config import (
+from pipeline.first_answers import (
     DEMO,
     FAMILY_OF,
-    GUIDANCE_OF,
     MACHINE_OF,
     Answers,
     FirstFamily,
     Machine,
     check_data,
     check_guidance,
+    check_speakers,
     check_teacher,
     data_question,
-    first_config,
-    missing_files,
+    offered_guidance,
     offered_machine,
     offered_teacher,
     teacher_question,
 )
+from pipeline.first_config import first_config, missing_files
+from pipeline.teacher_files import has_baked_contexts
 from stages.errors import UserError
 
 Value = TypeVar("Value")
+
+SPEAKERS = "Speakers: the data's names of those that the model knows, in its order, with commas"
+"""Asked for a magpie with baked contexts alone."""
 
 
 def asked(given: Mapping[str, str | None], audio_codec: str | None, terminal: bool) -> Answers:
@@ -43,7 +47,7 @@ def asked(given: Mapping[str, str | None], audio_codec: str | None, terminal: bo
     def answer(
         name: str, question: str | None, default: str | None, check: Callable[[str], Value]
     ) -> Value:
-        if given[name] is not None:
+        if given.get(name) is not None:
             return check(str(given[name]))
         if terminal and question is not None:
             return _ask(question, default, check)
@@ -59,16 +63,19 @@ def asked(given: Mapping[str, str | None], audio_codec: str | None, terminal: bo
         offered_teacher(family, data),
         lambda text: check_teacher(family, data, text),
     )
+    speakers: tuple[str, ...] = ()
+    if given.get("speakers") or (family == "magpie" and has_baked_contexts(Path(teacher))):
+        speakers = answer("speakers", SPEAKERS, None, lambda text: check_speakers(family, text))
     guidance = answer(
         "guidance",
         "Guidance scale that the student is to learn (1 is none)",
-        str(GUIDANCE_OF[family]),
+        str(offered_guidance(family, teacher)),
         check_guidance,
     )
     machine = answer(
         "machine", _choices("Machine", MACHINE_OF), offered_machine(teacher), _one_of(Machine)
     )
-    return Answers(family, data, teacher, guidance, machine, audio_codec)
+    return Answers(family, data, teacher, guidance, machine, audio_codec, speakers)
 
 
 def _ask(question: str, default: str | None, check: Callable[[str], Value]) -> Value:

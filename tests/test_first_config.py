@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import tarfile
 from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO
 from itertools import product
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
@@ -16,18 +17,19 @@ import yaml
 from pipeline.commented_yaml import commented_yaml
 from pipeline.config import load_config
 from pipeline.entry import main
-from pipeline.first_config import (
+from pipeline.first_answers import (
     DEMO,
     FIT,
     TEACHER_OF,
     Answers,
     FirstFamily,
     Machine,
-    first_config,
-    missing_files,
+    offered_guidance,
 )
+from pipeline.first_config import first_config, missing_files
 from pipeline.progress import stages_of
 from pipeline.run_config import RunConfig
+from pipeline.teacher_files import PipelineFiles, pipeline_files, stacked_frames
 from stages.config import OptimizerConfig
 from stages.errors import UserError
 from tests.test_garbage import Terminal
@@ -116,15 +118,84 @@ def test_a_fitted_teacher_decides_how_its_student_is_built(tiny_run, tmp_path):
     )
 
 
-def test_images_are_brought_to_the_size_that_a_pipeline_draws(tmp_path):
-    configs = {"unet": '{"sample_size": 64}', "vae": '{"block_out_channels": [1, 2, 3, 4]}'}
+SIZES = {
+    512: ((512, 512), (576, 448), (448, 576), (640, 448), (448, 640), (704, 384), (384, 704)),
+    1024: (
+        (1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344),
+    ),
+}  # fmt: skip
+
+
+def test_images_are_brought_to_sizes_that_a_pipeline_draws(tmp_path):
+    blocks = '"block_out_channels": [1, 2, 3, 4]'
+    configs = {"unet": f'{{"sample_size": 64, {blocks}}}', "vae": f"{{{blocks}}}"}
     for part, text in configs.items():
         (tmp_path / "sd" / part).mkdir(parents=True)
         (tmp_path / "sd" / part / "config.json").write_text(text)
     for folder, size in {"sd": 512, "nothing": 1024}.items():
         answers = Answers("diffusion", "mine", str(tmp_path / folder), 7.0, "gpu")
         _, config = first_config(tmp_path / "m.yaml", answers)
-        assert config.prepare.buckets.sizes == ((size, size),)
+        assert config.prepare.buckets.sizes == SIZES[size]
+
+
+def written(family: str, teacher: Path, folder: Path) -> Any:
+    return first_config(folder / "m.yaml", Answers(family, "mine", str(teacher), 7.0, "gpu"))[1]
+
+
+def test_what_stands_for_no_text_is_what_the_pipeline_takes(tmp_path):
+    for name, text in {"sdxl": '{"force_zeros_for_empty_prompt": true}', "sd": "{}"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(text)
+    kinds = {n: written("diffusion", tmp_path / n, tmp_path).prepare.unconditional.kind
+             for n in ("sdxl", "sd", "nothing")}  # fmt: skip
+    assert kinds == {"sdxl": "zeros", "sd": "empty", "nothing": "empty"}
+
+
+def test_files_that_are_damaged_count_as_silent(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text("[")
+    (tmp_path / "vae" / "config.json").write_bytes(b"\xff")
+    (tmp_path / "unet" / "config.json").write_text("[1]")
+    assert pipeline_files(tmp_path) == pipeline_files(tmp_path / "gone") == PipelineFiles()
+    (tmp_path / "unet" / "config.json").write_text('{"sample_size": [8, 8], "in_channels": 4}')
+    (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": [8, 8]}')
+    assert pipeline_files(tmp_path).size == 1024
+    (tmp_path / "t.nemo").write_text("no archive")
+    assert stacked_frames(tmp_path / "t.nemo") == stacked_frames(tmp_path / "gone.nemo") == 1
+
+
+def archive(path: Path, text: str) -> Path:
+    with tarfile.open(path, "w:gz") as file:
+        info = tarfile.TarInfo("./model_config.yaml")
+        info.size = len(text)
+        file.addfile(info, BytesIO(text.encode()))
+    return path
+
+
+@pytest.mark.parametrize(("frames", "steps"), [(1, (4, 430)), (2, (2, 215)), (4, (1, 107))])
+def test_steps_of_a_magpie_hold_as_many_frames_as_it_stacks(frames, steps, tmp_path):
+    nemo = archive(tmp_path / "t.nemo", f"frame_stacking_factor: {frames}\n")
+    sampler = written("magpie", nemo, tmp_path).rollout.sampler
+    assert (sampler.min_timesteps, sampler.max_timesteps) == steps
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "frame_stacking_factor: many", "b: 1"])
+def test_a_magpie_that_says_no_number_of_frames_stacks_none(text, tmp_path):
+    assert stacked_frames(archive(tmp_path / "t.nemo", text)) == 1
+
+
+def test_a_pipeline_that_is_told_its_guidance_is_offered_another_number(tmp_path):
+    (tmp_path / "flux" / "transformer").mkdir(parents=True)
+    text = '{"guidance_embeds": true, "patch_size": 1}'
+    (tmp_path / "flux" / "transformer" / "config.json").write_text(text)
+    assert offered_guidance("diffusion", str(tmp_path / "flux")) == 3.5
+    assert offered_guidance("diffusion", str(tmp_path / "other")) == 7.0
+    config = written("diffusion", tmp_path / "flux", tmp_path)
+    assert config.teacher.pretrained.embedded_guidance == 7.0
+    assert config.rollout.guidance.scale == 1.0
+    answers = Answers("diffusion", "mine", str(tmp_path / "flux"), 7.0, "gpu")
+    assert "its student learns fewer steps" in first_config(tmp_path / "m.yaml", answers)[0]
 
 
 def test_flags_alone_write_a_file_and_say_what_is_missing_and_what_comes_next(
@@ -172,6 +243,8 @@ def test_without_a_terminal_the_family_must_be_given(tmp_path):
         (["--family", "codec_lm", "--guidance", "nan"], "not a number of at least 0"),
         (["--family", "codec_lm", "--data", " "], "must be a path, or demo"),
         (["--family", "codec_lm", "--teacher", ""], "must be a path, or fit"),
+        (["--family", "codec_lm", "--speakers", "a,b"], "a codec_lm takes those of the data"),
+        (["--family", "magpie", "--speakers", "a,a"], "no different names"),
     ],
 )
 def test_answers_that_will_not_do_are_refused_with_what_would(flags, message, tmp_path):
@@ -204,6 +277,19 @@ def test_what_was_given_is_not_asked_and_what_is_offered_is_taken(tmp_path):
     assert "Family" not in told
     assert "Teacher" not in told, "with the demo there is but one answer"
     assert load_config(tmp_path / "a.yaml").fit is not None
+
+
+def test_speakers_are_asked_for_where_the_model_knows_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.questions.has_baked_contexts", lambda path: True)
+    flags = ("--family", "magpie", "--data", "clips")
+    code, _, error = init(tmp_path / "a.yaml", *flags)
+    assert (code, "give --speakers" in error) == (2, True)
+    code, told, _ = init(tmp_path / "a.yaml", *flags, typed="t.nemo\nann, ,bob\nann, bob\n\n\n")
+    assert (code, "no different names" in told) == (0, True)
+    config = load_config(tmp_path / "a.yaml")
+    assert config.teacher.pretrained.speakers == ("ann", "bob")
+    assert config.students["student"].model.speakers == ("ann", "bob")
+    assert config.prepare.context_s == 0, "nobody reads a context"
 
 
 def test_who_leaves_the_questions_leaves_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""What a person meets before anything runs: help that reads in a terminal, and the Tab key."""
+"""What a person meets before anything runs: help that reads in a terminal."""
 
 from __future__ import annotations
 
@@ -90,73 +90,6 @@ def test_examples_are_commands_that_exist_with_options_that_they_have(example):
     command = COMMANDS[words[1]]
     context = command.make_context(words[1], words[2:])
     assert not context.args or words[1] == "inspect"
-
-
-def offered(line: str, monkeypatch, capsys) -> list[str]:
-    """What bash is offered at the end of a line, by the protocol of its completion."""
-    words = shlex.split(line)
-    words += [""] if line.endswith(" ") else []
-    monkeypatch.setenv("_FORETELL_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", line)
-    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
-    with patch("sys.argv", ["foretell"]), pytest.raises(SystemExit):
-        main()
-    return capsys.readouterr().out.split()
-
-
-@pytest.fixture
-def folder(tmp_path, tiny_run, monkeypatch) -> Path:
-    """A folder with a configuration and a store, in which a person types."""
-    monkeypatch.chdir(tmp_path)
-    Path("configs").mkdir()
-    Path("configs/mine.yaml").write_text(tiny_run.path.read_text())
-    Path("configs/broken.yaml").write_text("{")
-    Path("configs/notes.txt").write_text("")
-    Path(".hidden").mkdir()
-    Path(".hidden/other.yaml").write_text("")
-    Path("runs/mine").mkdir(parents=True)
-    Path("runs/mine/store").symlink_to(tiny_run.root / "store")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("foretell ev", ["evaluate"]),
-        ("foretell run ", ["configs/broken.yaml", "configs/mine.yaml"]),
-        ("foretell run configs/m", ["configs/mine.yaml"]),
-        ("foretell run .hid", [".hidden/other.yaml"]),
-        ("foretell verify ", ["runs/mine/store"]),
-        ("foretell verify runs/mi", ["runs/mine/store"]),
-        ("foretell rollout configs/mine.yaml --est", ["--estimate"]),
-        ("foretell train configs/mine.yaml --student ", ["student"]),
-        ("foretell train configs/mine.yaml --student x", []),
-        ("foretell train configs/broken.yaml --student ", []),
-        ("foretell listen configs/mine.yaml --system te", ["teacher_guided"]),
-        ("foretell convert runs/mine/store new --profile co", ["compact"]),
-    ],
-)
-@pytest.mark.usefixtures("folder")
-def test_the_tab_key_offers_what_fits(line, expected, monkeypatch, capsys):
-    assert offered(line, monkeypatch, capsys) == expected
-
-
-def test_completion_looks_at_a_bounded_number_of_files(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.completion.MOST_ENTRIES", 3)
-    for number in range(9):
-        Path(f"{number}.yaml").write_text("")
-    assert offered("foretell run ", monkeypatch, capsys) == ["0.yaml", "1.yaml", "2.yaml"]
-
-
-def test_bash_is_told_how_to_ask(capsys, monkeypatch):
-    monkeypatch.setenv("_FORETELL_COMPLETE", "source_bash")
-    with patch("sys.argv", ["foretell"]), pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0
-    script = capsys.readouterr().out
-    assert "_FORETELL_COMPLETE=complete_bash" in script
-    assert re.search(r"complete .*foretell", script)
 
 
 class Screen(StringIO):

@@ -268,6 +268,35 @@ def test_baked_contexts_survive_saving(models, tmp_path):
     assert stock.baked_context_embedding_len.tolist() == [6, 5, 4]
 
 
+def test_a_student_has_the_baked_contexts_of_its_teacher_and_does_not_train_them(models, tmp_path):
+    baked = torch.randn(3, 6, 64, generator=torch.Generator().manual_seed(2))
+    path, speakers = models.archive(baked=baked), tuple(f"speaker {i}" for i in range(3))
+    student = models.student(path, seed=5, like=path, speakers=speakers)
+    teacher = models.teacher(path, speakers=speakers)
+    assert student.tokenizer_fingerprint() == teacher.tokenizer_fingerprint()
+    assert torch.equal(predicted(student), predicted(teacher))
+    trained = {n for n, p in student.module.named_parameters() if p.requires_grad}
+    assert trained
+    assert not any("context" in name for name in trained)
+    student.save(tmp_path)
+    stock = restored(tmp_path / "model.nemo")
+    assert torch.equal(stock.baked_context_embedding.weight.view(3, 6, 64), baked)
+
+
+def test_baked_contexts_that_a_student_cannot_have_are_refused(models):
+    baked = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(2))
+    with pytest.raises(UserError, match=r"speakers names baked contexts, but .* has none"):
+        models.student(models.archive(), speakers=("a", "b"))
+    narrow = dict.fromkeys(
+        ("embedding_dim", "encoder.d_model", "context_encoder.d_model", "decoder.d_model",
+         "decoder.xa_d_memory"), 32,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="give the student the width of its teacher"):
+        models.student(models.archive(baked=baked), speakers=("a", "b"), overrides=narrow)
+    with pytest.raises(UserError, match=r"the model has 2 baked contexts, but .* names 1"):
+        models.student(models.archive(baked=baked), speakers=("a",))
+
+
 def test_fingerprints_tell_models_apart(models):
     path = models.archive()
     first = models.student(path, seed=1)

@@ -122,7 +122,8 @@ class Magpie:
     ) -> Self:
         """Build a model on the CPU with fresh fp32 weights that belong to `seed`.
 
-        Raises UserError when NeMo's configuration cannot be read or is not supported.
+        Contexts that are baked for `config.speakers` are those of its .nemo. Raises UserError when
+        NeMo's configuration cannot be read or is not supported.
         """
         known = DatasetFacts.model_validate(facts)
         nemo = overridden(read_model_config(config.nemo), config)
@@ -130,6 +131,8 @@ class Magpie:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = checkpoint.build(nemo, AudioCodecFacts.of(known), archive)
+        if config.speakers:
+            checkpoint.bake(model, config.nemo)
         return cls(_network(model, config), config, known)
 
     @classmethod

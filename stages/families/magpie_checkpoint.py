@@ -187,6 +187,38 @@ def build(config: DictConfig, facts: AudioCodecFacts, archive: Path | None) -> M
         raise UserError(f"NeMo builds no model from this configuration: {error}{advice}") from error
 
 
+BAKED = (
+    "baked_context_embedding.weight", "_baked_embedding_T", "_baked_embedding_D",
+    "baked_context_embedding_len",
+)  # fmt: skip
+"""Tensors of baked contexts: [speakers, positions · width], both sizes, and every length."""
+
+
+def bake(model: MagpieTTSModel, source: Path) -> None:
+    """Give a fresh model the baked contexts of a .nemo, in place of its context encoder.
+
+    Its configuration does not say that it has them. Raises UserError where they are missing, or
+    of another width than the model.
+    """
+    weights = read_weights(source) if source.suffix == ".nemo" else {}
+    if not weights.keys() >= set(BAKED):
+        raise UserError(
+            f"speakers names baked contexts, but {source} has none: leave it out, or give as nemo "
+            "the .nemo of a model that has them"
+        )
+    table, positions, width, lengths = (weights[name] for name in BAKED)
+    shape = (len(lengths), int(positions) * int(width))
+    if tuple(table.shape) != shape or int(width) != model.cfg.embedding_dim:
+        raise UserError(
+            f"{source} has baked contexts of shape {tuple(table.shape)} and width {int(width)}, "
+            f"which fit no model of {shape[0]} speakers and width {model.cfg.embedding_dim}: give "
+            "the student the width of its teacher"
+        )
+    model.baked_context_embedding = nn.Embedding(*shape, _weight=table.float())
+    model._baked_embedding_T, model._baked_embedding_D = positions, width
+    model.baked_context_embedding_len = lengths
+
+
 def load_teacher(settings: MagpieTeacher, facts: AudioCodecFacts) -> MagpieTTSModel:
     """Load a trained checkpoint without its audio codec, in fp32 on the CPU.
 
