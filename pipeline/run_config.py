@@ -13,6 +13,7 @@ from stages.config import EvaluateConfig, FitConfig, RolloutConfig, TrainConfig
 from stages.errors import UserError
 from stages.model_config import ModelConfig, PretrainedConfig
 from stages.prepare_config import PrepareConfig
+from stages.support import require_teachable
 from store.object_url import Place
 from store.schema import Guidance, Record
 
@@ -177,6 +178,7 @@ class RunConfig(CommonRun):
                 )
         for name in self.students:
             self._check_beginning(name)
+            self._check_loss(name)
         return self
 
     def _check_guidance(self, name: str) -> None:
@@ -196,6 +198,17 @@ class RunConfig(CommonRun):
                 "without dropped conditions and has no unconditional branch: give it a section "
                 f"rollout with {wanted}"
             )
+
+    def _check_loss(self, name: str) -> None:
+        """Refuse a loss that the store cannot teach, hours before stage two would."""
+        student = self.students[name]
+        rollout = self.rollout_of(student.round)
+        if rollout is None:
+            return  # the store is there already, and its manifest says what it holds
+        try:
+            require_teachable(student.loss, rollout.target, rollout.guidance.scale)
+        except UserError as error:
+            raise ValueError(f"students.{name}.{error}") from None
 
     def _check_beginning(self, student: str) -> None:
         """Refuse a student that waits for itself."""

@@ -38,9 +38,11 @@ from stages.loss_config import ByEntropy, LossConfig
 from stages.student_logits import HeadedLogits, StudentLogits, WholeLogits
 from stages.support import Held, require
 from stages.targets import (
+    BranchedTarget,
     ContinuousTarget,
     DenseTarget,
     Forbidden,
+    HiddenTarget,
     RestoredTarget,
     Rows,
     SampledTarget,
@@ -80,7 +82,7 @@ def distillation_loss(
     what `config.joint` normalises together. Raises `UserError` for a term that the target cannot
     support.
     """
-    require(config, Held.by(target))
+    require(config, _held(target))
     if config.joint and sum(groups) != codes.shape[-1]:
         raise ValueError(f"joint needs the groups of {codes.shape[-1]} streams, not {groups}")
     whole = isinstance(outputs, Tensor)
@@ -92,6 +94,24 @@ def distillation_loss(
     parts = [part for head in heads for part in (head.states, head.weight, head.bias)]
     total, *terms = _Blockwise.apply(batch, *([outputs] if whole else parts))
     return total, dict(zip(config.terms, terms, strict=True))
+
+
+def _held(target: RestoredTarget) -> Held:
+    """Return what a target in memory holds."""
+    match target:
+        case SparseTarget():
+            drawn = target.tail_ids is not None
+            return Held("top_k", target.temperatures, target.moments is not None, drawn)
+        case SampledTarget():
+            return Held("sampled")
+        case ContinuousTarget():
+            return Held("continuous")
+        case DenseTarget():
+            return Held("distribution", absolute=target.levels is not None)
+        case BranchedTarget():
+            return Held("distribution")
+        case HiddenTarget():
+            return Held("distribution", absolute=True)
 
 
 @dataclass(frozen=True)

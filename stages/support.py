@@ -8,17 +8,7 @@ from typing import Literal
 
 from stages.errors import UserError
 from stages.loss_config import DIVERGENCES, ByEntropy, LossConfig, Recipe
-from stages.targets import (
-    BranchedTarget,
-    ContinuousTarget,
-    DenseTarget,
-    HiddenTarget,
-    RestoredTarget,
-    SampledTarget,
-    SparseTarget,
-    require_scale,
-)
-from store.schema import Dense, Full, Hidden, Manifest, Sampled, TopK
+from store.schema import Branches, Dense, Full, Hidden, Manifest, Sampled, Target, TopK
 
 
 @dataclass(frozen=True)
@@ -34,37 +24,19 @@ class Held:
     """Whether logits are known at their absolute height, and those of all ids."""
 
     @classmethod
-    def by_store(cls, manifest: Manifest) -> Held:
+    def of(cls, target: Target) -> Held:
         """Return what every target of a store holds."""
-        match manifest.target:
-            case TopK() as target:
+        match target:
+            case TopK():
                 drawn = target.tail_samples > 0
                 return cls("top_k", target.temperatures, target.moments, drawn)
             case Sampled():
                 return cls("sampled")
             case Dense():
                 return cls("continuous")
-            case Full() as target:
+            case Full():
                 return cls("distribution", absolute=target.levels)
             case Hidden():
-                return cls("distribution", absolute=True)
-
-    @classmethod
-    def by(cls, target: RestoredTarget) -> Held:
-        """Return what a target in memory holds."""
-        match target:
-            case SparseTarget():
-                drawn = target.tail_ids is not None
-                return cls("top_k", target.temperatures, target.moments is not None, drawn)
-            case SampledTarget():
-                return cls("sampled")
-            case ContinuousTarget():
-                return cls("continuous")
-            case DenseTarget():
-                return cls("distribution", absolute=target.levels is not None)
-            case BranchedTarget():
-                return cls("distribution")
-            case HiddenTarget():
                 return cls("distribution", absolute=True)
 
 
@@ -83,7 +55,7 @@ def require_supported(form: LossConfig | Recipe, manifest: Manifest, whole: bool
     to do.
     """
     loss = form.terms_config
-    require(loss, Held.by_store(manifest), form)
+    require_teachable(form, manifest.target, manifest.guidance.scale)
     if loss.joint and len(set(manifest.vocabularies)) > 1:
         reason = (
             "it is defined for streams of equally many ids, and the store's have "
@@ -93,7 +65,35 @@ def require_supported(form: LossConfig | Recipe, manifest: Manifest, whole: bool
     if loss.joint and not whole:
         reason = "it lets the codes of a timestep compete, and the model predicts only some of them"
         raise _refused(form, "joint", reason, "set it to false")
-    require_scale(manifest, loss.guidance_scale is not None)
+
+
+def require_teachable(form: LossConfig | Recipe, target: Target, scale: float) -> None:
+    """Refuse a loss that a store of some target cannot teach, whatever else it holds.
+
+    `scale` is that of the store's guidance. Raises `UserError` as `require_supported` does.
+    """
+    loss = form.terms_config
+    require(loss, Held.of(target), form)
+    require_scale(getattr(target, "branches", "guided"), scale, loss.guidance_scale is not None)
+
+
+def require_scale(branches: Branches, scale: float, given: bool) -> None:
+    """Refuse a guidance scale for targets that are guided already, and none for both branches.
+
+    `scale` is that at which the store's codes were drawn. Raises `UserError`.
+    """
+    if branches == "both" and not given:
+        raise UserError(
+            "loss.guidance_scale was not given, but the store keeps both branches of guidance "
+            f"apart (target.branches): say at which scale to mix them, for example {scale}, at "
+            "which its codes are drawn"
+        )
+    if branches == "guided" and given:
+        raise UserError(
+            "loss.guidance_scale was given, but the store holds targets that were mixed at scale "
+            f"{scale} when they were written: remove it, or roll out with target.branches: both "
+            "(targets full, hidden and dense)"
+        )
 
 
 def require(loss: LossConfig, held: Held, form: LossConfig | Recipe | None = None) -> None:
@@ -121,9 +121,7 @@ def _refusals(loss: LossConfig, held: Held) -> Iterator[Refusal]:
             "it compares the logits of all ids at their absolute height, and the store holds less, "
             "or only how far they lie below the largest one"
         )
-        advice = (
-            "set it to false, or roll out again with the target hidden, or full with levels: true"
-        )
+        advice = "set it to false, or roll out with the target hidden, or full with levels: true"
         yield "joint", reason, advice
     match held.kind:
         case "continuous":
@@ -156,16 +154,16 @@ def _of_sampled(loss: LossConfig) -> Iterator[Refusal]:
             reason = "it needs the teacher's probabilities, and the store holds draws from them"
             advice = (
                 "set it to 0 and loss.soft_ce above 0, whose gradient is that of the forward KL on "
-                "average, or roll out again with the target top_k, full or hidden"
+                "average, or roll out with the target top_k, full or hidden"
             )
             yield name, reason, advice
     for name in ("nrmse", "logit_mse"):
         if getattr(loss, name):
             reason = "it needs the teacher's logits, and the store holds draws"
-            yield name, reason, "set it to 0, or roll out again with the target full or hidden"
+            yield name, reason, "set it to 0, or roll out with the target full or hidden"
     if loss.temperature != 1.0:
         reason = "the store's ids were drawn at temperature 1, and draws cannot be tempered later"
-        yield "temperature", reason, "set it to 1, or roll out again with the target hidden"
+        yield "temperature", reason, "set it to 1, or roll out with the target hidden"
 
 
 def _of_top_k(loss: LossConfig, held: Held) -> Iterator[Refusal]:
@@ -174,12 +172,12 @@ def _of_top_k(loss: LossConfig, held: Held) -> Iterator[Refusal]:
     if tempered and unknown:
         reason = (
             "the store keeps the mass of the tail at the temperatures "
-            f"{list(held.temperatures or ())} only (manifest.json, target.temperatures), and at "
+            f"{list(held.temperatures or ())} only (target.temperatures), and at "
             "another one it cannot be known"
         )
         if isinstance(loss.temperature, ByEntropy):
             reason += f"; {unknown} are missing, and 1.0 is that of the entropy"
-        yield "temperature", reason, "use one of these, or roll out again with it listed"
+        yield "temperature", reason, "use one of these, or roll out with it listed"
     if loss.reverse_kl_top_k is not None:
         reason = (
             "the student's likeliest ids need not be among those that the store kept of the "
@@ -187,15 +185,15 @@ def _of_top_k(loss: LossConfig, held: Held) -> Iterator[Refusal]:
         )
         advice = (
             "leave it out, so that the reverse KL is taken over the teacher's ids and their tail, "
-            "or roll out again with the target full or hidden"
+            "or roll out with the target full or hidden"
         )
         yield "reverse_kl_top_k", reason, advice
     if loss.nrmse and not held.moments:
-        reason = "it needs the moments of the teacher's logits, which the store was written without"
-        yield "nrmse", reason, "set it to 0, or roll out again with target.moments: true"
+        reason = "it needs the moments of the teacher's logits, which the store is written without"
+        yield "nrmse", reason, "set it to 0, or roll out with target.moments: true"
     if loss.tail_share and not held.tail_samples:
-        reason = "it needs ids drawn from the tail, which the store was written without"
-        yield "tail_share", reason, "set it to 0, or roll out again with target.tail_samples: 8"
+        reason = "it needs ids drawn from the tail, which the store is written without"
+        yield "tail_share", reason, "set it to 0, or roll out with target.tail_samples: 8"
     if loss.tail_share and loss.temperature != 1.0:
         reason = f"the tail was drawn at temperature 1, and loss.temperature is {loss.temperature}"
         yield "tail_share", reason, "set one of them to its default"

@@ -18,6 +18,7 @@ from torch import Tensor
 from stages.errors import UserError
 from stages.guidance import guide
 from stages.sampling import keyed_generator
+from stages.support import require_scale
 from store.schema import Dense, Full, Hidden, Manifest, Sampled, TopK
 
 LEAST_KEPT_MASS = 2.0**-24
@@ -306,7 +307,7 @@ def restore(
     already). For `hidden` the same holds of the states. Raises `UserError` for a scale where the
     store holds guided targets, and for none where it holds both branches.
     """
-    require_scale(manifest, scale is not None)
+    require_scale(manifest.branches, manifest.guidance.scale, scale is not None)
     tensors = {
         name: torch.as_tensor(values).to(device, non_blocking=True)
         for name, values in arrays.items()
@@ -379,22 +380,6 @@ def _linear_head(manifest: Manifest, group: str, heads: Mapping[str, Tensor]) ->
 def load_heads(heads: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, Tensor]:
     """Copy the heads of a store, `GROUP.weight` and `GROUP.bias`, to `device`."""
     return {name: torch.tensor(values, device=device) for name, values in heads.items()}
-
-
-def require_scale(manifest: Manifest, given: bool) -> None:
-    """Refuse a guidance scale for targets that are guided already, and none for both branches."""
-    if manifest.branches == "both" and not given:
-        raise UserError(
-            "the store keeps both branches of guidance apart (manifest.json, target.branches), so "
-            "training must say at which scale to mix them: set loss.guidance_scale, for example to "
-            f"{manifest.guidance.scale}, at which the codes were drawn"
-        )
-    if manifest.branches == "guided" and given:
-        raise UserError(
-            f"loss.guidance_scale was given, but the store holds targets that were mixed at scale "
-            f"{manifest.guidance.scale} when they were written: remove it, or roll out again with "
-            "target.branches: both (targets full, hidden and dense)"
-        )
 
 
 def read_scales(

@@ -192,6 +192,23 @@ BAD = {
         "  teacher.pretrained: path=t.safetensors is no MagpieTTS checkpoint",
     ),
     "no loss": ({"students.student.loss": {"kl": 0}}, "all terms of the loss weigh 0"),
+    "a loss that the store will not teach": (
+        {"students.student.loss": {"nrmse": 0.5}},
+        "students.student.loss.nrmse=0.5: it needs the moments of the teacher's logits",
+    ),
+    "a recipe that the store will not teach": (
+        {"students.student.loss": {"recipe": "nemo"}},
+        "students.student.loss.beta=2.0: it needs the moments of the teacher's logits",
+    ),
+    "a temperature that the store will not keep": (
+        {"students.student.loss": {"temperature": 2}},
+        "students.student.loss.temperature=2.0: the store keeps the mass of the tail at the "
+        "temperatures [1.0]",
+    ),
+    "branches that nobody mixes": (
+        {"rollout.target": {"kind": "hidden", "branches": "both"}},
+        "students.student.loss.guidance_scale was not given",
+    ),
     "a source without its student": ({"rollout.source": "student"}, "name the student exactly"),
     "a replay without its store": ({"rollout.source": "replay"}, "name the store exactly"),
     "a store that is not replayed": ({"rollout.replay": "s"}, "replay=s: name the store exactly"),
@@ -211,6 +228,12 @@ def test_a_bad_value_is_named_with_its_place_and_what_is_possible(load, case):
     assert "config.yaml is not a valid configuration" in str(caught.value)
     assert "Traceback" not in str(caught.value)
     assert "pydantic" not in str(caught.value)
+
+
+def test_a_loss_is_not_held_against_a_store_that_is_written_elsewhere(load):
+    sections = dict.fromkeys(("prepare", "teacher", "fit", "rollout", "evaluate"), ...)
+    config = load(sections | {"store": "s", "students.student.loss": {"nrmse": 0.5}})
+    assert config.students["student"].loss.terms_config.nrmse == 0.5
 
 
 def test_all_mistakes_are_named_at_once(load):
@@ -248,13 +271,13 @@ def test_a_file_that_is_missing_or_no_text_is_refused_by_name(tmp_path):
 
 def test_overrides_replace_and_add_keys_at_any_depth_with_yaml_values(load):
     config = load(
-        None, "seed=7", "rollout.sampler.top_p=0.5", "students.student.loss.temperature=2.0",
+        None, "seed=7", "rollout.sampler.top_p=0.5", "students.student.loss.kl=2.0",
         "rollout.sampler.top_k=null", "evaluate.judges=[whisper]",
     )  # fmt: skip
     assert config.seed == 7
     assert config.rollout.sampler.top_p == 0.5
     assert config.rollout.sampler.top_k is None
-    assert config.students["student"].loss.temperature == 2.0
+    assert config.students["student"].loss.kl == 2.0
     assert config.evaluate.judges == ("whisper",)
 
 

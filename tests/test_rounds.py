@@ -104,6 +104,11 @@ BAD = {
     "settings from nowhere": (
         ["rollout=null", "store=s"], "rounds.again.rollout is null, and there is no section",
     ),
+    "a loss that the round's store will not teach": (
+        ["rounds.again.rollout={sampler: {}, guidance: {scale: 1}}",
+         "rounds.again.rollout.target={kind: sampled, draws: 8}"],
+        "students.second.loss.kl=1.0: it needs the teacher's probabilities",
+    ),
     "an unknown key": (["rounds.again.tacher=x"], "rounds.again.tacher: unknown key; did you mean"),
     "a deep unknown key": (
         ["rounds.again.rollout={sampler: {temprature: 1}}"],

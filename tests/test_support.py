@@ -48,7 +48,7 @@ REFUSED = {
     ),
     "unlisted temperature": (
         "top_k", {"kl": 1.0, "temperature": 2.0},
-        r"loss\.temperature=2\.0: .*\[0\.5, 1\.0, 3\.0\].*; use one of these, or roll out again",
+        r"loss\.temperature=2\.0: .*\[0\.5, 1\.0, 3\.0\].*; use one of these, or roll out with it",
     ),
     "the student's own ids": (
         "top_k", {"reverse_kl": 1.0, "reverse_kl_top_k": 4},
@@ -96,7 +96,7 @@ def test_draws_from_the_tail_are_of_temperature_1_though_the_store_lists_another
 @pytest.mark.parametrize("kind", ["full_both", "hidden_both", "dense_both"])
 def test_a_store_of_both_branches_needs_a_scale(kind):
     term = {"mse": 1.0} if kind.startswith("dense") else {"kl": 1.0}
-    with pytest.raises(UserError, match=r"set loss\.guidance_scale"):
+    with pytest.raises(UserError, match=r"loss\.guidance_scale was not given.*branches"):
         require_supported(loss_of(**term), scene(kind).manifest)
     for scale in (2.5, [1.0, 3.0]):
         require_supported(loss_of(guidance_scale=scale, **term), scene(kind).manifest)

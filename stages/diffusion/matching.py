@@ -20,7 +20,7 @@ from stages.diffusion.row_targets import transfers
 from stages.diffusion.stored_row import SOURCES
 from stages.diffusion.train_config import DiffusionLossConfig
 from stages.errors import UserError
-from stages.targets import require_scale
+from stages.support import require_scale
 from store import PredictionStore
 
 TAUGHT_BY = ("target", "weight")
@@ -75,9 +75,10 @@ def require_loss(
 def _require_scale(
     denoiser: Denoiser, store: PredictionStore, recording: Recording, loss: DiffusionLossConfig
 ) -> None:
+    manifest = store.manifest
     scale, told = loss.guidance_scale, recording.embedded_guidance
     if loss.teaches == "prediction":
-        require_scale(store.manifest, scale is not None)
+        require_scale(manifest.branches, manifest.guidance.scale, scale is not None)
     elif scale is not None:
         raise UserError(
             f"loss.guidance_scale was given with teaches: {loss.teaches}, but the trajectories of "
