@@ -10,7 +10,7 @@ import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -78,16 +78,22 @@ def has_baked_contexts(checkpoint: Path) -> bool:
     Its configuration does not say so: the name of the tensor is looked for, and nothing unpickled.
     """
     try:
-        with tarfile.open(
-            checkpoint, "r:"
-        ) as archive:  # a gzipped one could not be skipped through
+        # "r:", for a gzipped archive would have to be read up to the weights.
+        with tarfile.open(checkpoint, "r:") as archive:
             member = next(m for m in archive if Path(m.name).name == "model_weights.ckpt")
-            with archive.extractfile(member) as file, zipfile.ZipFile(file) as weights:  # type: ignore[union-attr]
-                name = next(n for n in weights.namelist() if Path(n).name == "data.pkl")
-                with weights.open(name) as pickled:
-                    return BAKED in pickled.read(LARGEST_PICKLE_BYTES)
+            return BAKED in _pickle_of(archive.extractfile(member))
     except UNREADABLE:
         return False
+
+
+def _pickle_of(weights: IO[bytes] | None) -> bytes:
+    """Return the pickled part of weights that torch saved: names, shapes and places of tensors."""
+    if weights is None:
+        raise EOFError
+    with zipfile.ZipFile(weights) as parts:
+        name = next(n for n in parts.namelist() if Path(n).name == "data.pkl")
+        with parts.open(name) as pickled:
+            return pickled.read(LARGEST_PICKLE_BYTES)
 
 
 def _json(file: Path) -> dict[str, Any]:
