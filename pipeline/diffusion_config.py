@@ -8,9 +8,11 @@ from pydantic import Field, model_validator
 
 from pipeline.run_config import CommonRun, OneTeacher, RoundConfig
 from stages.diffusion.image_config import ImagesConfig
+from stages.diffusion.loss_support import require_teachable
 from stages.diffusion.model_config import DenoiserConfig, DiffusionTeacher
 from stages.diffusion.record_config import RecordConfig
 from stages.diffusion.train_config import DenoisingFitConfig, DistilConfig, ImageEvaluateConfig
+from stages.errors import UserError
 
 
 class DenoisingTeacherConfig(OneTeacher):
@@ -54,14 +56,16 @@ class DiffusionRunConfig(CommonRun):
         return None
 
     @model_validator(mode="after")
-    def _check_scale(self) -> Self:
-        both = self.rollout is None or self.rollout.target.branches == "both"
+    def _check_losses(self) -> Self:
+        """Refuse a loss that the store cannot teach, hours before stage two would."""
+        rollout = self.rollout
+        if rollout is None:
+            return self  # the store is there already, and its manifest says what it holds
         for name, student in self.students.items():
-            given = student.loss.guidance_scale is not None
-            if self.rollout is not None and given != both and student.loss.teaches == "prediction":
-                raise ValueError(
-                    f"students.{name}.loss.guidance_scale is {student.loss.guidance_scale}, but "
-                    f"rollout.target.branches is {self.rollout.target.branches!r}: give a scale "
-                    "exactly for 'both', whose parts are mixed in training"
+            try:
+                require_teachable(
+                    student.loss, rollout.rows, rollout.target.branches, rollout.guidance.scale
                 )
+            except UserError as error:
+                raise ValueError(f"students.{name}.{error}") from None
         return self

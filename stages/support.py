@@ -90,9 +90,9 @@ def require_scale(branches: Branches, scale: float, given: bool) -> None:
         )
     if branches == "guided" and given:
         raise UserError(
-            "loss.guidance_scale was given, but the store holds targets that were mixed at scale "
-            f"{scale} when they were written: remove it, or roll out with target.branches: both "
-            "(targets full, hidden and dense)"
+            f"loss.guidance_scale was given, but the store's targets are mixed at scale {scale} "
+            "already: remove it, or roll out with target.branches: both (targets full, hidden and "
+            "dense)"
         )
 
 

@@ -83,11 +83,39 @@ def test_a_mistake_is_named_with_its_place_and_what_is_possible(load, key):
 
 def test_parts_are_given_a_scale_and_what_is_mixed_already_is_not(load):
     guided = {"rollout.target": {"kind": "dense", "branches": "guided"}}
-    with pytest.raises(UserError, match="give a scale exactly for 'both'"):
+    with pytest.raises(UserError, match=r"students\.student\.loss\.guidance_scale was given, but"):
         load(guided)
-    with pytest.raises(UserError, match="give a scale exactly for 'both'"):
+    with pytest.raises(UserError, match=r"guidance_scale was not given, .*, for example 3\.0"):
         load({"students.student.loss.guidance_scale": ...})
     assert load(guided | {"students.student.loss.guidance_scale": ...})
+
+
+UNTAUGHT = {
+    "ends of noised images": ({"loss": {"teaches": "end"}}, {}, "no trajectories: use"),
+    "data of trajectories": (
+        {"loss": {"guidance_scale": 3.0, "data_share": 0.5}}, {"kind": "trajectory"},
+        "loss.data_share is set, but",
+    ),
+    "pairs without their start": (
+        {"loss": {"teaches": "pairs"}}, {"kind": "trajectory", "keep": [1, 2]},
+        "needs the start of every trajectory, but the store keeps the steps [1, 2]",
+    ),
+    "a scale of ends": (
+        {"loss": {"teaches": "end", "guidance_scale": 2.0}}, {"kind": "trajectory"},
+        "the store are solved at scale 3.0: leave it out",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNTAUGHT)
+def test_a_loss_that_the_rows_will_not_teach_is_refused_when_it_is_read(load, case):
+    student, rows, words = UNTAUGHT[case]
+    changes = {f"students.student.{key}": value for key, value in student.items()}
+    with pytest.raises(UserError) as caught:
+        load(changes | ({"rollout.rows": rows} if rows else {}))
+    assert words in str(caught.value)
+    assert "students.student.loss" in str(caught.value)
+    load(changes | {"rollout": ..., "teacher": ..., "fit": ..., "evaluate": ..., "store": "s"})
 
 
 DEPENDS = {

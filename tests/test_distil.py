@@ -510,7 +510,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, kind, student, parallel):
 
 REFUSED = {
     "no scale": ("forward", {}, {}, "at which scale to mix"),
-    "a scale of guided targets": ("guided", {"guidance_scale": 2.0}, {}, "were mixed at scale"),
+    "a scale of guided targets": ("guided", {"guidance_scale": 2.0}, {}, "are mixed at scale"),
     "a scale of ends": (
         "trajectory", {"teaches": "end", "guidance_scale": 2.0}, {}, "solved at scale 3.0",
     ),

@@ -16,11 +16,11 @@ from stages.diffusion.facts import (
     ImageFacts,
     Recording,
 )
+from stages.diffusion.loss_support import require_teachable
 from stages.diffusion.row_targets import transfers
 from stages.diffusion.stored_row import SOURCES
 from stages.diffusion.train_config import DiffusionLossConfig
 from stages.errors import UserError
-from stages.support import require_scale
 from store import PredictionStore
 
 TAUGHT_BY = ("target", "weight")
@@ -44,27 +44,13 @@ def require_loss(
     denoiser: Denoiser, store: PredictionStore, recording: Recording, loss: DiffusionLossConfig
 ) -> None:
     """Refuse a loss that the store has nothing for, or the student no input."""
-    along = recording.rows.kind == "trajectory"
-    if loss.teaches != "prediction" and not along:
-        raise UserError(
-            f"loss.teaches is {loss.teaches!r}, but {store.path} holds noised images and no "
-            "trajectories: use `prediction`, or record with rows.kind: trajectory"
-        )
-    if along and (loss.data_share or loss.mask is not None):
-        name = "loss.mask" if loss.mask is not None else "loss.data_share"
-        raise UserError(
-            f"{name} is set, but {store.path} holds trajectories, which begin in noise and have no "
-            "image: leave it out, or record with rows.kind: forward"
-        )
-    if loss.teaches == "pairs" and recording.rows.kind == "trajectory":
-        kept = recording.rows.keep
-        if kept is not None and kept[0] != 0:
-            raise UserError(
-                f"loss.teaches: pairs needs the start of every trajectory, but {store.path} keeps "
-                f"the steps {list(kept)}: record with rows.keep beginning at 0"
-            )
-    _require_scale(denoiser, store, recording, loss)
-    if transfers(store.manifest, recording, loss) and denoiser.config.adapter is None:
+    manifest = store.manifest
+    try:
+        require_teachable(loss, recording.rows, manifest.branches, manifest.guidance.scale)
+    except UserError as error:
+        raise UserError(f"{store.path} cannot teach this: {error}") from None
+    _require_one_scale(denoiser, store, recording, loss)
+    if transfers(manifest, recording, loss) and denoiser.config.adapter is None:
         raise UserError(
             f"{store.path} holds the difference to another model (contrast: "
             f"{recording.contrast.kind}), which is taught on top of what the student predicts "
@@ -72,18 +58,11 @@ def require_loss(
         )
 
 
-def _require_scale(
+def _require_one_scale(
     denoiser: Denoiser, store: PredictionStore, recording: Recording, loss: DiffusionLossConfig
 ) -> None:
-    manifest = store.manifest
+    """Refuse a scale per row for a student that is not told which."""
     scale, told = loss.guidance_scale, recording.embedded_guidance
-    if loss.teaches == "prediction":
-        require_scale(manifest.branches, manifest.guidance.scale, scale is not None)
-    elif scale is not None:
-        raise UserError(
-            f"loss.guidance_scale was given with teaches: {loss.teaches}, but the trajectories of "
-            f"{store.path} were solved at scale {store.manifest.guidance.scale}: leave it out"
-        )
     if not isinstance(scale, tuple) or scale[0] == scale[1]:
         return
     drawn = f"loss.guidance_scale={list(scale)} draws a scale per row, but the student is"
