@@ -69,8 +69,9 @@ def statistic_parts(document: Document) -> Parts:
         f"\nOver {found['shards']:,} of {found['of_shards']:,} shards: "
         f"{found['rollouts']:,} rollouts, {found['timesteps']:,} timesteps"
     )
-    parts: Parts = [read if found["shards"] == found["of_shards"] else f"{read} (--all reads all)"]
-    parts += [f"shard {s['shard']} cannot be read: {s['reason']}" for s in found["unreadable"]]
+    tried = found["shards"] + len(found["unreadable"])
+    parts: Parts = [read if tried == found["of_shards"] else f"{read} (--all reads all)"]
+    parts += unreadable_parts(found)
     if not found["shards"]:
         return parts
     if found["entropy_is"] is not None:
@@ -80,6 +81,11 @@ def statistic_parts(document: Document) -> Parts:
     else:
         parts += _sizes(found["streams"])
     return parts
+
+
+def unreadable_parts(found: Document) -> Parts:
+    """Shards that are damaged, and left out of what is shown."""
+    return [f"shard {s['shard']} cannot be read: {s['reason']}" for s in found["unreadable"]]
 
 
 def _certainty(found: Document) -> Parts:
@@ -306,6 +312,7 @@ def _latents(streams: list[Document]) -> RenderableType:
 
 
 TABLES: dict[str, Callable[[Document], Parts]] = {
+    "unreadable": unreadable_parts,
     "arrays": array_parts,
     "lengths": length_parts,
     "statistics": statistic_parts,

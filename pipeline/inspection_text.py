@@ -132,8 +132,12 @@ def _codes(rows: list[list[int]]) -> str:
     return "\n".join(" ".join(f"{code:>5}" for code in row) for row in rows)
 
 
-def _weights(weights: Document) -> str:
-    return ", ".join(f"{reason} {weight:,g}" for reason, weight in weights.items())
+def _by_reason(numbers: Document) -> str:
+    return ", ".join(f"{reason} {_amount(number)}" for reason, number in numbers.items())
+
+
+def _amount(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1e5 else f"{number:,g}"
 
 
 def _architecture(counted: Document) -> str:
@@ -190,8 +194,9 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "timestep_s": lambda seconds: f"{seconds:.4g}",
     "lineage": _lineage,
     "codes": _codes,
-    "weight": lambda weight: f"{weight:,g}",
-    "weights": _weights,
+    "weight": _amount,
+    "weights": _by_reason,
+    "stop_reasons": _by_reason,
     "rejected_for": lambda kinds: "\n".join(f"{k} {n:,}" for k, n in kinds.items()) or "none",
     "columns": _names,
     "drawn": _names,

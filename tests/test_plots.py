@@ -112,6 +112,18 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_read(tmp_path: Path)
     assert list(store_parts(empty, everything=False))[-1]["statistics"]["shards"] == 0
 
 
+def test_who_asks_for_a_picture_is_told_which_shards_it_leaves_out(tmp_path: Path) -> None:
+    store = synthetic_store(tmp_path / "s", synthetic_manifest(TopK(k=3)), 6, 1, 2)
+    for shard in range(3):
+        write_synthetic_shard(store, shard, 5)
+    (store.path / "shards/00000/rollouts.parquet").write_bytes(b"none")
+    (store.path / "shards/00001/top_k.logits/c/0/0/0").write_bytes(b"none")
+    command = ["inspect", "plot", str(store.path), "-o", str(tmp_path / "a.png")]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert (done.exit_code, done.stdout) == (0, f"wrote {tmp_path / 'a.png'}\n")
+    assert re.findall("shard ([0-9]) is left out", done.stderr) == ["0", "1"]
+
+
 @pytest.mark.slow
 def test_looking_into_stores_imports_no_torch_and_matplotlib_only_to_draw(tmp_path: Path) -> None:
     paths = [str(stored(tmp_path / name, TopK(k=k)).path) for name, k in (("a", 3), ("b", 4))]
