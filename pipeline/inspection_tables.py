@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
@@ -14,6 +15,10 @@ Document = dict[str, Any]
 Parts = list[RenderableType]
 
 BAR_LETTERS = 50
+CODE_LETTERS = 5
+"""Room of a code in a table; more where one needs it."""
+MOST_CODE_LETTERS = 54
+"""Room beside the other columns of 80."""
 MOST_CANDIDATES = 6
 """Candidates of a stream that are shown; `--json` and `--csv` have all."""
 CHECKSUMS = ("_crc", "_sum")
@@ -225,17 +230,32 @@ def certainty_parts(document: Document) -> Parts:
     lines = [
         [
             str(row["timestep"]),
-            " ".join(f"{code:>5}" for code in row["codes"]),
+            cells,
             f"{sum(row['entropy']) / streams:.2f}",
             probable(min(row["code_probability"])),
         ]
-        for row in rows
+        for row, cells in zip(rows, _code_cells([row["codes"] for row in rows]), strict=True)
     ]
     title = (
         f"\n{EXACTNESS[document['entropy_is']]}; mean of the {streams} streams\n"
         "drawn: probability of the least probable of the codes"
     )
     return [title, number_table(heads, lines, texts=2)]
+
+
+def _code_cells(rows: list[list[int]]) -> list[str]:
+    """The codes of every row, in as many lines of equal length as the column needs."""
+    letters = max(CODE_LETTERS, *(len(str(code)) for row in rows for code in row))
+    fitting = (MOST_CODE_LETTERS + 1) // (letters + 1)
+    streams = len(rows[0])
+    length = math.ceil(streams / math.ceil(streams / fitting))
+    return [
+        "\n".join(
+            " ".join(f"{code:>{letters}}" for code in row[start : start + length])
+            for start in range(0, streams, length)
+        )
+        for row in rows
+    ]
 
 
 def row_parts(document: Document) -> Parts:

@@ -17,9 +17,9 @@ from store.verify import Verification
 
 MOST_SHOWN_NUMBERS = 8
 SHOWN_LETTERS = 24
-OF_CODES = ("longest", "stop_reasons", "stop_reason", "weights", "source", "sampler", "codes")
+OF_CODES = ("longest", "stop_reasons", "stop_reason", "weights", "source", "sampler")
 """What is said of how codes were drawn, and nothing of images."""
-IN_TABLES = (*TABLES, "bytes", "longest", "entropy_is", "temperature")
+IN_TABLES = (*TABLES, "bytes", "longest", "entropy_is", "temperature", "codes")
 """What stands in a table, or at its head."""
 
 
@@ -37,8 +37,6 @@ def store_text(document: Document) -> str:
         for name, value in shown.items()
         if name not in IN_TABLES and (audio or name not in OF_CODES)
     }
-    if "certainty" in shown:
-        del values["codes"]
     parts: list[RenderableType] = [_values(values)] if values else []
     for name, parts_of in TABLES.items():
         if name in shown:
@@ -128,10 +126,6 @@ def _lineage(ancestors: list[Document]) -> str:
     return " → ".join(steps) or "none: its values are as the teacher gave them"
 
 
-def _codes(rows: list[list[int]]) -> str:
-    return "\n".join(" ".join(f"{code:>5}" for code in row) for row in rows)
-
-
 def _by_reason(numbers: Document) -> str:
     return ", ".join(f"{reason} {_amount(number)}" for reason, number in numbers.items())
 
@@ -193,7 +187,6 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "audio_s": _seconds,
     "timestep_s": lambda seconds: f"{seconds:.4g}",
     "lineage": _lineage,
-    "codes": _codes,
     "weight": _amount,
     "weights": _by_reason,
     "stop_reasons": _by_reason,

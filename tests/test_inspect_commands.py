@@ -173,6 +173,27 @@ def test_no_line_is_wider_than_80_letters(store: PredictionStore, options: list[
     assert max(map(len, answer(store.path, *options).splitlines())) <= 80
 
 
+@pytest.mark.parametrize(("streams", "vocabulary"), [(9, 99_000), (16, 2024), (21, 152_064)])
+def test_codes_of_many_streams_stand_below_each_other(
+    tmp_path: Path, streams: int, vocabulary: int
+) -> None:
+    manifest = synthetic_manifest(TopK(k=3), streams, vocabulary)
+    store = synthetic_store(tmp_path / "s", manifest, 1, 1, 1)
+    write_synthetic_shard(store, 0, 5)
+    lines = answer(store.path, "--key", "sample-0/0").splitlines()
+    head = next(line for line in lines if line.startswith("timestep  codes"))
+    columns = slice(head.index("codes"), head.index("entropy"))
+    found: list[int] = []
+    ends = set()
+    for line in lines[lines.index(head) + 1 :]:
+        assert len(line) <= 80
+        for code in re.finditer("[0-9]+", line[columns]):
+            found.append(int(code.group()))
+            ends.add(code.end())
+    assert found == PredictionStore.open(store.path)["sample-0", 0].codes.ravel().tolist()
+    assert streams / 3 <= len(ends) < streams or streams == len(ends) == 9
+
+
 def keys_of(document: object) -> set[str]:
     return set(document) if isinstance(document, dict) else set()
 
