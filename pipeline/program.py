@@ -11,7 +11,7 @@ from pipeline.launch import FAILED, USAGE_ERROR
 from pipeline.printing import tell
 from stages.errors import UserError
 from store import StoreError
-from store.errors import SystemFailure
+from store.errors import SystemFailure, explain_os_errors
 
 
 def app_of(arguments: Sequence[str]) -> tuple[typer.Typer, str, Sequence[str]]:
@@ -32,7 +32,8 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str]) -> None:
     Where a disk or object storage refuses, the code is 1.
     """
     try:
-        app(args=list(arguments), prog_name=name)
+        with explain_os_errors("go on"):
+            app(args=list(arguments), prog_name=name)
     except (UserError, StoreError) as error:
         tell(f"foretell: {error}")
         sys.exit(FAILED if isinstance(error, SystemFailure) else USAGE_ERROR)

@@ -221,6 +221,21 @@ def test_verify_and_inspect_of_no_store_say_so(tmp_path):
     assert "is no store" in done.stderr
 
 
+def test_what_the_system_refuses_is_one_message_and_code_1(tmp_path):
+    long = "x" * 300
+    store = ROOT / "tests" / "golden" / "fast" / "top_k"
+    for arguments in (
+        ("inspect", tmp_path / long),
+        ("inspect", "serve", tmp_path / long),
+        ("inspect", "plot", store, "-o", tmp_path / f"{long}.png"),
+    ):
+        done = foretell(*arguments)
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("foretell: cannot go on: ")
+        assert line.endswith("the path is too long: choose a shorter one")
+
+
 # ---- mistakes that a stage notices, each by its own worker process
 
 
