@@ -218,8 +218,8 @@ def verification_text(result: Verification) -> str:
     damaged = any(not d.unreadable for d in result.bad)
     verdict = "sound" if result.ok else "DAMAGED" if damaged else "NOT ALL COULD BE READ"
     lines.append(
-        f"{verdict}: {result.shards} shards, {result.rollouts} "
-        f"rollouts, {result.timesteps} timesteps verified; "
-        f"{len(result.not_committed)} planned shards are not committed"
+        f"{verdict}: {result.shards:,} shards, {result.rollouts:,} "
+        f"rollouts, {result.timesteps:,} timesteps verified; "
+        f"{len(result.not_committed):,} planned shards are not committed"
     )
     return "\n".join(lines)

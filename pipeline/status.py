@@ -15,6 +15,8 @@ from store.schema import Record
 
 LATEST = 100
 """Shards over whose commits the rate is taken, at most."""
+UNITS = {"fit": "steps", "rollout": "shards", "train": "steps"}
+"""What a stage is counted in; the others are done whole."""
 WEIGHED = 200
 """Shards that are weighed, at most; of more, these stand for all."""
 
@@ -141,7 +143,8 @@ def status_text(status: RunStatus) -> str:
     """Return a line for each stage, and below it what is known of its store and its jobs."""
     lines = []
     for stage, state in status.stages.items():
-        lines.append(f"{stage:<20}{state.done:>8} of {state.planned:<8}{state.state}")
+        unit = UNITS.get(stage.partition(":")[0], "")
+        lines.append(f"{stage:<20}{state.done:>8} of {state.planned:<8}{unit:<8}{state.state}")
         if stage in status.stores:
             lines.append(f"  {_store_text(status.stores[stage])}")
         if status.jobs and stage in status.jobs:
