@@ -9,6 +9,7 @@ from pipeline.folders import RunFolders
 from pipeline.progress import Progress, progress, stages_of
 from pipeline.slurm import QueueEntry, queue
 from pipeline.submission import Job, read_jobs
+from pipeline.text_tables import short
 from stages.errors import UserError
 from store import PredictionStore
 from store.schema import Record
@@ -156,7 +157,7 @@ def status_text(status: RunStatus) -> str:
 
 def _store_text(store: StoreState) -> str:
     parts = [f"{store.bytes:,} bytes"]
-    parts += [f"{store.shards_per_min:.3g} shards/min"] if store.shards_per_min else []
+    parts += [f"{short(store.shards_per_min)} shards/min"] if store.shards_per_min else []
     parts += [f"{span(store.left_s)} left"] if store.left_s else []
     return ", ".join(parts)
 
