@@ -62,8 +62,9 @@ class Teacher:
 def guided_states(random: np.random.Generator, timesteps: int, width: int) -> Array:
     """[T, width] of unit variance, guided: what both branches share and what sets them apart."""
     shared, own = (slow_noise(random, timesteps, width) for _ in range(2))
-    mixed: Array = shared + CFG_SCALE * 0.5 * own
-    return mixed / mixed.std()
+    mixed = shared + CFG_SCALE * 0.5 * own
+    scaled: Array = mixed / mixed.std()
+    return scaled
 
 
 def slow_noise(random: np.random.Generator, timesteps: int, width: int) -> Array:
@@ -186,7 +187,7 @@ def top_k_cost(
     logprobs = np.stack([timestep.logprobs for timestep in kept], 1)
     tails = np.stack([timestep.tails for timestep in kept], 1)
     logits = (logprobs[0] - logprobs[0].max(-1, keepdims=True)).astype(np.float16)
-    masses = np.stack(tails, -1).astype(np.float32)
+    masses = np.stack(list(tails), -1).astype(np.float32)
     parts = [
         Stored.through("top_k.ids", ids.astype(ids_dtype(teacher.vocabulary)), repeats),
         Stored.through("top_k.logits", logits, repeats, temperatures),
@@ -210,8 +211,9 @@ def bucketed_divergence(logprobs: Array, tails: Array, logits: Array, logmass: A
     """KL [T, C] in nats over K kept ids and one bucket, from teacher to what was decoded."""
     decoded, mass = log_softmax(logits), logmass[..., None]
     decoded += np.log(-np.expm1(mass))
-    divergence: Array = (np.exp(logprobs) * (logprobs - decoded)).sum(-1)
-    return divergence + np.exp(tails) * (tails - mass[..., 0])
+    of_kept = (np.exp(logprobs) * (logprobs - decoded)).sum(-1)
+    divergence: Array = of_kept + np.exp(tails) * (tails - mass[..., 0])
+    return divergence
 
 
 def sampled_cost(teacher: Teacher, draws: int, options: Options) -> list[Cost]:

@@ -188,14 +188,14 @@ class Student:
         batches = self.learner.batches(self._state.position)
         weight = sum(batch.weight for batch in batches)
         for batch in batches:
-            (self.learner.objective(0, batch).total / weight).backward()
+            torch.autograd.backward(self.learner.objective(0, batch).total / weight)
         self._state.update(1e-4)
 
     def plain(self) -> None:
         """Learn the noise that was added to latents at hand."""
         noise, x_t, t = self._noised()
         prediction = self._denoiser.predict(x_t, t, self._batch.conditions)
-        nn.functional.mse_loss(prediction, noise).backward()
+        torch.autograd.backward(nn.functional.mse_loss(prediction, noise))
         self._state.update(1e-4)
 
     def two_models(self) -> None:
@@ -209,7 +209,7 @@ class Student:
             assert uncond is not None
             target = guide(cond, uncond, SCALE)
         prediction = self._denoiser.predict(x_t, t, self._batch.conditions)
-        nn.functional.mse_loss(prediction, target).backward()
+        torch.autograd.backward(nn.functional.mse_loss(prediction, target))
         self._state.update(1e-4)
 
     def _noised(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,12 +59,13 @@ def foretell(command: str, config: Path, *more: str) -> None:
     )  # fmt: skip
 
 
-def collided(store: PredictionStore, path: Path) -> None:
+def collided(source: Path, path: Path) -> None:
     """Copy a store so that its rollouts hold the predictions of their sample's last variation."""
+    store = PredictionStore.open(source)
     last: dict[str, int] = {}
     for sample_id, variation in store:
         last[sample_id] = max(variation, last.get(sample_id, variation))
-    tables = {name: store.path / "tables" / name for name in store.manifest.tables}
+    tables = {name: source / "tables" / name for name in store.manifest.tables}
     copy = PredictionStore.create(
         path, store.manifest.model_copy(update={"files": {}}), store.plan, store.samples,
         tables=tables,
@@ -140,7 +141,7 @@ def prove(seed: int, folder: Path, changes: dict[str, Any]) -> dict[str, float]:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     run = folder / document["name"]
     shutil.rmtree(run / "collided", ignore_errors=True)
-    collided(PredictionStore.open(run / "store"), run / "collided")
+    collided(run / "store", run / "collided")
     worse = control(document, folder)
     foretell("run", worse)
     systems = Report.read(run / "report" / "report.json")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from lm_rivals import HARD_SHARE, TEMPERATURE, Labelled, LabelledBatch, TwoModels, generate
 from lm_shapes import CFG_SCALE, FRAME_RATE_HZ, Bench
-from loss_overhead import CodeLearner, Steps, without_target
+from loss_overhead import CodeLearner, Steps, Way, without_target
 from measure import Clock, interleaved, own_peak, report
 
 from stages.config import OptimizerConfig, TrainConfig
@@ -32,7 +33,7 @@ from stages.distributed import Place, computes_bf16
 from stages.families.causal_lm_checkpoint import WEIGHTS_FILE, quiet
 from stages.families.causal_lm_prompts import PromptReader, load_tokenizer
 from stages.families.hugging_face import PeftLoraConfig, inject_adapter_in_model
-from stages.optimization import TrainingState
+from stages.optimization import Batch, TrainingState
 from stages.sampling import RolloutPolicy
 from stages.train import TargetLearner
 from store import PredictionStore
@@ -155,20 +156,21 @@ class Student:
         optimizer = OptimizerConfig(steps=1, batch_size=options.batch_size)
         self._state = TrainingState(self._family.module, optimizer, self._place, "", "")
 
-    def steps(self, name: str) -> Steps:
+    def steps(self, name: str) -> Callable[[int], None]:
         """Return the steps of a way: `ce`, `stored`, `two_models` or `two_guided`."""
-        learner: CodeLearner | TargetLearner | TwoModels
         match name:
             case "ce":
-                learner = self._code_learner()
+                return self._steps(self._code_learner())
             case "stored":
                 store = PredictionStore.open(self._store)
                 learner = TargetLearner(self._family, store, self._config, 0, self._place)
-            case _:
-                scale = CFG_SCALE if name == "two_guided" else None
-                model = self._family.module.model
-                learner = TwoModels(model, self._teacher, self._labelled(), scale)
-        return Steps(learner, self._state, self._place, self._bf16)
+                return self._steps(learner)
+        scale = CFG_SCALE if name == "two_guided" else None
+        model = self._family.module.model
+        return self._steps(TwoModels(model, self._teacher, self._labelled(), scale))
+
+    def _steps(self, way: Way[Batch]) -> Steps[Batch]:
+        return Steps(way, self._state, self._place, self._bf16)
 
     @cached_property
     def _teacher(self) -> Any:
@@ -284,7 +286,9 @@ def kilobytes_per_s(path: Path) -> float:
     store = PredictionStore.open(path)
     size = sum(file.stat().st_size for file in (path / "shards").rglob("*") if file.is_file())
     timesteps = sum(len(store[key].codes) for key in store)
-    return size / (timesteps * store.manifest.timestep_s) / 1000
+    timestep_s = store.manifest.timestep_s
+    assert timestep_s is not None  # its streams are audio
+    return size / (timesteps * timestep_s) / 1000
 
 
 def clock(options: argparse.Namespace) -> Clock:

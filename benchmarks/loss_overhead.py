@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from stages.distributed import Place, choose_device, computes_bf16
 from stages.family import Family
 from stages.host_batches import TargetBatch
 from stages.interruption import StopRequest
-from stages.optimization import Objective, TrainingState
+from stages.optimization import Batch, Objective, TrainingState
 from stages.rollout import rollout
 from stages.rollout_plan import create_store, lay_out
 from stages.train import TargetLearner
@@ -51,6 +51,16 @@ WAYS: dict[str, tuple[dict[str, Any], str, dict[str, float]]] = {
 }  # fmt: skip
 """Target, profile and loss by name; `top_k` gives the ratios without a name of their own."""
 MEMORY_STEPS = 6
+
+
+class Way(Protocol[Batch]):
+    """What differs between the ways: which batches they read, and their loss."""
+
+    def batches(self, position: int) -> Sequence[Batch]:
+        """Return the micro-batches that begin at `position`."""
+
+    def objective(self, step: int, batch: Batch) -> Objective:
+        """Return the summed loss of a micro-batch."""
 
 
 class CodeLearner:
@@ -73,25 +83,23 @@ class CodeLearner:
         return Objective(total, {"ce": total})
 
 
-class Steps:
+class Steps(Generic[Batch]):
     """Optimizer steps of one way, one call after another."""
 
-    def __init__(
-        self, learner: CodeLearner | TargetLearner, state: TrainingState, place: Place, bf16: bool
-    ) -> None:
-        self._learner, self._state, self._place, self._bf16 = learner, state, place, bf16
+    def __init__(self, way: Way[Batch], state: TrainingState, place: Place, bf16: bool) -> None:
+        self._way, self._state, self._place, self._bf16 = way, state, place, bf16
         self._position = 0
 
     def __call__(self, count: int) -> None:
         """Take `count` steps and wait for the device."""
         for _ in range(count):
-            batches = self._learner.batches(self._position)
+            batches = self._way.batches(self._position)
             weight = sum(batch.weight for batch in batches)
             for batch in batches:
                 kind = self._place.device.type
                 with torch.autocast(kind, torch.bfloat16, enabled=self._bf16):
-                    objective = self._learner.objective(0, batch)
-                    (objective.total / weight).backward()
+                    objective = self._way.objective(0, batch)
+                    torch.autograd.backward(objective.total / weight)
             self._state.update(1e-4)
             self._position += self._state.config.batch_size
         if self._place.device.type == "cuda":
@@ -148,10 +156,14 @@ class Student:
         wanted = options.precision == "auto" and computes_bf16(self.place.device)
         self._bf16 = wanted or options.precision == "bf16"
 
-    def steps(self, name: str) -> Steps:
+    def steps(self, name: str) -> Callable[[int], None]:
         """Return the steps of a way of `WAYS`, or of `ce`."""
-        learner = self._code_learner() if name == "ce" else self._target_learner(name)
-        return Steps(learner, self._state, self.place, self._bf16)
+        if name == "ce":
+            return self._steps(self._code_learner())
+        return self._steps(self._target_learner(name))
+
+    def _steps(self, way: Way[Batch]) -> Steps[Batch]:
+        return Steps(way, self._state, self.place, self._bf16)
 
     def _config(self, loss: dict[str, float]) -> TrainConfig:
         return TrainConfig.model_validate(

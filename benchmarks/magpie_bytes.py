@@ -49,8 +49,10 @@ def costs(bench: Bench, frames: int) -> dict[tuple[str, str], Cost]:
         path = bench.store(name, frames, target, profile={"kind": profile})
         store = PredictionStore.open(path)
         losses = divergences(exact, store)
-        sizes = group_bytes(store, bench.codebooks)
-        seconds = bench.shape.batch * frames * store.manifest.timestep_s
+        sizes = group_bytes(path)
+        timestep_s = store.manifest.timestep_s
+        assert timestep_s is not None  # its streams are audio
+        seconds = bench.shape.batch * frames * timestep_s
         for number, group in enumerate(("backbone", "local")):
             streams = slice(number * bench.codebooks, (number + 1) * bench.codebooks)
             kl = float(losses[..., streams].mean())
@@ -58,10 +60,10 @@ def costs(bench: Bench, frames: int) -> dict[tuple[str, str], Cost]:
     return found
 
 
-def group_bytes(store: PredictionStore, codebooks: int) -> dict[str, float]:
+def group_bytes(path: Path) -> dict[str, float]:
     """Bytes on disk of each group's targets and codes; shared arrays by the streams' share."""
     sizes = {"backbone": 0.0, "local": 0.0}
-    root = store.path / "shards"
+    root = path / "shards"
     for file in root.rglob("*"):
         if not file.is_file():
             continue

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,12 @@ class Rivals(Bench):
 
     def offline_rollout(self, frames: int) -> Callable[[], None]:
         """Stage one until its shard is durable."""
-        stores = iter(range(1000))
-        return lambda: self.store(f"rollout_{frames}_{next(stores)}", frames) and None
+        stores = count()
+
+        def write() -> None:
+            self.store(f"rollout_{frames}_{next(stores)}", frames)
+
+        return write
 
     def student(self) -> Magpie:
         """The student of stage two, in training."""
@@ -167,7 +172,7 @@ class Rivals(Bench):
             batches = learner.batches(state.position)
             weight = sum(batch.weight for batch in batches)
             for batch in batches:
-                (learner.objective(state.step, batch).total / weight).backward()
+                torch.autograd.backward(learner.objective(state.step, batch).total / weight)
             state.update(2e-4)
 
         with closing(learner):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 Arrays = dict[str, np.ndarray]
-FIELDS = {
+FIELDS: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
     "codes": (np.dtype(np.uint16), (8,)),
     "top_k.ids": (np.dtype(np.uint16), (8, 64)),
     "top_k.logits": (np.dtype(np.float16), (8, 64)),
@@ -67,7 +67,7 @@ def encode(rollout: Arrays) -> dict[str, bytes]:
     return {name: rollout[name].tobytes() for name in FIELDS}
 
 
-def decode(buffers: Mapping[str, object]) -> Arrays:
+def decode(buffers: Mapping[str, bytes | memoryview]) -> Arrays:
     """Arrays over the raw bytes of every array, not copied."""
     return {
         name: np.frombuffer(buffers[name], dtype).reshape(-1, *trailing)

@@ -19,43 +19,46 @@ from measure import interleaved, report
 from torch import Tensor, nn
 
 from stages.quantization import BACKENDS, quantize, weight_bytes
+from store.schema import QuantizationMethod
 
 ROWS = (1, 16, 512)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Way = Callable[[nn.Sequential], nn.Module]
+Way = Callable[[nn.Linear], nn.Module]
 
 
-def foretell(method: str) -> Way:
+def foretell(method: QuantizationMethod) -> Way:
     """The way that stage one takes."""
 
-    def way(model: nn.Sequential) -> nn.Module:
+    def way(layer: nn.Linear) -> nn.Module:
+        model = nn.Sequential(layer)
         quantize(model, method, device="cpu")
         return model[0]
 
     return way
 
 
-def torchao_nf4(model: nn.Sequential) -> nn.Module:
+def torchao_nf4(layer: nn.Linear) -> nn.Module:
     """The only 4 bits of torchao that are packed on a CPU and have gradients."""
     from torchao.quantization import to_nf4
 
-    model[0].weight = nn.Parameter(to_nf4(model[0].weight.detach()), requires_grad=False)
-    return model[0]
+    layer.weight = nn.Parameter(to_nf4(layer.weight.detach()), requires_grad=False)
+    return layer
 
 
-def bitsandbytes_int8(model: nn.Sequential) -> nn.Module:
+def bitsandbytes_int8(layer: nn.Linear) -> nn.Module:
     """What CUDA takes, on the CPU."""
     import bitsandbytes
 
-    return BACKENDS["cuda"]["int8"].replace(bitsandbytes, model[0], torch.device("cpu"))
+    return BACKENDS["cuda"]["int8"].replace(bitsandbytes, layer, torch.device("cpu"))
 
 
 def quanto(bits: int) -> Way:
     """optimum-quanto's weights."""
 
-    def way(model: nn.Sequential) -> nn.Module:
+    def way(layer: nn.Linear) -> nn.Module:
         import optimum.quanto
 
+        model = nn.Sequential(layer)
         weights = getattr(optimum.quanto, f"qint{bits}")
         optimum.quanto.quantize(model, weights=weights)
         optimum.quanto.freeze(model)
@@ -105,7 +108,7 @@ def build(ways: Sequence[str], weight: Tensor) -> dict[str, nn.Module]:
     for name in ("full", *ways):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-        layers[name] = layer if name == "full" else WAYS[name](nn.Sequential(layer))
+        layers[name] = layer if name == "full" else WAYS[name](layer)
     return layers
 
 

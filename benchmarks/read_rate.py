@@ -146,7 +146,7 @@ def digest(batches: Iterator[dict[str, Tensor]], names: Sequence[str]) -> int:
         for row, length in enumerate(batch["lengths"].tolist()):
             hashed = xxhash.xxh3_64()
             for name in names:
-                hashed.update(batch[name][row, :length].contiguous().view(torch.uint8).numpy())
+                hashed.update(batch[name][row, :length].contiguous().view(torch.uint8).numpy().data)
             total += hashed.intdigest()
     return total % 2**64
 
@@ -196,7 +196,7 @@ class Ours(Engine):
 
     def lookup(self, index: int) -> Arrays:
         """The arrays of one rollout."""
-        return self.store[key(index)].arrays
+        return dict(self.store[key(index)].arrays)
 
 
 class FastStore(Ours):
@@ -241,6 +241,7 @@ def lookup_ms(
     scratch = {n: np.empty((MAX_TIMESTEPS, *shape), d) for n, (d, shape) in FIELDS.items()}
     spent: dict[str, list[float]] = {name: [] for name in engines}
     indices = np.random.default_rng(0).integers(rollouts, size=draws).tolist()
+    turns: list[tuple[int, tuple[str, ...]]]
     turns = [(index, ("memmap", "fast")) for index in indices]
     turns += [(index, ("compact",)) for index in indices]
     for index, names in turns:

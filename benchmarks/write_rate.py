@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def plain_write(folder: Path, content: np.ndarray) -> Callable[[], None]:
     def write() -> None:
         path = folder / f"plain-{next(numbers)}"
         with path.open("wb", buffering=0) as file:
-            remaining = memoryview(content)
+            remaining = content.data
             while remaining:
                 remaining = remaining[file.write(remaining) :]
             os.fsync(file.fileno())
@@ -67,9 +67,9 @@ def commits(store: PredictionStore, rollouts: Sequence[Arrays], turns: int) -> C
     return lambda: next(writers).commit()
 
 
-def bytes_on_disk(store: PredictionStore) -> int:
-    """Bytes of the files of one committed shard."""
-    files = (store.path / "shards/00000").rglob("*")
+def bytes_on_disk(folder: Path) -> int:
+    """Bytes of the files of one committed shard of the store in `folder`."""
+    files = (folder / "shards/00000").rglob("*")
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         turns = options.repeats + 1  # the first one warms up
-        stores = {
+        stores: dict[str, PredictionStore] = {
             profile.kind: empty_store(Path(folder, profile.kind), profile, len(rollouts), turns)
             for profile in (Fast(), Compact())
         }
@@ -98,7 +98,7 @@ def main() -> None:
         ways["plain"] = plain_write(Path(folder), content)
         timed = interleaved(ways, "plain", options.repeats)
         append_s = seconds(lambda: filled(stores["fast"], 0, rollouts))
-        disk = {name: bytes_on_disk(store) for name, store in stores.items()}
+        disk = {name: bytes_on_disk(Path(folder, name)) for name in stores}
 
     if not options.json:
         show(timed, len(content), disk, append_s)
@@ -111,7 +111,7 @@ def main() -> None:
     report(__file__, ratios, packages=["zarr", "pcodec", "xxhash"])
 
 
-def show(timed: dict[str, Turns], logical: int, disk: dict[str, int], append_s: float) -> None:
+def show(timed: dict[str, Turns], logical: int, disk: Mapping[str, int], append_s: float) -> None:
     """Print rates in logical bytes."""
     for name, turns in timed.items():
         size = disk.get(name, logical)

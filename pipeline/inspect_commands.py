@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pipeline.audio_export import clip_text, export_clip
 from pipeline.comparison import describe_difference
 from pipeline.comparison_text import difference_text
+from pipeline.entry import ending_at_once
 from pipeline.grouped_help import GroupedHelp, PlainTyper, examples
 from pipeline.inspection import (
     describe_model,
@@ -25,11 +26,11 @@ from pipeline.inspection import (
 from pipeline.inspection_csv import csv_text
 from pipeline.inspection_text import store_text
 from pipeline.launch import FAILED, FINISHED
-from pipeline.printing import Json, print_document
+from pipeline.printing import Json, print_document, tell
 from pipeline.rollout_inspection import Document, describe_key, describe_rollout
 from stages.errors import UserError
 from store import PredictionStore
-from store.object_url import place_of
+from store.object_url import ObjectUrl, place_of
 
 DEFAULT = "show"
 """The command that `foretell inspect STORE` stands for."""
@@ -94,17 +95,24 @@ def show(
     refuse_together({"--json": as_json, "--csv": as_csv})
     refuse_together(asked)
     path = place_of(store)
+    with ending_at_once():  # pyarrow imports pandas at its first use, where it is installed
+        parts = parts_of(path, key, shard, asked)
+    print_parts(parts, as_json, as_csv)
+
+
+def parts_of(
+    path: Path | ObjectUrl, key: str | None, shard: int | None, asked: dict[str, bool]
+) -> Iterator[Document]:
+    """Return what `show` shows; of a whole store what is read lazily, part by part."""
     if is_model(path):
         for option in (name for name, given in asked.items() if given):
             raise UserError(f"{option} is for a store, but {path} is the folder of a model")
-        parts = iter([describe_model(path)])
-    elif key is not None:
-        parts = iter([describe_key(path, key)])
-    elif shard is not None:
-        parts = iter([describe_shard(path, shard)])
-    else:
-        parts = store_parts(PredictionStore.open(path), everything, BAR)
-    print_parts(parts, as_json, as_csv)
+        return iter([describe_model(path)])
+    if key is not None:
+        return iter([describe_key(path, key)])
+    if shard is not None:
+        return iter([describe_shard(path, shard)])
+    return store_parts(PredictionStore.open(path), asked["--all"], BAR)
 
 
 @inspect_app.command()
@@ -159,11 +167,15 @@ def plot(
     refuse_together({"--key": key is not None, "--all": everything})
     check_format(output)
     path = place_of(store)
+    with ending_at_once():
+        opened = PredictionStore.open(path)
     if key is None:
-        parts = store_parts(PredictionStore.open(path), everything, BAR)
-        plot_store(reduce(dict.__or__, parts), str(path), output)
+        found = reduce(dict.__or__, store_parts(opened, everything, BAR))
+        for damaged in (*found["unreadable"], *found["statistics"]["unreadable"]):
+            tell(f"shard {damaged['shard']} is left out: {damaged['reason']}")
+        plot_store(found, str(path), output)
     else:
-        streams = [stream.name for stream in PredictionStore.open(path).manifest.streams]
+        streams = [stream.name for stream in opened.manifest.streams]
         plot_rollout(describe_rollout(path, key), streams, output)
     typer.echo(f"wrote {output}")
 

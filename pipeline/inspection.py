@@ -36,6 +36,9 @@ from store.side_tables import table_files
 class _Content:
     """What the committed shards hold, by their records and tables of rollouts."""
 
+    shards: list[int] = field(default_factory=list)
+    """Those that could be read."""
+    unreadable: list[Document] = field(default_factory=list)
     timesteps: int = 0
     lengths: list[Array] = field(default_factory=list)
     """[R] int64 of every shard."""
@@ -49,9 +52,16 @@ class _Content:
     rows: Counter[str] = field(default_factory=Counter)
     """Timesteps of the shards that have an array."""
 
-    def add(self, folder: ShardFolder) -> None:
-        record = folder.record()
-        table = folder.read_rollouts(record)
+    def read(self, folder: ShardFolder) -> None:
+        """Add a shard, or what keeps its record and table from being read."""
+        try:
+            record = folder.record()
+            self._add(folder, record, folder.read_rollouts(record))
+        except ShardError as error:
+            self.unreadable.append({"shard": folder.number, "reason": str(error)})
+
+    def _add(self, folder: ShardFolder, record: ShardRecord, table: RolloutTable) -> None:
+        self.shards.append(folder.number)
         self.timesteps += record.rows
         self.lengths.append(table.lengths)
         self.stop_reasons.update(table.stop_reasons)
@@ -93,8 +103,11 @@ def store_parts(
     content = store_content(store, progress)
     outliers_found = content.pop("outliers")
     yield content
-    shards = shards_to_read(store, sum(content["bytes"].values()), everything)
-    yield store_statistics(read_shards(store, shards, progress), outliers_found)
+    damaged = {found["shard"] for found in content["unreadable"]}
+    whole = [shard for shard in store.committed if shard not in damaged]
+    stored_bytes = sum(content["bytes"].values())
+    shards = whole if everything else shards_to_read(whole, stored_bytes, store.is_remote)
+    yield store_statistics(read_shards(store, shards, progress), len(whole), outliers_found)
 
 
 def store_header(store: PredictionStore) -> Document:
@@ -130,10 +143,13 @@ def store_header(store: PredictionStore) -> Document:
 
 
 def store_content(store: PredictionStore, progress: Progress = iter) -> Document:
-    """Return what the committed shards hold, by their records and tables; reads no array."""
+    """Return what the committed shards hold, by their records and tables; reads no array.
+
+    A shard whose record or table is damaged is told of and left out.
+    """
     content = _Content()
     for shard in progress(store.committed):
-        content.add(store.folder(shard))
+        content.read(store.folder(shard))
     lengths = np.concatenate([np.zeros(0, np.int64), *content.lengths])
     return {
         "timesteps": content.timesteps,
@@ -142,18 +158,19 @@ def store_content(store: PredictionStore, progress: Progress = iter) -> Document
         "arrays": _arrays(content, store.manifest),
         "longest": int(lengths.max(initial=0)),
         "lengths": quantiles(lengths) | histogram(lengths),
-        "outliers": {"length": outliers(partial(_key_at, store), lengths)},
+        "outliers": {"length": outliers(partial(_key_at, store, content.shards), lengths)},
         "stop_reasons": dict(content.stop_reasons),
         "weights": dict(content.weights),
         "weight": math.fsum(content.weights.values()),
+        "unreadable": content.unreadable,
     }
 
 
-def _key_at(store: PredictionStore, place: int) -> str:
-    """SAMPLE/VARIATION of a rollout by its place among all that are committed."""
-    ends = np.cumsum(store.plan.sizes[store.committed])
+def _key_at(store: PredictionStore, shards: list[int], place: int) -> str:
+    """SAMPLE/VARIATION of a rollout by its place among those of some shards."""
+    ends = np.cumsum(store.plan.sizes[shards])
     at = int(np.searchsorted(ends, place, side="right"))
-    shard = store.committed[at]
+    shard = shards[at]
     sample_id, variation = store.plan[shard][place - int(ends[at])]
     return f"{sample_id}/{variation}"
 

@@ -2,9 +2,9 @@
 
 | view | a line for every | columns |
 | --- | --- | --- |
-| store | number of an array or a stream | `part`, `name`, `measure`, `value` |
+| store | number of an array or a stream, and shard that cannot be read | `part`, `name`, `measure`, `value` |
 | shard | rollout | `sample_id`, `variation`, `start`, `timesteps`, `stop_reason`, `weight`, `seed`, what was drawn, mean `entropy` or `rms ARRAY` |
-| rollout of codes | timestep and stream | `timestep`, `stream`, `code`, `entropy`, `code_probability`, `kept_mass`, `tail_mass` |
+| rollout of codes | timestep and stream | `timestep`, number of the `stream`, `code`, `entropy`, `code_probability`, `kept_mass`, `tail_mass` |
 | rollout of rows | timestep | `timestep`, its columns, `ARRAY.mean`, `ARRAY.std` |
 | timestep of codes | stream and candidate | `stream`, `code`, `tail_mass`, `rank`, `id`, `probability`, `cond`, `uncond` |
 | timestep of rows | stream and array | `stream`, `array`, `mean`, `std`, `rms`, `least`, `most` |
@@ -84,6 +84,10 @@ def _store(document: Document) -> Iterator[Document]:
             for measure, value in dotted(entry).items():
                 if measure != name and value is not None:
                     yield {"part": part, "name": entry[name], "measure": measure, "value": value}
+    for found in (document, document["statistics"]):
+        for damaged in found["unreadable"]:
+            line = {"part": "shard", "name": damaged["shard"], "measure": "unreadable"}
+            yield line | {"value": damaged["reason"]}
 
 
 def _difference(document: Document) -> Iterator[Document]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
@@ -14,6 +15,10 @@ Document = dict[str, Any]
 Parts = list[RenderableType]
 
 BAR_LETTERS = 50
+CODE_LETTERS = 5
+"""Room of a code in a table; more where one needs it."""
+MOST_CODE_LETTERS = 54
+"""Room beside the other columns of 80."""
 MOST_CANDIDATES = 6
 """Candidates of a stream that are shown; `--json` and `--csv` have all."""
 CHECKSUMS = ("_crc", "_sum")
@@ -69,8 +74,9 @@ def statistic_parts(document: Document) -> Parts:
         f"\nOver {found['shards']:,} of {found['of_shards']:,} shards: "
         f"{found['rollouts']:,} rollouts, {found['timesteps']:,} timesteps"
     )
-    parts: Parts = [read if found["shards"] == found["of_shards"] else f"{read} (--all reads all)"]
-    parts += [f"shard {s['shard']} cannot be read: {s['reason']}" for s in found["unreadable"]]
+    tried = found["shards"] + len(found["unreadable"])
+    parts: Parts = [read if tried == found["of_shards"] else f"{read} (--all reads all)"]
+    parts += unreadable_parts(found)
     if not found["shards"]:
         return parts
     if found["entropy_is"] is not None:
@@ -80,6 +86,11 @@ def statistic_parts(document: Document) -> Parts:
     else:
         parts += _sizes(found["streams"])
     return parts
+
+
+def unreadable_parts(found: Document) -> Parts:
+    """Shards that are damaged, and left out of what is shown."""
+    return [f"shard {s['shard']} cannot be read: {s['reason']}" for s in found["unreadable"]]
 
 
 def _certainty(found: Document) -> Parts:
@@ -219,17 +230,32 @@ def certainty_parts(document: Document) -> Parts:
     lines = [
         [
             str(row["timestep"]),
-            " ".join(f"{code:>5}" for code in row["codes"]),
+            cells,
             f"{sum(row['entropy']) / streams:.2f}",
             probable(min(row["code_probability"])),
         ]
-        for row in rows
+        for row, cells in zip(rows, _code_cells([row["codes"] for row in rows]), strict=True)
     ]
     title = (
         f"\n{EXACTNESS[document['entropy_is']]}; mean of the {streams} streams\n"
         "drawn: probability of the least probable of the codes"
     )
     return [title, number_table(heads, lines, texts=2)]
+
+
+def _code_cells(rows: list[list[int]]) -> list[str]:
+    """The codes of every row, in as many lines of equal length as the column needs."""
+    letters = max(CODE_LETTERS, *(len(str(code)) for row in rows for code in row))
+    fitting = (MOST_CODE_LETTERS + 1) // (letters + 1)
+    streams = len(rows[0])
+    length = math.ceil(streams / math.ceil(streams / fitting))
+    return [
+        "\n".join(
+            " ".join(f"{code:>{letters}}" for code in row[start : start + length])
+            for start in range(0, streams, length)
+        )
+        for row in rows
+    ]
 
 
 def row_parts(document: Document) -> Parts:
@@ -306,6 +332,7 @@ def _latents(streams: list[Document]) -> RenderableType:
 
 
 TABLES: dict[str, Callable[[Document], Parts]] = {
+    "unreadable": unreadable_parts,
     "arrays": array_parts,
     "lengths": length_parts,
     "statistics": statistic_parts,

@@ -17,9 +17,9 @@ from store.verify import Verification
 
 MOST_SHOWN_NUMBERS = 8
 SHOWN_LETTERS = 24
-OF_CODES = ("longest", "stop_reasons", "stop_reason", "weights", "source", "sampler", "codes")
+OF_CODES = ("longest", "stop_reasons", "stop_reason", "weights", "source", "sampler")
 """What is said of how codes were drawn, and nothing of images."""
-IN_TABLES = (*TABLES, "bytes", "longest", "entropy_is", "temperature")
+IN_TABLES = (*TABLES, "bytes", "longest", "entropy_is", "temperature", "codes")
 """What stands in a table, or at its head."""
 
 
@@ -37,8 +37,6 @@ def store_text(document: Document) -> str:
         for name, value in shown.items()
         if name not in IN_TABLES and (audio or name not in OF_CODES)
     }
-    if "certainty" in shown:
-        del values["codes"]
     parts: list[RenderableType] = [_values(values)] if values else []
     for name, parts_of in TABLES.items():
         if name in shown:
@@ -128,12 +126,12 @@ def _lineage(ancestors: list[Document]) -> str:
     return " → ".join(steps) or "none: its values are as the teacher gave them"
 
 
-def _codes(rows: list[list[int]]) -> str:
-    return "\n".join(" ".join(f"{code:>5}" for code in row) for row in rows)
+def _by_reason(numbers: Document) -> str:
+    return ", ".join(f"{reason} {_amount(number)}" for reason, number in numbers.items())
 
 
-def _weights(weights: Document) -> str:
-    return ", ".join(f"{reason} {weight:,g}" for reason, weight in weights.items())
+def _amount(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1e5 else f"{number:,g}"
 
 
 def _architecture(counted: Document) -> str:
@@ -189,9 +187,9 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "audio_s": _seconds,
     "timestep_s": lambda seconds: f"{seconds:.4g}",
     "lineage": _lineage,
-    "codes": _codes,
-    "weight": lambda weight: f"{weight:,g}",
-    "weights": _weights,
+    "weight": _amount,
+    "weights": _by_reason,
+    "stop_reasons": _by_reason,
     "rejected_for": lambda kinds: "\n".join(f"{k} {n:,}" for k, n in kinds.items()) or "none",
     "columns": _names,
     "drawn": _names,
@@ -220,8 +218,8 @@ def verification_text(result: Verification) -> str:
     damaged = any(not d.unreadable for d in result.bad)
     verdict = "sound" if result.ok else "DAMAGED" if damaged else "NOT ALL COULD BE READ"
     lines.append(
-        f"{verdict}: {result.shards} shards, {result.rollouts} "
-        f"rollouts, {result.timesteps} timesteps verified; "
-        f"{len(result.not_committed)} planned shards are not committed"
+        f"{verdict}: {result.shards:,} shards, {result.rollouts:,} "
+        f"rollouts, {result.timesteps:,} timesteps verified; "
+        f"{len(result.not_committed):,} planned shards are not committed"
     )
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -122,7 +123,10 @@ def _save(figure: Figure, path: Path) -> None:
     kind = path.suffix.lower().removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else {}
     content = BytesIO()
-    figure.savefig(content, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
+    with warnings.catch_warnings():
+        # Ids may be of any alphabet; an SVG has them as text, for the fonts of who reads it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(content, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
     replace_file(path, content.getvalue())
 
 

@@ -36,11 +36,11 @@ def describe_key(path: Path | ObjectUrl, key: str) -> Document:
         if pattern is ROLLOUT_KEY:
             return _rollout(store, store[sample_id, variation])
         # A sample id may itself end in "/3", so a key can be read in two ways.
-        if (sample_id, variation) in store:
+        if store.plan.locate((sample_id, variation)) is not None:
             return _timestep(store, store[sample_id, variation, int(match["timestep"])])
     raise UserError(
         f"key {key!r} is not SAMPLE/VARIATION or SAMPLE/VARIATION/TIMESTEP of a rollout in "
-        f"{path}: `foretell inspect {path}` says what is there"
+        f"{path}: `foretell inspect {path} --shard 0` lists those of a shard"
     )
 
 

@@ -86,7 +86,8 @@ def _of_block(found: Distributions, codes: Array) -> dict[str, Array | None]:
         case Kept(ids, logprobs, tail):
             entropy = _entropy(logprobs) + _entropy(tail[..., None])
             probability = np.exp(np.where(ids == codes[..., None], logprobs, -np.inf).max(-1))
-            kept_mass, tail_mass = np.exp(logprobs).sum(-1), np.exp(tail)
+            kept_mass = np.minimum(np.exp(logprobs).sum(-1), np.float32(1))  # rounding adds up
+            tail_mass = np.exp(tail)
         case Draws(ids):
             entropy = _entropy_of_draws(ids)
             probability = (ids == codes[..., None]).mean(-1, dtype=np.float32)

@@ -9,12 +9,15 @@ from pipeline.folders import RunFolders
 from pipeline.progress import Progress, progress, stages_of
 from pipeline.slurm import QueueEntry, queue
 from pipeline.submission import Job, read_jobs
+from pipeline.text_tables import short
 from stages.errors import UserError
 from store import PredictionStore
 from store.schema import Record
 
 LATEST = 100
 """Shards over whose commits the rate is taken, at most."""
+UNITS = {"fit": "steps", "rollout": "shards", "train": "steps"}
+"""What a stage is counted in; the others are done whole."""
 WEIGHED = 200
 """Shards that are weighed, at most; of more, these stand for all."""
 
@@ -141,7 +144,8 @@ def status_text(status: RunStatus) -> str:
     """Return a line for each stage, and below it what is known of its store and its jobs."""
     lines = []
     for stage, state in status.stages.items():
-        lines.append(f"{stage:<20}{state.done:>8} of {state.planned:<8}{state.state}")
+        unit = UNITS.get(stage.partition(":")[0], "")
+        lines.append(f"{stage:<20}{state.done:>8} of {state.planned:<8}{unit:<8}{state.state}")
         if stage in status.stores:
             lines.append(f"  {_store_text(status.stores[stage])}")
         if status.jobs and stage in status.jobs:
@@ -153,7 +157,7 @@ def status_text(status: RunStatus) -> str:
 
 def _store_text(store: StoreState) -> str:
     parts = [f"{store.bytes:,} bytes"]
-    parts += [f"{store.shards_per_min:.3g} shards/min"] if store.shards_per_min else []
+    parts += [f"{short(store.shards_per_min)} shards/min"] if store.shards_per_min else []
     parts += [f"{span(store.left_s)} left"] if store.left_s else []
     return ", ".join(parts)
 

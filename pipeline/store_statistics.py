@@ -42,13 +42,11 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     return [items[place] for place in np.unique(places)]
 
 
-def shards_to_read(store: PredictionStore, stored_bytes: int, everything: bool) -> list[int]:
-    """Choose the shards whose arrays are read, given the bytes of all that are committed."""
-    if everything or not store.committed:
-        return store.committed
-    budget = MOST_REMOTE_BYTES if store.is_remote else MOST_BYTES
-    fitting = budget * len(store.committed) // max(stored_bytes, 1)
-    return spread(store.committed, max(1, min(MOST_SHARDS, fitting)))
+def shards_to_read(shards: Sequence[int], stored_bytes: int, is_remote: bool) -> list[int]:
+    """Choose some of a store's shards, whose arrays are read, given the bytes of all of them."""
+    budget = MOST_REMOTE_BYTES if is_remote else MOST_BYTES
+    fitting = budget * len(shards) // max(stored_bytes, 1)
+    return spread(shards, max(1, min(MOST_SHARDS, fitting)))
 
 
 @dataclass
@@ -128,17 +126,18 @@ def read_shards(
     return sampled
 
 
-def store_statistics(sampled: Sampled, lengths: Document) -> Document:
+def store_statistics(sampled: Sampled, of_shards: int, lengths: Document) -> Document:
     """Return what the arrays say as JSON values: `statistics`, `duplicates` and `outliers`.
 
-    `lengths` are the outliers among the lengths of all rollouts, which need no array.
+    `of_shards` is how many shards there were to choose from, `lengths` the outliers among the
+    lengths of all rollouts, which need no array.
     """
     far_out = {
         name: outliers([key for key, _ in means].__getitem__, np.array([mean for _, mean in means]))
         for name, means in sampled.means.items()
     }
     return {
-        "statistics": statistics_document(sampled),
+        "statistics": statistics_document(sampled, of_shards),
         "duplicates": {
             "rollouts": equal_groups(zip(sampled.keys, sampled.hashes, strict=True)),
             "samples": equal_conditions(sampled.store),
@@ -147,7 +146,7 @@ def store_statistics(sampled: Sampled, lengths: Document) -> Document:
     }
 
 
-def statistics_document(sampled: Sampled) -> Document:
+def statistics_document(sampled: Sampled, of_shards: int) -> Document:
     """Return quantiles of every measure by stream, and of continuous targets by noise level."""
     streams: list[Document] = [{"stream": s.name} for s in sampled.store.manifest.streams]
     for name in sampled.columns:
@@ -156,7 +155,7 @@ def statistics_document(sampled: Sampled) -> Document:
             document[name] = quantiles(values[:, stream])
     return {
         "shards": sampled.shards,
-        "of_shards": len(sampled.store.committed),
+        "of_shards": of_shards,
         "rollouts": len(sampled.keys),
         "timesteps": sampled.rows,
         "entropy_is": sampled.found.entropy_is,

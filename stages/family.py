@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from stages.architecture import Architecture
 from stages.config import DatasetFacts
 from stages.errors import UserError
-from stages.model_config import FamilyName, ModelConfig
+from stages.model_config import FamilyName
 
 if TYPE_CHECKING:
     from stages.diffusion.denoiser import Denoiser, ImageEncoder
     from stages.sampling import RolloutPolicy
-    from store.schema import Head, Latent, Sampler, Stream
+    from store.schema import Head, Latent, Record, Sampler, Stream
 
 Sample = Mapping[str, Any]
 """One row of samples.parquet: `sample_id` and the conditioning columns that a family reads."""
@@ -159,15 +159,10 @@ class Family(Protocol):
 
     name: FamilyName
     """What configurations and manifests call it."""
-    module: nn.Module
-    """The bare model, whose parameters are saved."""
     network: nn.Module
     """What `score` calls, once per pass: the module, or its compiled or data-parallel form."""
-    config: ModelConfig
-    """Its architecture."""
     facts: DatasetFacts
     """What it was built for: alphabet, speakers, codes and the audio codec that makes them."""
-    streams: tuple[Stream, ...] | tuple[Latent, ...]
     heads: tuple[Head, ...]
     """Its linear output heads, one per group of streams; none where a group's is not linear."""
     forbidden: tuple[int, ...]
@@ -183,6 +178,21 @@ class Family(Protocol):
     """Patterns of the names of parts of `module` that a training pass calls as modules, each whole:
     processes that share out the weights gather them block by block. None where only the network
     itself is called."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The bare model, whose parameters are saved."""
+        ...
+
+    @property
+    def config(self) -> Record:
+        """What it was built by: its architecture, or what is known of a pretrained one."""
+        ...
+
+    @property
+    def streams(self) -> tuple[Stream, ...] | tuple[Latent, ...]:
+        """What it predicts at every timestep, in the order of the axis C."""
+        ...
 
     @property
     def predicted(self) -> Predicted | None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, Field, JsonValue
+from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from stages.architecture import Architecture
 from stages.causal_lm_config import CausalLMConfig
@@ -54,11 +54,16 @@ def saved_model(folder: Path) -> SavedModel:
     try:
         description = json.loads((folder / "config.json").read_bytes())
         return SavedModel.model_validate_json(json.dumps(description.get(OWN_KEY, description)))
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        reason = f"config.json is none of foretell's: {'.'.join(map(str, fault['loc']))}: "
+        reason += fault["msg"]
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{folder} holds no finished model ({error}): give a folder that `fit` or `train` "
-            "wrote, or run that stage first"
-        ) from None
+        reason = str(error)
+    raise UserError(
+        f"{folder} holds no finished model ({reason}): give a folder that `fit` or `train` wrote, "
+        "or run that stage first"
+    )
 
 
 def is_saved(folder: Path) -> bool:

@@ -92,6 +92,16 @@ class Layout:
         """Whether there is a store; raises SystemFailure."""
         return lies_at(self.manifest)
 
+    def why_no_store(self) -> str:
+        """Say why nothing can be opened here, and what to give instead."""
+        if lies_at(self.root / "store" / "manifest.json"):
+            return f"{self} is no store: it is the folder of a run; give {self.root / 'store'}"
+        trouble = "it holds no manifest.json" if lies_at(self.root) else "there is no such folder"
+        return (
+            f"{self} is no store: {trouble}; give the folder of one, such as runs/NAME/store, or "
+            "make it with `foretell rollout`"
+        )
+
     def opened(self) -> Layout:
         """The layout through which a store that exists is read: this one."""
         return self

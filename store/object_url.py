@@ -58,9 +58,10 @@ class ObjectUrl(Record):
         if found is None or climbs or (prefix and not PREFIX.fullmatch(prefix)):
             # Not shown: people put passwords into URLs, and messages into logs.
             raise ValueError(
-                "the URL of a store must be s3://BUCKET/PREFIX, of the letters A-Z a-z 0-9 _ . = "
-                "+ -, without user, password, port or query: credentials and endpoint belong into "
-                "the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+                "the URL of a store must be s3://BUCKET/PREFIX, the bucket of 3 to 63 letters a-z "
+                "0-9 . -, the prefix of A-Z a-z 0-9 _ . = + -, without user, password, port or "
+                "query: credentials and endpoint belong into the environment (AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
             )
         return url.rstrip("/")
 

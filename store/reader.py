@@ -125,10 +125,7 @@ class PredictionStore:
         """
         layout = layout_of(path).opened()
         if not lies_at(layout.manifest):
-            raise StoreError(
-                f"{layout} is no store: it holds no manifest.json; give the folder of one, such as "
-                "runs/NAME/store, or make it with `foretell rollout`"
-            )
+            raise StoreError(layout.why_no_store())
         for name, limit in (("cached_shards", cached_shards), ("mapped_shards", mapped_shards)):
             if limit < 1:
                 raise StoreError(f"{name} is {limit} but must be >= 1: raise it")
@@ -430,7 +427,7 @@ class PredictionStore:
         if place is None:
             raise RolloutNotFound(
                 f"{where} is not planned in {self.path}: its plan has {self.plan.rollouts} "
-                "rollouts; take a key from keys()"
+                "rollouts; take a key from keys(), or from `foretell inspect STORE --shard NUMBER`"
             )
         raise RolloutNotFound(
             f"{where} is planned in shard {shard_name(place[0])}, which is not committed: "

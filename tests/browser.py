@@ -130,6 +130,7 @@ class Browser:
     def press(self, key: str) -> None:
         """Press and release a key: one that writes a character, or of `KEYS`."""
         code = KEYS.get(key)
+        written: dict[str, str | int]
         written = {"text": key} if code is None else {"windowsVirtualKeyCode": code}
         if key == "Enter":
             written["text"] = "\r"

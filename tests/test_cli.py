@@ -153,7 +153,10 @@ def test_inspect_of_a_model_of_an_earlier_release_or_a_broken_one_says_so(tiny_r
     assert json.loads(foretell("inspect", tmp_path, "--json").stdout)["finished"] is False
     (tmp_path / "config.json").write_text("{}")
     broken = foretell("inspect", tmp_path)
-    assert (broken.returncode, "holds no finished model" in broken.stderr) == (2, True)
+    assert broken.returncode == 2
+    (line,) = broken.stderr.splitlines()
+    assert "holds no finished model (config.json is none of foretell's: config: Field req" in line
+    assert "pydantic" not in line
 
 
 def test_inspect_shows_a_rollout_and_a_timestep_as_the_store_has_them(tiny_run):
@@ -219,6 +222,21 @@ def test_verify_and_inspect_of_no_store_say_so(tmp_path):
     done = foretell("inspect", tmp_path)
     assert done.returncode == 2
     assert "is no store" in done.stderr
+
+
+def test_what_the_system_refuses_is_one_message_and_code_1(tmp_path):
+    long = "x" * 300
+    store = ROOT / "tests" / "golden" / "fast" / "top_k"
+    for arguments in (
+        ("inspect", tmp_path / long),
+        ("inspect", "serve", tmp_path / long),
+        ("inspect", "plot", store, "-o", tmp_path / f"{long}.png"),
+    ):
+        done = foretell(*arguments)
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("foretell: cannot go on: ")
+        assert line.endswith("the path is too long: choose a shorter one")
 
 
 # ---- mistakes that a stage notices, each by its own worker process

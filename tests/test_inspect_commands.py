@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 from io import StringIO
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from stages.errors import UserError
-from store import Plan, PredictionStore
+from store import Plan, PredictionStore, StoreError
 from store.copying import copy_store
 from store.schema import TopK
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
@@ -96,6 +98,39 @@ def test_every_view_is_one_table_of_comma_separated_values(store: PredictionStor
     assert {row["cond"] for row in rows} == {""}
 
 
+def test_the_table_of_a_store_names_its_damaged_shards(store: PredictionStore) -> None:
+    (store.path / "shards/00000/rollouts.parquet").write_bytes(b"none")
+    (line,) = (x for x in table(answer(store.path, "--csv")) if x["part"] == "shard")
+    assert (line["name"], line["measure"]) == ("0", "unreadable")
+    assert "rollouts.parquet" in line["value"]
+
+
+def test_where_a_store_is_looked_for_in_vain_the_next_step_is_named(
+    store: PredictionStore, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "my"
+    shutil.copytree(store.path, run / "store")
+    for place, hint in (
+        (run, f"it is the folder of a run; give {run / 'store'}"),
+        (tmp_path / "absent", "there is no such folder"),
+        (tmp_path, "it holds no manifest.json"),
+    ):
+        with pytest.raises(StoreError, match=f"is no store: {re.escape(hint)}"):
+            answer(place)
+
+
+def test_a_key_that_is_not_there_is_told_from_one_that_is_not_yet(tmp_path: Path) -> None:
+    store = synthetic_store(tmp_path / "s", synthetic_manifest(TopK(k=3)), 2, 1, 1)
+    write_synthetic_shard(store, 0, 5)
+    for key in ("sample-1/0", "sample-1/0/2"):
+        with pytest.raises(StoreError, match=r"'sample-1', variation 0 .* not committed"):
+            answer(store.path, "--key", key)
+    with pytest.raises(StoreError, match=r"'x', variation 0 is not planned .* --shard NUMBER"):
+        answer(store.path, "--key", "x/0")
+    with pytest.raises(UserError, match="--shard 0` lists those"):
+        answer(store.path, "--key", "sample-1")
+
+
 def test_rows_of_images_are_tables_too(tmp_path: Path) -> None:
     store = rows_store(tmp_path / "s", tmp_path / "table")
     rollout = json.loads(answer(store.path, "--key", "a/0", "--json"))["rows"]
@@ -138,6 +173,27 @@ def test_no_line_is_wider_than_80_letters(store: PredictionStore, options: list[
     assert max(map(len, answer(store.path, *options).splitlines())) <= 80
 
 
+@pytest.mark.parametrize(("streams", "vocabulary"), [(9, 99_000), (16, 2024), (21, 152_064)])
+def test_codes_of_many_streams_stand_below_each_other(
+    tmp_path: Path, streams: int, vocabulary: int
+) -> None:
+    manifest = synthetic_manifest(TopK(k=3), streams, vocabulary)
+    store = synthetic_store(tmp_path / "s", manifest, 1, 1, 1)
+    write_synthetic_shard(store, 0, 5)
+    lines = answer(store.path, "--key", "sample-0/0").splitlines()
+    head = next(line for line in lines if line.startswith("timestep  codes"))
+    columns = slice(head.index("codes"), head.index("entropy"))
+    found: list[int] = []
+    ends = set()
+    for line in lines[lines.index(head) + 1 :]:
+        assert len(line) <= 80
+        for code in re.finditer("[0-9]+", line[columns]):
+            found.append(int(code.group()))
+            ends.add(code.end())
+    assert found == PredictionStore.open(store.path)["sample-0", 0].codes.ravel().tolist()
+    assert streams / 3 <= len(ends) < streams or streams == len(ends) == 9
+
+
 def keys_of(document: object) -> set[str]:
     return set(document) if isinstance(document, dict) else set()
 
@@ -151,7 +207,7 @@ def test_the_schema_is_the_documented_one(store: PredictionStore, tmp_path: Path
         "weight", "statistics", "duplicates", "outliers", "streams", "targets", "profile",
         "lineage", "teacher", "architecture", "quantization", "cfg_scale", "family", "source",
         "sampler", "split", "seed", "fingerprints", "fingerprint", "format_version", "rejected",
-        "rejected_for",
+        "rejected_for", "unreadable",
     }  # fmt: skip
     assert keys_of(found["arrays"][0]) == {
         "array", "bytes", "plain_bytes", "ratio", "bytes_per_timestep", "bytes_per_audio_s"

@@ -162,7 +162,7 @@ def test_what_is_said_of_codes_is_left_out_of_the_text_where_there_are_none(
     speech = synthetic_store(tmp_path / "t", synthetic_manifest(TopK(k=3)), 2, 1, 2)
     write_synthetic_shard(speech, 0, 5)
     heard = describe_store(speech.path)
-    in_tables = {"arrays", "bytes", "lengths", "longest", "outliers"}
+    in_tables = {"arrays", "bytes", "lengths", "longest", "outliers", "unreadable"}
     of_codes = {"longest", "stop_reasons", "weights", "source", "sampler"}
     for document in (images, heard):
         assert of_codes | in_tables < document.keys(), "machines find them in any store"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.entry import ending_at_once
 from stages.interruption import STOP_SIGNALS
 
 ROOT = Path(__file__).parent.parent
@@ -58,3 +59,40 @@ def test_after_any_other_block_a_signal_does_what_it_did_before(number):
 def test_a_signal_in_the_block_or_held_back_before_it_is_a_request(number, when):
     done = said_by(number, "last", when)
     assert (done.returncode, done.stdout) == (0, f"[{int(number)}]\nended\n")
+
+
+IMPORTS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class CtrlC:
+    def find_spec(self, name, *rest):
+        if name == sys.argv[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+from pipeline.entry import main
+sys.meta_path.insert(0, CtrlC())
+sys.argv = ["foretell", "inspect", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("package", ["typer", "pyarrow", "pandas"])
+def test_ctrl_c_during_an_import_ends_a_command_at_once_and_silently(package):
+    """pyarrow imports pandas at its first use, and would go on without it."""
+    store = ROOT / "tests" / "golden" / "fast" / "top_k"
+    command = [sys.executable, "-c", IMPORTS, store, "--key", package]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_after_the_imports_ctrl_c_is_what_it_was():
+    for heard in (signal.default_int_handler, signal.SIG_IGN):
+        before = signal.signal(signal.SIGINT, heard)
+        try:
+            with ending_at_once():
+                within = signal.getsignal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is heard
+            assert within == (signal.SIG_IGN if heard is signal.SIG_IGN else signal.SIG_DFL)
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -532,8 +532,13 @@ def test_status_joins_store_and_queue(job_run, slurm):
     sizes = sum(p.stat().st_size for p in files if p.name != "shard.json")
     assert store == {"bytes": sizes, "shards_per_min": 2.0, "left_s": 30.0}
     text = status_text(status)
+    assert re.search(r"^rollout +4 of 5 +shards +partial$", text, re.MULTILINE)
+    assert re.search(r"^train:student +0 of [0-9]+ +steps +missing$", text, re.MULTILINE)
     assert "2 shards/min" in text
     assert "scontrol release 11_3" in text
+    fast = status.stores["rollout"].model_copy(update={"shards_per_min": 1234.5})
+    quick = status_text(status.model_copy(update={"stores": {"rollout": fast}}))
+    assert "1,234 shards/min" in quick
     assert "job 11: 1 held, 1 failed, 1 finished, 1 unknown, 3 requeued" in text
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from pipeline.inspection import store_parts
 from pipeline.plots import plot_rollout
 from pipeline.rollout_inspection import describe_rollout
 from stages.errors import UserError
-from store import PredictionStore
+from store import Plan, PredictionStore
 from store.schema import Dense, Full, Hidden, Sampled, Target, TopK
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from tests.row_stores import rows_store
@@ -110,6 +111,29 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_read(tmp_path: Path)
         drawn(empty.path, "-o", tmp_path / "a.png")
     assert not list(tmp_path.glob("*.png"))
     assert list(store_parts(empty, everything=False))[-1]["statistics"]["shards"] == 0
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_ids_of_other_alphabets_are_drawn_without_a_warning(tmp_path: Path, kind: str) -> None:
+    samples = pa.table({"sample_id": ["日本語"], "text": ["t"]})
+    manifest, plan = synthetic_manifest(TopK(k=3)), Plan.lay_out(["日本語"], 1, 1)
+    store = PredictionStore.create(tmp_path / "s", manifest, plan, samples)
+    write_synthetic_shard(store, 0, 5)
+    drawn(store.path, "--key", "日本語/0", "-o", tmp_path / f"a.{kind}")
+    if kind == "svg":
+        assert "日本語/0" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+
+
+def test_who_asks_for_a_picture_is_told_which_shards_it_leaves_out(tmp_path: Path) -> None:
+    store = synthetic_store(tmp_path / "s", synthetic_manifest(TopK(k=3)), 6, 1, 2)
+    for shard in range(3):
+        write_synthetic_shard(store, shard, 5)
+    (store.path / "shards/00000/rollouts.parquet").write_bytes(b"none")
+    (store.path / "shards/00001/top_k.logits/c/0/0/0").write_bytes(b"none")
+    command = ["inspect", "plot", str(store.path), "-o", str(tmp_path / "a.png")]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert (done.exit_code, done.stdout) == (0, f"wrote {tmp_path / 'a.png'}\n")
+    assert re.findall("shard ([0-9]) is left out", done.stderr) == ["0", "1"]
 
 
 @pytest.mark.slow

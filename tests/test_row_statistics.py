@@ -14,6 +14,7 @@ from pipeline.row_statistics import RowStatistics, statistics_of
 from store import PredictionStore
 from store.schema import Dense, Full, Hidden, Sampled, Target, TopK
 from store.synthetic import (
+    synthetic_arrays,
     synthetic_heads,
     synthetic_manifest,
     synthetic_store,
@@ -63,6 +64,14 @@ def test_top_k_has_the_entropy_of_the_kept_ids_and_one_category_for_the_rest(
         shown = {name: float(getattr(statistics, name)[row, stream]) for name in expected}
         assert shown == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert (statistics.entropy_is, statistics.temperature) == ("lower bound", 1.0)
+
+
+def test_no_probability_is_above_1_where_rounding_adds_up(tmp_path: Path) -> None:
+    store, _ = found(tmp_path / "s", TopK(k=30))
+    arrays = synthetic_arrays(store.manifest, ("sample-0", 0), 400)
+    arrays["top_k.tail_logmass"] = np.full_like(arrays["top_k.tail_logmass"], -20)
+    statistics = statistics_of(store, arrays)
+    assert 0.999 < statistics.kept_mass.min() <= statistics.kept_mass.max() <= 1
 
 
 def test_a_store_that_knows_no_tail_at_temperature_1_says_which_one_it_shows(

@@ -86,7 +86,9 @@ def test_few_shards_are_read_unless_all_are_asked_for(
     monkeypatch.setattr(store_statistics, "MOST_SHARDS", 2)
     some = whole(store)
     assert (some["statistics"]["shards"], some["statistics"]["of_shards"]) == (2, 3)
-    assert "Over 2 of 3 shards" in store_text(some)
+    text = store_text(some)
+    assert "Over 2 of 3 shards" in text
+    assert "--all reads all" in text
     assert whole(store, everything=True)["statistics"]["shards"] == 3
     monkeypatch.setattr(store_statistics, "MOST_BYTES", 1)
     assert whole(store)["statistics"]["shards"] == 1, "one shard is always read"
@@ -104,11 +106,48 @@ def test_a_damaged_shard_is_named_and_the_others_are_summed_up(store: Prediction
     found = whole(PredictionStore.open(store.path))
     (bad,) = found["statistics"]["unreadable"]
     assert (bad["shard"], found["statistics"]["shards"]) == (2, 1)
-    assert "shard 2 cannot be read" in store_text(found)
+    text = store_text(found)
+    assert "shard 2 cannot be read" in text
+    assert "--all" not in text, "which would read no more"
     shard = describe_shard(store.path, 2)
     assert [fault["array"] for fault in shard["faults"]] == ["top_k.logits"]
     assert "DAMAGED" in store_text(shard)
     assert all("entropy" not in row for row in shard["table"])
+
+
+def test_a_shard_without_a_readable_table_is_named_and_left_out_of_everything(
+    store: PredictionStore,
+) -> None:
+    write_synthetic_shard(store, 1, 6)
+    lengths = PredictionStore.open(store.path).lengths()
+    (store.path / "shards/00000/rollouts.parquet").write_bytes(b"none")
+    (store.path / "shards/00001/shard.json").unlink()
+    found = whole(PredictionStore.open(store.path))
+    assert [bad["shard"] for bad in found["unreadable"]] == [0, 1]
+    assert found["timesteps"] == found["statistics"]["timesteps"] == lengths[2].sum()
+    assert found["stop_reasons"] == {"end": 2}
+    read = found["statistics"]
+    assert (read["shards"], read["of_shards"], read["unreadable"]) == (1, 1, [])
+    text = store_text(found)
+    assert "shard 0 cannot be read" in text
+    assert "shard 1 cannot be read" in text
+    assert "(--all" not in text
+
+
+def test_outliers_have_their_own_keys_where_a_shard_before_them_is_damaged(tmp_path: Path) -> None:
+    store = synthetic_store(tmp_path / "s", synthetic_manifest(TopK(k=3)), 48, 1, 24)
+    for shard in (0, 1):
+        with store.writer(shard) as writer:
+            for number, key in enumerate(store.plan[shard]):
+                arrays = synthetic_arrays(
+                    store.manifest, key, 90 if number == 5 else 4 + number % 3
+                )
+                writer.append(*key, arrays, stop_reason="end", weight=1.0, seed=1)
+            writer.commit()
+    (store.path / "shards/00000/rollouts.parquet").write_bytes(b"none")
+    (far,) = whole(PredictionStore.open(store.path))["outliers"]["length"]
+    sample_id, variation = store.plan[1][5]
+    assert (far["key"], far["value"]) == (f"{sample_id}/{variation}", 90)
 
 
 def test_a_shard_shows_its_arrays_rollouts_and_that_its_files_are_sound(

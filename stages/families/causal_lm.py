@@ -60,7 +60,7 @@ class CausalLM:
     """
 
     name: FamilyName = "causal_lm"
-    blocks = ("*.layers.*", "*.h.*")
+    blocks: tuple[str, ...] = ("*.layers.*", "*.h.*")
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class CausalLM:
         named = [name for name, layer in self.module.named_modules() if layer is head]
         self.full_precision = (*named, "*.lora_*")
         width = head.weight.shape[1]
-        self.heads = (Head(group=GROUP, vectors=self.layout.slots, width=width),)
+        self.heads: tuple[Head, ...] = (Head(group=GROUP, vectors=self.layout.slots, width=width),)
 
     @classmethod
     def build(

@@ -51,8 +51,8 @@ class CodecLM:
 
     name: FamilyName = "codec_lm"
     predicted: Predicted | None = None
-    full_precision = ("head", "*.router")
-    blocks = ("text_encoder.*", "context_encoder.*", "decoder.*")
+    full_precision: tuple[str, ...] = ("head", "*.router")
+    blocks: tuple[str, ...] = ("text_encoder.*", "context_encoder.*", "decoder.*")
 
     def __init__(
         self,
@@ -71,11 +71,11 @@ class CodecLM:
             frames_per_step=config.frames_per_step,
             end_id=facts.codes_per_codebook + 1,
         )
-        self.forbidden = (facts.codes_per_codebook,)
+        self.forbidden: tuple[int, ...] = (facts.codes_per_codebook,)
         self.end_id: int | None = facts.codes_per_codebook + 1
         self.timestep_s = config.frames_per_step / facts.frame_rate_hz
         context = ("context_codes",) if facts.context_frames > 0 else ()
-        self.conditions = ("text", "speaker", *context)
+        self.conditions: tuple[str, ...] = ("text", "speaker", *context)
         groups = ("backbone", "local") if config.local_transformer else ("backbone",)
         self.streams = tuple(
             Stream(name=f"{group}.{i}", group=group, vocabulary=network.vocabulary)

@@ -103,7 +103,7 @@ class Diffusion:
 
     name: Literal["diffusion"] = "diffusion"
     # Of its first block a DiT reads a part from outside.
-    blocks = (
+    blocks: tuple[str, ...] = (
         "down_blocks.*", "mid_block", "up_blocks.*",
         "transformer_blocks.[1-9]*", "single_transformer_blocks.*",
     )  # fmt: skip
@@ -125,7 +125,7 @@ class Diffusion:
         self.network: nn.Module = network
         self.config, self.facts, self.schedule = config, facts, schedule
         self.condition_dropout: float | None = None
-        self.full_precision = FULL_PRECISION
+        self.full_precision: tuple[str, ...] = FULL_PRECISION
         self._kind = networks.kind_of(type(network).__name__, "the network")
         self._settings, self.dtype, self._digest = dict(settings), dtype, digest
         self._network_config, self._base = network.config, base

@@ -71,7 +71,11 @@ class Magpie:
 
     name: FamilyName = "magpie"
     predicted: Predicted | None = None
-    full_precision = ("model.final_proj", "model.local_transformer_out_projections.*", "*.router")
+    full_precision: tuple[str, ...] = (
+        "model.final_proj",
+        "model.local_transformer_out_projections.*",
+        "*.router",
+    )
     blocks: tuple[str, ...] = ()  # layers are read by `magpie_layers`, and never called
 
     def __init__(
