@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from textwrap import fill
@@ -13,8 +14,8 @@ from tqdm import tqdm
 from pipeline.assembly import Assembly
 from pipeline.config import Run
 from pipeline.image_assembly import ImageAssembly
-from pipeline.run_config import RunConfig
-from stages.drift import AuditChoice, AuditedStore, PartDrift, StoreDrift
+from pipeline.run_config import RunConfig, require_round
+from stages.drift import GIVEN, AuditChoice, AuditedStore, PartDrift, StoreDrift
 from stages.errors import UserError
 from stages.interruption import StopRequest
 
@@ -37,8 +38,9 @@ def audit_of(config: Run, round_name: str | None, choice: AuditChoice) -> Audite
 
     Only the teacher is loaded, as stage one loads it, and nothing is written.
     """
-    if round_name is not None and round_name not in config.rounds:
-        raise UserError(f"run {config.name!r} has no round {round_name!r}: {list(config.rounds)}")
+    require_round(config.name, config.rounds, round_name)
+    if choice.limit is not None and not 0 <= choice.limit < math.inf:
+        raise UserError(f"--limit {choice.limit:g} must be a number of at least 0")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as its processes have
     if isinstance(config, RunConfig):
         return Assembly(config, StopRequest()).audit(round_name, choice, _bar)
@@ -91,9 +93,11 @@ def _measured(drift: StoreDrift, limit: float, origin: str) -> list[str]:
     sign = "<=" if drift.largest_mean <= limit else ">"
     lines += [
         f"worst rollout  {worst.mean:.1e}  {worst.sample_id!r} variation {worst.variation}",
-        f"largest mean   {drift.largest_mean:.1e} {sign} {limit:.1e}, the limit:",
-        fill(origin, initial_indent="  ", subsequent_indent="  "),
+        f"largest mean   {drift.largest_mean:.1e} {sign} {limit:.1e}, the limit"
+        + (f" ({GIVEN})" if origin == GIVEN else ":"),
     ]
+    if origin != GIVEN:
+        lines.append(fill(origin, initial_indent="  ", subsequent_indent="  "))
     if above:
         told = "ABOVE IT       " + ", ".join(above)
         lines.append(fill(told, subsequent_indent=" " * 15, break_long_words=False))

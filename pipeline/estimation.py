@@ -9,17 +9,15 @@ import torch
 from pipeline.assembly import Assembly
 from pipeline.config import Run
 from pipeline.image_assembly import ImageAssembly
-from pipeline.run_config import RunConfig
+from pipeline.run_config import RunConfig, require_round
 from pipeline.status import span
-from stages.errors import UserError
 from stages.estimate import Estimate
 from stages.interruption import StopRequest
 
 
 def estimate_of(config: Run, round_name: str | None) -> Estimate:
     """Estimate stage one of a run, or a round of it; raises UserError where it has none."""
-    if round_name is not None and round_name not in config.rounds:
-        raise UserError(f"run {config.name!r} has no round {round_name!r}: {list(config.rounds)}")
+    require_round(config.name, config.rounds, round_name)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as its processes have
     if isinstance(config, RunConfig):
         return Assembly(config, StopRequest()).estimate(round_name)

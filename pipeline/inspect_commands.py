@@ -211,8 +211,12 @@ def serve(
     # A web server, which nobody else waits for.
     from pipeline.browse.serving import Listening, browse_of, serve_page  # noqa: PLC0415
 
+    def say(address: str) -> None:
+        typer.echo(address)
+        tell("Ctrl-C ends it.")
+
     browse, listening = browse_of(place, run or [], dataset), Listening(host, port, token)
-    serve_page(browse, listening, typer.echo, open_browser=open_)
+    serve_page(browse, listening, say, open_browser=open_)
 
 
 def refuse_together(options: dict[str, bool]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
@@ -28,6 +29,13 @@ def given(section: Section | None, name: str) -> Section:
     if section is None:
         raise UserError(f"the configuration has no section {name!r}, which this stage needs")
     return section
+
+
+def require_round(run: str, rounds: Collection[str], name: str | None) -> None:
+    """Refuse the name of a round that a run has not; None, its own, it always has."""
+    if name is not None and name not in rounds:
+        known = f"give one of {', '.join(map(repr, rounds))}" if rounds else "it has none"
+        raise UserError(f"run {run!r} has no round {name!r}: {known}")
 
 
 class OneTeacher(Record):

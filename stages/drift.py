@@ -309,6 +309,10 @@ Progress = Callable[[int], AbstractContextManager[Bar]]
 """Begins to show the progress of so many rollouts."""
 
 
+GIVEN = "--limit"
+"""Where a limit comes from that was given."""
+
+
 class AuditChoice(NamedTuple):
     """What of a store is audited, and against which limit."""
 
@@ -332,7 +336,7 @@ def audited(
     """
     drift, *others = drifts
     first, *limits = explained
-    limit = first if choice.limit is None else Limit(choice.limit, "--limit")
+    limit = first if choice.limit is None else Limit(choice.limit, GIVEN)
     return AuditedStore(
         store=str(store.path),
         fraction=choice.fraction,

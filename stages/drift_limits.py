@@ -51,7 +51,8 @@ def limit_of(manifest: Manifest, precision: str, *, quantized: bool) -> Limit:
     form = "compact" if _compact(manifest) else target.dtype
     return Limit(
         (math.sqrt(computed) + math.sqrt(stored)) ** 2,
-        f"{told}: {computed:.1e} nats; {target.kind} stored in {form}: {stored:.1e} nats",
+        f"{told}: {computed:.1e} nats; {target.kind} stored in {form}: {stored:.1e} nats; their "
+        "square roots add up",
     )
 
 

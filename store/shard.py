@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from store.encoding import Array
-from store.errors import StoreError
+from store.errors import RolloutNotFound, StoreError
 from store.plan import Key, Plan
 from store.schema import FORMAT_VERSION, FileSum, Record
 
@@ -87,7 +87,7 @@ class Rollout:
 
     def __getitem__(self, timestep: int) -> Timestep:
         if not 0 <= timestep < len(self):
-            raise StoreError(
+            raise RolloutNotFound(
                 f"timestep {timestep} of sample {self.sample_id!r}, variation {self.variation} "
                 f"is not in [0, {len(self)}): the rollout has {len(self)} timesteps"
             )

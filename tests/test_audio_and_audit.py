@@ -354,9 +354,16 @@ def test_a_limit_that_a_person_sets_is_the_one_that_counts(audited):
     assert done.returncode == 1
     found = json.loads(done.stdout)
     assert (found["ok"], found["limit"], found["limit_from"]) == (False, 1e-12, "--limit")
-    assert audited("--limit", "1e-12").stdout.endswith(
-        "IT DOES NOT HOLD WHAT THIS TEACHER PREDICTS\n"
-    )
+    text = audited("--limit", "1e-12").stdout
+    assert "> 1.0e-12, the limit (--limit)\n" in text
+    assert text.endswith("IT DOES NOT HOLD WHAT THIS TEACHER PREDICTS\n")
+
+
+@pytest.mark.parametrize("limit", ["nan", "inf", "-1"])
+def test_a_limit_that_is_none_is_refused(audited, limit):
+    done = audited(f"--limit={limit}")
+    assert done.returncode == 2
+    assert f"foretell: --limit {limit} must be a number of at least 0" in done.stderr
 
 
 def test_another_teacher_is_named_and_measured(audited, tiny_run, tmp_path):
@@ -429,7 +436,7 @@ def test_an_audit_writes_nothing(audited, tiny_run):
 def test_an_audit_of_what_is_not_there_is_one_message(audited):
     done = audited("--round", "two")
     assert done.returncode == 2
-    assert "has no round 'two'" in done.stderr
+    assert "has no round 'two': it has none" in done.stderr
     done = audited("--set", "store=nowhere")
     assert done.returncode == 2
     assert "is no store" in done.stderr

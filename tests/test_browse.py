@@ -223,7 +223,7 @@ def test_the_command_tells_its_address_and_ends_quietly_when_interrupted(
         page.ask(f"/nothing?token={TOKEN}")
         process.send_signal(signal.SIGINT)
         rest, told = process.communicate(timeout=30)
-    assert (process.returncode, rest, told) == (0, "", "")
+    assert (process.returncode, rest, told) == (0, "", "Ctrl-C ends it.\n")
     assert address == f"http://127.0.0.1:{page.port}/?token={TOKEN}"
 
 
@@ -410,15 +410,15 @@ def test_a_search_by_entropy_says_over_how_many_it_is_known(
     [
         ("/api/rollout?sample=none&variation=0", 404, "'none'"),
         ("/api/rollout?sample=sample-1&variation=9", 404, "is not planned"),
-        ("/api/rollout?sample=sample-1", 404, "must say variation="),
-        ("/api/rollout?sample=sample-1&variation=-1", 404, "must be a number"),
-        ("/api/rollout?sample=sample-1&variation=٣", 404, "must be a number"),
-        ("/api/rollout?sample=&variation=0", 404, "must say sample="),
-        ("/api/timestep?sample=sample-1&variation=0&timestep=99", 500, "is not in [0, "),
+        ("/api/rollout?sample=sample-1", 400, "must say variation="),
+        ("/api/rollout?sample=sample-1&variation=-1", 400, "must be a number"),
+        ("/api/rollout?sample=sample-1&variation=٣", 400, "must be a number"),
+        ("/api/rollout?sample=&variation=0", 400, "must say sample="),
+        ("/api/timestep?sample=sample-1&variation=0&timestep=99", 404, "is not in [0, "),
         ("/api/rollouts?shortest=x", 400, "shortest: "),
         ("/api/rollouts?order=none", 400, "order: "),
         ("/api/rollouts?unknown=1", 400, "unknown: "),
-        ("/api/entropies?places=1,99999", 500, "no rollout is committed at place 99999"),
+        ("/api/entropies?places=1,99999", 404, "no rollout is committed at place 99999"),
         ("/api/run?run=0", 404, "run 0 is not in [0, 0)"),
         ("/clip.wav?sample=sample-1&variation=0", 404, "no audio codec is beside the store"),
         ("/channels.png?sample=sample-1&variation=0&timestep=0&stream=0&array=codes", 404, "codes"),

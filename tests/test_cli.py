@@ -455,7 +455,7 @@ REFUSED_STUDENTS = {
     ),
     "a temperature that is not stored": (
         {"loss": {"temperature": 2.0}},
-        ("loss.temperature=2.0: the store keeps", "[1.0] only", "roll out again"),
+        ("loss.temperature=2.0: the store keeps", "[1.0] only", "roll out with it listed"),
     ),
     "nrmse without moments": (
         {"loss": {"nrmse": 1.0}},

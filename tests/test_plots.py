@@ -101,9 +101,8 @@ def test_a_picture_depends_on_what_is_drawn_alone(tmp_path: Path) -> None:
 
 def test_what_cannot_be_drawn_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     store = stored(tmp_path / "s", TopK(k=3))
-    for output, message in (("a.pdf", "ends in .png or .svg"), ("no/a.png", "no folder")):
-        with pytest.raises(UserError, match=message):
-            drawn(tmp_path / "nothing", "-o", tmp_path / output)
+    with pytest.raises(UserError, match=r"ends in \.png or \.svg"):
+        drawn(tmp_path / "nothing", "-o", tmp_path / "a.pdf")
     with pytest.raises(UserError, match="one timestep"):
         drawn(store.path, "--key", "sample-1/0/1", "-o", tmp_path / "a.png")
     empty = synthetic_store(tmp_path / "e", synthetic_manifest(TopK(k=3)), 2, 1, 2)
@@ -119,9 +118,9 @@ def test_ids_of_other_alphabets_are_drawn_without_a_warning(tmp_path: Path, kind
     manifest, plan = synthetic_manifest(TopK(k=3)), Plan.lay_out(["日本語"], 1, 1)
     store = PredictionStore.create(tmp_path / "s", manifest, plan, samples)
     write_synthetic_shard(store, 0, 5)
-    drawn(store.path, "--key", "日本語/0", "-o", tmp_path / f"a.{kind}")
+    drawn(store.path, "--key", "日本語/0", "-o", tmp_path / "new" / f"a.{kind}")
     if kind == "svg":
-        assert "日本語/0" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+        assert "日本語/0" in (tmp_path / "new" / "a.svg").read_text(encoding="utf-8")
 
 
 def test_who_asks_for_a_picture_is_told_which_shards_it_leaves_out(tmp_path: Path) -> None:

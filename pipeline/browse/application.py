@@ -44,6 +44,10 @@ LONGEST_ID = 4096
 Found = TypeVar("Found")
 
 
+class BadAddress(UserError):
+    """An address that no page of ours asks for."""
+
+
 @dataclass
 class Browse:
     """What the page shows: a store, runs, or both. Threads share it."""
@@ -238,6 +242,8 @@ def _refused(_: Request, error: Exception) -> Response:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return JSONResponse({"error": f"{first['loc'][0]}: {first['msg']}"}, 400)
+    if isinstance(error, BadAddress):
+        return JSONResponse({"error": str(error)}, 400)
     status = 404 if isinstance(error, UserError | RolloutNotFound) else 500
     return JSONResponse({"error": str(error)}, status)
 
@@ -253,7 +259,7 @@ def _key(request: Request) -> tuple[str, int]:
 def _given(request: Request, name: str) -> str:
     value = request.query_params.get(name, "")
     if not 0 < len(value) <= LONGEST_ID:
-        raise UserError(f"the address must say {name}=…, of at most {LONGEST_ID} letters")
+        raise BadAddress(f"the address must say {name}=…, of at most {LONGEST_ID} letters")
     return value
 
 
@@ -263,5 +269,5 @@ def _integer(request: Request, name: str) -> int:
 
 def _number(name: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 10):
-        raise UserError(f"{name}={text[:40]!r} must be a number of at most ten digits")
+        raise BadAddress(f"{name}={text[:40]!r} must be a number of at most ten digits")
     return int(text)

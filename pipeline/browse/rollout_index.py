@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pipeline.browse.sample_texts import SampleTexts
 from pipeline.row_statistics import statistics_of
-from store import PredictionStore, StoreError
+from store import PredictionStore
 from store.errors import RolloutNotFound, ShardError
 from store.plan import Integers, Key
 from store.schema import Dense, Record
@@ -234,7 +234,7 @@ class RolloutIndex:
         rows = np.searchsorted(self._positions, places)
         for place, row in zip(places, rows.tolist(), strict=True):
             if row >= len(self) or self._positions[row] != place:
-                raise StoreError(f"no rollout is committed at place {place}: search again")
+                raise RolloutNotFound(f"no rollout is committed at place {place}: search again")
         return rows
 
     def _learn(self, rows: Rows, budget_s: float) -> None:
