@@ -880,8 +880,9 @@ MISTAKES: dict[str, tuple[str, list[str], str]] = {
         "model.scale_input: true",
     ),
     "the end of no trajectory": (
-        "train:student", ["store=STORE", "students.student.loss={teaches: end}"],
-        "no trajectories",
+        "train:student",
+        ["store=STORE", "rollout=null", "students.student.loss={teaches: end}"],
+        "cannot teach this: .* no trajectories",
     ),
     "a student of other captions": (
         "train:student",
