@@ -34,6 +34,8 @@ from tests.test_causal_lm import samples_of as language_samples_of
 from tests.test_cli import foretell
 from tests.test_rollout import VARIANTS, teacher_of, written
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 KEY = ("clip-00", 1)
 
@@ -312,7 +314,6 @@ def test_a_store_that_its_teacher_wrote_passes(audited, store):
     assert audited("--seed", "1", "--json").stdout != done.stdout
 
 
-@pytest.mark.slow
 def test_what_is_stored_beside_predictions_decides_too(run_of, tiny_run, tmp_path):
     target = {"kind": "top_k", "k": 6, "moments": True, "tail_samples": 4}
     section = tiny_run.document["rollout"] | {"target": target, "variations": 1}

@@ -28,6 +28,8 @@ from store import PredictionStore
 from store.schema import Compact, Hidden, Target, TopK
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "pipeline"]
 ENVIRONMENT = os.environ | {"PYTHONWARNINGS": "error", "PYTHONPATH": str(ROOT)}
@@ -282,7 +284,6 @@ def prepare_run(run_of, tiny_run, source: Path):
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_bad_recordings_are_rejected_by_name_and_counted_and_stop_nothing(
     run_of, tiny_run, tmp_path, start_worker
 ):
@@ -346,7 +347,6 @@ def test_a_split_without_samples_and_an_unknown_one_are_refused(run_of, tiny_run
     )
 
 
-@pytest.mark.slow
 def test_a_store_of_another_teacher_or_dataset_or_with_other_settings_is_refused(
     run_of, tiny_run, refused, tmp_path
 ):
@@ -520,7 +520,6 @@ def test_a_damaged_store_is_noticed_in_training(run_of, tiny_run, refused, tmp_p
     assert "top_k.ids" in message
 
 
-@pytest.mark.slow
 def test_training_with_other_settings_over_a_checkpoint_is_refused(run_of, tiny_run, refused):
     refused("train:student", train_run(run_of, tiny_run), code=0)
     message = refused("train:student", train_run(run_of, tiny_run, loss={"ce": 1.0}))

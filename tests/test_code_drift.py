@@ -37,6 +37,8 @@ from tests.test_rollout import (
     written,
 )
 
+pytestmark = pytest.mark.slow
+
 TARGETS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full", "dtype": "float32"},
     "both branches": {"kind": "full", "branches": "both"},
@@ -589,7 +591,6 @@ def test_a_teacher_of_other_codes_is_refused(tmp_path: Path) -> None:
         require_same_codes(teacher_of(frames_per_step=2), store)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "target", ["hidden", "hidden, both branches", "top_k with all", "full with levels"]
 )

@@ -30,6 +30,8 @@ from store.synthetic import (
     write_synthetic_shard,
 )
 
+pytestmark = pytest.mark.slow
+
 FORBIDDEN = 32
 
 

@@ -35,6 +35,8 @@ from store.synthetic import (
 from tests.recorded import TARGETS, FakeDenoiser, config_of, images, planned, written
 from tests.test_garbage import foretell
 
+pytestmark = pytest.mark.slow
+
 TIMESTEPS = 300
 
 

@@ -21,6 +21,8 @@ from store.schema import TopK
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from tests.row_stores import rows_store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> PredictionStore:
@@ -240,7 +242,6 @@ def test_the_schema_is_the_documented_one(store: PredictionStore, tmp_path: Path
     assert [name for name in documented if f"`{name}`" not in page] == []
 
 
-@pytest.mark.slow
 def test_object_storage_is_looked_into_as_a_folder_is(
     store: PredictionStore, object_url: str, tmp_path: Path
 ) -> None:

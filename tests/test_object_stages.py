@@ -30,6 +30,8 @@ from tests.object_server import ACCESS_KEY, SECRET_KEY, ObjectServer
 from tests.test_cli import foretell
 from tests.test_store_commit import tree
 
+pytestmark = pytest.mark.slow
+
 MANIFEST = synthetic_manifest(TopK(k=4))
 COPY = "import sys; from store.copying import copy_store; copy_store(*sys.argv[1:])"
 PYTHON_PATH = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
@@ -80,7 +82,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-@pytest.mark.slow
 def test_both_stages_outlive_a_crash_of_the_server_and_end_as_a_local_run_does(
     run_of, tiny_run, object_url, object_server, tmp_path, retries
 ) -> None:
@@ -165,7 +166,6 @@ def start_copy(source: str | Path, destination: str | Path) -> subprocess.Popen[
     )
 
 
-@pytest.mark.slow
 def test_a_copy_that_was_killed_goes_on_where_it_ended_both_ways(
     object_url, tmp_path, monkeypatch
 ) -> None:

@@ -15,6 +15,8 @@ from stages import peers
 from stages.errors import PeerLost, UserError
 from stages.peers import watched
 
+pytestmark = pytest.mark.slow
+
 
 class Board:
     """Notes in a folder."""

@@ -19,6 +19,8 @@ from store.schema import TopK
 from store.synthetic import synthetic_manifest, synthetic_store, write_synthetic_shard
 from tests.test_garbage import Terminal, foretell
 
+pytestmark = pytest.mark.slow
+
 DAMAGED = ("shards/00001/codes/c/0/0", "shards/00003/shard.json")
 
 

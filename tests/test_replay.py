@@ -34,6 +34,8 @@ from tests.test_rollout import (
     written,
 )
 
+pytestmark = pytest.mark.slow
+
 SAMPLER = {
     "temperature": 0.9, "min_timesteps": 2, "max_timesteps": 10, "top_k": 12,
     "reference_multiple": 1.5, "too_short_multiple": 0.6, "too_short_weight": 0.01,
@@ -266,7 +268,6 @@ def replaying(tiny_run, run_of):
     return run_of("again", fitted=True, rollout=section, students=None)
 
 
-@pytest.mark.slow
 def test_the_option_replays_in_two_processes_and_status_knows_it(tiny_run, replaying):
     first = PredictionStore.open(tiny_run.root / "store")
     done = foretell("rollout", replaying.path, "--replay", first.path,

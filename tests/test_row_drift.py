@@ -20,6 +20,8 @@ from store import PredictionStore
 from store.schema import Dense
 from tests.recorded import FakeDenoiser, by_hand, images, written
 
+pytestmark = pytest.mark.slow
+
 FORWARD = {"kind": "forward", "slots": 3}
 TRAJECTORY = {"kind": "trajectory", "steps": 5}
 BOTH = {"kind": "dense", "branches": "both", "dtype": "float32"}

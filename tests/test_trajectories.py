@@ -20,6 +20,8 @@ from store import PredictionStore, verify
 from tests.recorded import SHAPES, FakeDenoiser, by_hand, bytes_of, images, planned, written
 from tests.stopping import StopAfter
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 ALONG = {"rows": {"kind": "trajectory", "steps": STEPS}}
 WIDE = {"kind": "dense", "branches": "both", "dtype": "float32"}
