@@ -1,7 +1,8 @@
 """What the shell offers at the Tab key: configurations, stores, names and keys of a configuration.
 
 Everything is looked up in the files below the present folder, near and few, for a person waits. A
-mistake in them offers nothing.
+mistake in them offers nothing. The settings of stages are imported where they are asked for alone:
+commands that need none name these functions too.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import shorten
+from typing import TYPE_CHECKING
 
 import typer
 
-from pipeline.config import Run, load_config
-from pipeline.config_keys import settable_keys
-from pipeline.folders import system_name
 from stages.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import Run
 
 DEEPEST = 4
 """Folders below the present one that are looked into."""
@@ -50,6 +52,8 @@ def rounds(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def systems(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return what can be heard of the run whose configuration was typed before."""
+    from pipeline.folders import system_name  # noqa: PLC0415
+
     config = _typed(ctx)
     named = map(system_name, config.students) if config else ()
     return _begun(incomplete, ["recording", "codec_copy", "teacher_guided", *named])
@@ -61,6 +65,8 @@ def settings(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     Where none was typed that can be read, the keys are those of all families. A key that alone
     begins so and has few values comes with each of them.
     """
+    from pipeline.config_keys import settable_keys  # noqa: PLC0415
+
     known = settable_keys(_typed(ctx))
     key, equals, _ = incomplete.partition("=")
     begun = [key] if equals else [name for name in known if name.startswith(key)]
@@ -71,6 +77,8 @@ def settings(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 
 
 def _typed(ctx: typer.Context) -> Run | None:
+    from pipeline.config import load_config  # noqa: PLC0415
+
     # Behind an option that still has no value, what was typed has not become parameters yet.
     words = [ctx.params.get("config"), *ctx.args]
     path = next((word for word in words if word and _is_file(word)), None)

@@ -12,9 +12,11 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from pipeline.arguments import Config, Set, StorePlace, stopped_at_once
 from pipeline.audio_export import clip_text, export_clip
 from pipeline.comparison import describe_difference
 from pipeline.comparison_text import difference_text
+from pipeline.completion import stores
 from pipeline.entry import ending_at_once
 from pipeline.grouped_help import GroupedHelp, PlainTyper, examples
 from pipeline.inspection import (
@@ -74,7 +76,10 @@ def show(
     store: Annotated[
         str,
         typer.Argument(
-            metavar="STORE", help="Folder of a store or a model, or s3://….", show_default=False
+            metavar="STORE",
+            help="Folder of a store or a model, or s3://….",
+            show_default=False,
+            autocompletion=stores,
         ),
     ],
     key: Annotated[
@@ -146,10 +151,7 @@ def diff(
 
 @inspect_app.command()
 def plot(
-    store: Annotated[
-        str,
-        typer.Argument(metavar="STORE", help="Folder of a store, or s3://….", show_default=False),
-    ],
+    store: StorePlace,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png or .svg.")],
     key: Annotated[
         str | None, typer.Option(help="SAMPLE/VARIATION: a picture of this rollout.")
@@ -188,6 +190,7 @@ def serve(
             metavar="STORE",
             help="Folder of a store or of a run, or s3://BUCKET/PREFIX.",
             show_default=False,
+            autocompletion=stores,
         ),
     ],
     run: Annotated[
@@ -239,12 +242,7 @@ def print_parts(parts: Iterator[Document], as_json: bool, as_csv: bool) -> None:
 
 @inspect_app.command()
 def audio(
-    store: Annotated[
-        str,
-        typer.Argument(
-            metavar="STORE", help="Folder of a store, or s3://BUCKET/PREFIX.", show_default=False
-        ),
-    ],
+    store: StorePlace,
     key: Annotated[
         str, typer.Argument(metavar="KEY", help="SAMPLE/VARIATION.", show_default=False)
     ],
@@ -271,29 +269,9 @@ def audio(
     print_document(clip.model_dump() | {"audio_s": clip.audio_s}, as_json, lambda: clip_text(clip))
 
 
-def _configurations(incomplete: str) -> list[str]:
-    from pipeline.completion import configurations  # noqa: PLC0415 - it imports all settings
-
-    return configurations(incomplete)
-
-
-def _settings(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    from pipeline.completion import settings  # noqa: PLC0415 - it imports all settings
-
-    return settings(ctx, incomplete)
-
-
 @inspect_app.command()
 def audit(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CONFIG",
-            help="YAML configuration of a run.",
-            show_default=False,
-            autocompletion=_configurations,
-        ),
-    ],
+    config: Config,
     fraction: Annotated[
         float, typer.Option(help="Share of the rollouts that is asked for again; one at least.")
     ] = 0.001,
@@ -309,15 +287,7 @@ def audit(
         str | None,
         typer.Option("--round", help="Audit the store of this round. [default: the run's own]"),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Override one key of the configuration.",
-            autocompletion=_settings,
-        ),
-    ] = None,
+    set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Ask the teacher again and compare.
@@ -325,7 +295,6 @@ def audit(
     Exit code 1 where the store holds something else than the teacher predicts.
     """
     # Settings, and torch, which nobody else waits for.
-    from pipeline.arguments import stopped_at_once  # noqa: PLC0415
     from pipeline.config import load_config  # noqa: PLC0415
     from pipeline.drift_audit import audit_document, audit_of, audit_text  # noqa: PLC0415
     from stages.drift import AuditChoice  # noqa: PLC0415

@@ -76,6 +76,9 @@ def folder(tmp_path, tiny_run, monkeypatch) -> Path:
         ("foretell run .hid", [".hidden/other.yaml"]),
         ("foretell verify ", ["runs/mine/store"]),
         ("foretell verify runs/mi", ["runs/mine/store"]),
+        ("foretell inspect plot ", ["runs/mine/store"]),
+        ("foretell inspect audio runs/", ["runs/mine/store"]),
+        ("foretell inspect audit configs/m", ["configs/mine.yaml"]),
         ("foretell rollout configs/mine.yaml --est", ["--estimate"]),
         ("foretell train configs/mine.yaml --student s", ["student"]),
         ("foretell train configs/mine.yaml --student x", []),
@@ -178,7 +181,7 @@ def test_completion_looks_at_a_bounded_number_of_files(tmp_path, monkeypatch, ca
 
 @pytest.mark.usefixtures("folder")
 def test_a_fault_offers_nothing_and_prints_nothing(monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.completion.settable_keys", lambda config: 1 / 0)
+    monkeypatch.setattr("pipeline.config_keys.settable_keys", lambda config: 1 / 0)
     with redirect_stderr(StringIO()) as err:
         assert offered(f"{MINE} se", monkeypatch, capsys) == []
     assert err.getvalue() == ""
