@@ -544,16 +544,22 @@ OVERFLOWS = (
 )
 
 
+@contextmanager
+def table_of_systems(browser: Browser, folder: Path, place: str, width: int) -> Iterator[None]:
+    """Show the page or the report of a wide run at a width, its table drawn."""
+    with shown(browser, browse_of(str(wide_run(folder / "run")), [], None)) as page:
+        browser.show(width)
+        browser.open(page.address if place == "page" else f"{page.address}report?run=0")
+        browser.wait("document.querySelector('tbody td') !== null")
+        yield
+
+
 @pytest.mark.parametrize("place", ["page", "report"])
 @pytest.mark.parametrize("width", [1280, 1440, 760, NARROW])
 def test_all_metrics_of_five_systems_are_read_without_scrolling_sideways(
     browser: Browser, tmp_path: Path, place: str, width: int
 ) -> None:
-    run = wide_run(tmp_path / "run")
-    with shown(browser, browse_of(str(run), [], None)) as page:
-        browser.show(width)
-        browser.open(page.address if place == "page" else f"{page.address}report?run=0")
-        browser.wait("document.querySelector('tbody td') !== null")
+    with table_of_systems(browser, tmp_path, place, width):
         assert browser.run(OVERFLOWS) == 0
         assert browser.run("document.documentElement.scrollWidth") == width
         lines = browser.run(
@@ -569,11 +575,7 @@ def test_all_metrics_of_five_systems_are_read_without_scrolling_sideways(
 def test_the_table_of_systems_is_a_table_to_a_screen_reader_at_any_width(
     browser: Browser, tmp_path: Path, place: str, width: int
 ) -> None:
-    run = wide_run(tmp_path / "run")
-    with shown(browser, browse_of(str(run), [], None)) as page:
-        browser.show(width)
-        browser.open(page.address if place == "page" else f"{page.address}report?run=0")
-        browser.wait("document.querySelector('tbody td') !== null")
+    with table_of_systems(browser, tmp_path, place, width):
         heard = [(n["role"], n["name"]) for n in browser.accessible("table.systems, table.stacked")]
         columns = [name for role, name in heard if role == "columnheader"]
         assert columns == ["metric", *map(system_label, SYSTEMS)]
